@@ -1,0 +1,241 @@
+"""From words to configs: composition strings, attack names, radii and recipe values are read here, strictly.
+
+A string is parsed, never evaluated. An unknown key is an error that shows the nearest one; nothing is coerced silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.registry import canonical
+
+T = TypeVar("T")
+Value = int | float | str | bool | None
+Norm = Literal["linf", "l2"]
+Precision = Literal["fp32", "bf16"]
+Select = Literal["last", "average", "worst", "average+worst"]
+
+
+class RobustFairWarning(UserWarning):
+    """Something that is allowed and probably not meant."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One `name(key=value, ...)` of a composition string."""
+
+    name: str
+    args: Mapping[str, Value]
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{key}={format_value(value)}" for key, value in self.args.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+
+_TOKEN = re.compile(r"\s*(?:(?P<text>\"[^\"]*\"|'[^']*')|(?P<word>[^\s()+,=\"']+)|(?P<mark>[()+,=]))")
+
+
+def parse_composition(text: str) -> list[Term]:
+    """Read `"trades(beta=6) + ccm(lam=0.3) + ema"` into its terms.
+
+    >>> [str(term) for term in parse_composition("TRADES(beta=6, eps=8/255) + ccm")]
+    ['trades(beta=6, eps=8/255)', 'ccm']
+
+    Raises:
+        RecipeError: the text does not follow the grammar; the message marks the place.
+    """
+    tokens = _tokens(text)
+    terms, at = [], 0
+
+    def fail(expected: str) -> RecipeError:
+        place = tokens[at][1] if at < len(tokens) else len(text)
+        return RecipeError(
+            f"cannot read {text!r} at position {place + 1}: expected {expected}, like 'trades(beta=6) + ccm'"
+        )
+
+    def take(kinds: str, expected: str) -> str:
+        nonlocal at
+        if at >= len(tokens) or tokens[at][0][0] not in kinds:
+            raise fail(expected)
+        at += 1
+        return tokens[at - 1][0][1:]
+
+    def peek(mark: str) -> bool:
+        return at < len(tokens) and tokens[at][0] == "m" + mark
+
+    while True:
+        name = canonical(take("w", "a name"))
+        args: dict[str, Value] = {}
+        if peek("("):
+            at += 1
+            while not peek(")"):
+                key = take("w", "a key or ')'").replace("-", "_")
+                if not peek("="):
+                    raise fail("'='")
+                at += 1
+                quoted = at < len(tokens) and tokens[at][0][0] == "t"
+                value = take("wt", "a value")
+                if key in args:
+                    raise RecipeError(f"{name}: {key} is given twice in {text!r}")
+                args[key] = value if quoted else read_value(value)
+                if peek(","):
+                    at += 1
+                elif not peek(")"):
+                    raise fail("',' or ')'")
+            at += 1
+        terms.append(Term(name, args))
+        if at == len(tokens):
+            return terms
+        if not peek("+"):
+            raise fail("'+'")
+        at += 1
+
+
+def _tokens(text: str) -> list[tuple[str, int]]:
+    """(kind letter + text, position): kind t quoted text, w word, m mark."""
+    tokens, at = [], 0
+    stripped = text.rstrip()
+    while at < len(stripped):
+        found = _TOKEN.match(stripped, at)
+        if not found:
+            raise RecipeError(f"cannot read {text!r} at position {at + 1}: a quotation mark is not closed")
+        kind = found.lastgroup or ""
+        word = found[kind][1:-1] if kind == "text" else found[kind]
+        tokens.append((kind[0] + word, found.start(kind)))
+        at = found.end()
+    return tokens
+
+
+def read_value(word: str) -> Value:
+    """A bare word of a composition string: number, true/false, none, else the word itself. Fractions stay text.
+
+    >>> [read_value(word) for word in ("6", "0.3", "1e-3", "true", "none", "8/255", "uniform")]
+    [6, 0.3, 0.001, True, None, '8/255', 'uniform']
+    """
+    literals: dict[str, Value] = {"true": True, "false": False, "none": None}
+    if word.lower() in literals:
+        return literals[word.lower()]
+    for read in (int, float):
+        try:
+            return read(word)
+        except ValueError:
+            continue
+    return word
+
+
+def format_value(value: object) -> str:
+    """The text that reads back as `value`; radii that are a multiple of 1/255 print as such.
+
+    >>> [format_value(value) for value in (8 / 255, 0.3, 6, None, True, "uniform", "6")]
+    ['8/255', '0.3', '6', 'none', 'true', 'uniform', '"6"']
+    """
+    if value is None or isinstance(value, bool | int):
+        return str(value).lower()
+    if isinstance(value, float):
+        return format_eps(value)
+    text = str(value)
+    return text if re.fullmatch(r"[^\s()+,=\"']+", text) and read_value(text) == text else f'"{text}"'
+
+
+def format_eps(eps: float) -> str:
+    """`8/255` where `eps` is a whole number of grey levels and not a short decimal, else the shortest decimal.
+
+    >>> format_eps(8 / 255), format_eps(0.2), format_eps(0.5)
+    ('8/255', '0.2', '0.5')
+    """
+    levels = round(eps * 255)
+    if 0 < levels < 255 and levels / 255 == eps and len(repr(eps)) > 6:
+        return f"{levels}/255"
+    return repr(eps)
+
+
+def parse_eps(value: str | float, *, norm: str = "linf", owner: str = "attack", field: str = "eps") -> float:
+    """A radius in pixel units ([0, 1] images) from `8/255`, `0.2` or a number.
+
+    >>> parse_eps("8/255") == 8 / 255
+    True
+
+    Raises:
+        ConfigError: not a number, negative, or a whole number above one (`8` is almost always meant as `8/255`).
+    """
+    allowed = "a fraction like 8/255 or a decimal, in units of pixels scaled to [0, 1]"
+    text = str(value).strip()
+    try:
+        eps = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(owner, field, allowed=allowed, got=value) from None
+    limit = 1.0 if norm == "linf" else float("inf")
+    if not 0 <= eps <= limit or (eps > 1 and re.fullmatch(r"\d+", text)):
+        hint = f"Did you mean {text}/255?" if re.fullmatch(r"\d{1,3}", text) else ""
+        raise ConfigError(owner, field, allowed=allowed, got=value, hint=hint)
+    if text in ("0.031", "0.0314", "0.03", "0.0313"):
+        warnings.warn(
+            f"{owner}: {field} {text} is {eps * 255:.2f}/255, not 8/255; numbers at the two are not comparable",
+            RobustFairWarning,
+            stacklevel=2,
+        )
+    return eps
+
+
+def parse_norm(value: str) -> str:
+    """`linf` or `l2` from any usual spelling.
+
+    >>> parse_norm("Linf"), parse_norm("L_2")
+    ('linf', 'l2')
+    """
+    name = str(value).lower().replace("_", "").replace("-", "")
+    if name not in ("linf", "l2"):
+        raise ConfigError("norm", "norm", allowed="linf or l2", got=value)
+    return name
+
+
+def require(condition: bool, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:
+    """Raise ConfigError unless `condition`."""
+    if not condition:
+        raise ConfigError(owner, field, allowed=allowed, got=got, hint=hint)
+
+
+def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
+    """Instantiate a config dataclass from plain values, strictly typed.
+
+    Fields called `eps` or `step_size` also read `8/255`; `norm` any usual spelling; `alpha` stands for `step_size`.
+
+    Raises:
+        UnknownNameError: a key that is no field; shows the nearest fields.
+        ConfigError: a value of the wrong type or outside the allowed set.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    values = {canonical_key(key): value for key, value in args.items()}
+    if "alpha" in values and "alpha" not in known and "step_size" in known:
+        values["step_size"] = values.pop("alpha")
+    for key in values:
+        if key not in known:
+            raise UnknownNameError(f"key of {owner}", key, known)
+    if "norm" in values:
+        values["norm"] = parse_norm(values["norm"])
+    for key in ("eps", "step_size"):
+        if values.get(key) is not None:
+            values[key] = parse_eps(values[key], norm=str(values.get("norm", "linf")), owner=owner, field=key)
+    types = get_type_hints(cls)
+    for key, value in values.items():
+        try:
+            reader = TypeAdapter(types[key], config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+            values[key] = reader.validate_python(tuple(value) if isinstance(value, list) else value)
+        except ValidationError as error:
+            allowed = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise ConfigError(owner, key, allowed=allowed, got=value) from None
+    return cls(**values)
+
+
+def canonical_key(key: str) -> str:
+    """`batch-size` is `batch_size`."""
+    return key.replace("-", "_")

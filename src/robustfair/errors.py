@@ -1,0 +1,68 @@
+"""Every error a user can cause: one sentence with the owner, the field, what is allowed, what came and the next step.
+
+The command line prints the message of a `RobustFairError` as one line and exits 2; anything else is a defect of ours
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class RobustFairError(Exception):
+    """Base of all errors that are caused by input, never by a defect of the library."""
+
+
+class ConfigError(RobustFairError):
+    """A field holds a value that its owner does not allow."""
+
+    def __init__(self, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:
+        self.owner, self.field = owner, field
+        super().__init__(f"{owner}: {field} must be {allowed}, got {got!r}{'. ' + hint if hint else ''}")
+
+
+class UnknownNameError(RobustFairError):
+    """A name that no registry entry, key or flag bears; the message shows the nearest ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        super().__init__(f"unknown {kind} {name!r}: {hint}")
+
+
+class RecipeError(RobustFairError):
+    """A composition string or a recipe file that cannot be read."""
+
+
+class ConflictError(RobustFairError):
+    """Methods that cannot act together, or on this objective."""
+
+
+class DataError(RobustFairError):
+    """A data set that is missing, empty, corrupt, or does not fit the model."""
+
+
+class ModelError(RobustFairError):
+    """A model that cannot be built, loaded, or does not fit the data."""
+
+
+class CheckpointError(RobustFairError):
+    """A run folder or checkpoint that is missing, cut, foreign, or would be overwritten."""
+
+
+class DivergedError(RobustFairError):
+    """Training met a loss that is not finite. The run keeps its last whole checkpoint.
+
+    Attributes:
+        report: what was known at that step, as JSON values: epoch, step, learning rate, per-class means, class state.
+    """
+
+    def __init__(self, report: Mapping[str, Any]) -> None:
+        self.report = dict(report)
+        super().__init__(
+            f"the loss is not finite at epoch {report['epoch']}, step {report['step']} (lr {report['lr']:.3g}): "
+            "lower the learning rate or the radius; the last checkpoint is whole"
+        )

@@ -1,0 +1,209 @@
+"""The frozen values that flow through a training step, and nothing but torch.
+
+Shapes: B images in a batch, C classes (channels in `x`: read from the context), all pixels in [0, 1], radii in the same
+unit, rates as fractions. "Per example" is (B,), "per class" is (C,). A confusion matrix bears its axis order in its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+StateDict = Mapping[str, Tensor]
+Model = Callable[[Tensor], Tensor]
+Norm = Literal["linf", "l2"]
+Mode = Literal["eval", "train", "train_frozen"]
+
+
+def derive_seed(*keys: object) -> int:
+    """A 63-bit seed from any keys: every draw of a run is keyed by (seed, position, purpose), so nothing shifts anything.
+
+    >>> derive_seed(0, "attack") == derive_seed(0, "attack") != derive_seed(0, "augment")
+    True
+    """
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seeded_generator(device: torch.device | str, *keys: object) -> torch.Generator:
+    """A generator on `device` whose stream depends on `keys` alone."""
+    return torch.Generator(device).manual_seed(derive_seed(*keys))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One mini-batch: `x` (B, C, H, W) in [0, 1], `y` (B,), `index` (B,) rows of the training set, a seed of its own.
+
+    `x_adv` and `soft` (B, C) appear on the way: the attack sets the first, a method may set either.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    seed: int
+    x_adv: Tensor | None = None
+    soft: Tensor | None = None
+
+    def rng(self, name: str) -> torch.Generator:
+        """The random stream called `name` of this batch: adding a method never moves another's numbers."""
+        return seeded_generator(self.x.device, self.seed, name)
+
+
+class Goal(Protocol):
+    """What an attack maximises, per example. `needs_clean` asks for the logits at x, computed once per attack."""
+
+    needs_clean: bool
+
+    def __call__(self, logits: Tensor, clean: Tensor | None, y: Tensor) -> Tensor: ...
+
+
+class Stop(Protocol):
+    """When an example stops moving. The state is a tensor (B,), so that the rule stays free of host synchronisation."""
+
+    def start(self, y: Tensor) -> Tensor: ...
+
+    def __call__(self, state: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """From the logits at the current point: the new state and the mask (B,) of examples that take this step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One projected-gradient attack, complete: radius and step per example (B,), the rest shared.
+
+    Attributes:
+        eps: (B,) radius in pixel units.
+        step_size: (B,) length of one step, same unit.
+        steps: number of gradient steps; 0 returns the start.
+        goal: what to maximise.
+        norm: "linf" or "l2".
+        start: name of the start rule, see `robustfair.attacks.pgd.STARTS`.
+        mode: batch norm during the attack: "eval", "train" (updates running statistics) or "train_frozen" (does not).
+        stop: which examples stop early; None lets all take every step.
+        keep: "last" iterate, or the "best" one by the goal.
+        restarts: independent starts; the best by `goal` is kept per example (by correctness first under a stop rule).
+        box_first: l2 only: clip to [0, 1] before the ball, as TRADES does, not after it.
+    """
+
+    eps: Tensor
+    step_size: Tensor
+    steps: int
+    goal: Goal
+    norm: Norm = "linf"
+    start: str = "uniform"
+    mode: Mode = "eval"
+    stop: Stop | None = None
+    keep: Literal["last", "best"] = "last"
+    restarts: int = 1
+    box_first: bool = False
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Logits (B, C) that the loss was computed from; None where the objective does not need that pass."""
+
+    clean: Tensor | None = None
+    adv: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss before its reduction: total = mean over examples of weight * sum over terms of coef * term.
+
+    Every entry is per example (B,), so a class weight, class beta or mask is a product. Edits return a new value.
+    """
+
+    out: Forward
+    terms: Mapping[str, Tensor]
+    coef: Mapping[str, Tensor]
+    weight: Tensor
+
+    @staticmethod
+    def of(out: Forward, **terms: tuple[Tensor, float]) -> Loss:
+        """Build from name=(term (B,), coefficient)."""
+        first = next(iter(terms.values()))[0]
+        return Loss(
+            out=out,
+            terms={name: term for name, (term, _) in terms.items()},
+            coef={name: torch.full_like(term, coef, requires_grad=False) for name, (term, coef) in terms.items()},
+            weight=torch.ones_like(first, requires_grad=False),
+        )
+
+    def scaled(self, name: str, factor: Tensor) -> Loss:
+        """Multiply the coefficient of one term by `factor` (B,)."""
+        return replace(self, coef={**self.coef, name: self.coef[name] * factor})
+
+    def weighted(self, factor: Tensor) -> Loss:
+        """Multiply the weight of every example by `factor` (B,)."""
+        return replace(self, weight=self.weight * factor)
+
+    def plus(self, name: str, term: Tensor, coef: Tensor) -> Loss:
+        """Add a term (B,) with its coefficient (B,); the name must be new."""
+        assert name not in self.terms, f"loss term {name!r} exists already"
+        return replace(self, terms={**self.terms, name: term}, coef={**self.coef, name: coef})
+
+    def per_example(self) -> Tensor:
+        """(B,) weighted sum of the terms."""
+        total = sum(self.coef[name] * term for name, term in self.terms.items())
+        return self.weight * total
+
+    def total(self) -> Tensor:
+        """The scalar that is differentiated: the one place where the mean over the batch is taken."""
+        return self.per_example().mean()
+
+
+@dataclass(frozen=True)
+class ClassTally:
+    """Predictions of one pass as confusion counts (C, C) int64, rows predicted, columns true. Adds up with `+`.
+
+    Either part is None where that pass was not made. Rates are fractions, nan for a class without images.
+    """
+
+    clean_pred_true: Tensor | None = None
+    robust_pred_true: Tensor | None = None
+
+    def __add__(self, other: ClassTally) -> ClassTally:
+        return ClassTally(
+            _add(self.clean_pred_true, other.clean_pred_true), _add(self.robust_pred_true, other.robust_pred_true)
+        )
+
+    @property
+    def count(self) -> Tensor:
+        """(C,) images seen per class."""
+        counts = self.robust_pred_true if self.robust_pred_true is not None else self.clean_pred_true
+        assert counts is not None, "an empty tally has no counts"
+        return counts.sum(0)
+
+    @property
+    def clean(self) -> Tensor:
+        """(C,) clean accuracy per class."""
+        return _recall(self.clean_pred_true, "clean")
+
+    @property
+    def robust(self) -> Tensor:
+        """(C,) accuracy per class on the attacked images."""
+        return _recall(self.robust_pred_true, "robust")
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _recall(counts_pred_true: Tensor | None, part: str) -> Tensor:
+    assert counts_pred_true is not None, f"this tally has no {part} part"
+    return counts_pred_true.diagonal() / counts_pred_true.sum(0)
+
+
+@dataclass(frozen=True)
+class Threat:
+    """The adversary a run or an audit is about: norm and radius in pixel units, and the step of its PGD."""
+
+    norm: Norm = "linf"
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
