@@ -1,7 +1,7 @@
 """The frozen values that flow through a training step, and nothing but torch.
 
 Shapes: B images in a batch, C classes (channels in `x`: read from the context), all pixels in [0, 1], radii in the same
-unit, rates as fractions. "Per example" is (B,), "per class" is (C,). A confusion matrix bears its axis order in its name.
+unit, rates as fractions. "Per example" is (B,), "per class" is (C,). A confusion matrix names its axis order.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from robustfair.config import Norm
+
 State = Mapping[str, Tensor]
 StateDict = Mapping[str, Tensor]
 Model = Callable[[Tensor], Tensor]
-Norm = Literal["linf", "l2"]
 Mode = Literal["eval", "train", "train_frozen"]
 
 
 def derive_seed(*keys: object) -> int:
-    """A 63-bit seed from any keys: every draw of a run is keyed by (seed, position, purpose), so nothing shifts anything.
+    """A 63-bit seed from any keys: every draw is keyed by (seed, position, purpose), so no draw moves another.
 
     >>> derive_seed(0, "attack") == derive_seed(0, "attack") != derive_seed(0, "augment")
     True
