@@ -1,0 +1,276 @@
+"""Data sets as they are held: uint8 images resident in memory or on the device, labels, class names, a fingerprint.
+
+`load_dataset` finds a set by name or path, decodes it once into a cache file a part, and maps that file afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustfair.data import cache
+from robustfair.data.sources import Source, find_source, hold_out
+from robustfair.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageDataset:
+    """One part of a data set.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64, on the device of `images`.
+        class_names: one name per class; a class without images keeps its index.
+        name: what reports call it.
+        augment: default augmentation, a key of `robustfair.data.augment.AUGMENTATIONS`.
+        groups: super-class index per class, as in CIFAR-100, or None.
+        group_names: names of the super-classes, empty without groups.
+
+    Raises:
+        DataError: a shape or type is wrong, or labels lie outside the range (the first of them is named).
+
+    >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    >>> data = ImageDataset(images=images, labels=torch.tensor([0, 2, 0]), class_names=("a", "b", "c"))
+    >>> len(data), data.num_classes, data.class_counts().tolist(), len(data.limit_per_class(1))
+    (3, 3, [2, 0, 1], 2)
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    name: str = "images"
+    augment: str = "none"
+    groups: tuple[int, ...] | None = None
+    group_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            got = f"{_dtype(self.images)} {tuple(self.images.shape)}"
+            raise DataError(f"{self.name}: images must be uint8 (N, C, H, W), got {got}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            got = f"{_dtype(self.labels)} {tuple(self.labels.shape)}"
+            raise DataError(f"{self.name}: labels must be int64 ({len(self.images)},), one an image, got {got}")
+        outside = (self.labels < 0) | (self.labels >= self.num_classes)
+        if outside.any():
+            index = int(outside.nonzero()[0])
+            raise DataError(
+                f"{self.name}: labels outside the range 0 to {self.num_classes - 1}, "
+                f"the first is {int(self.labels[index])} at index {index}"
+            )
+        groups = self.groups if self.groups is not None else (0,) * self.num_classes
+        if len(groups) != self.num_classes or (self.groups is None) != (not self.group_names):
+            raise DataError(f"{self.name}: groups must give every class a super-class, and group_names their names")
+        if self.groups is not None and not all(0 <= group < len(self.group_names) for group in groups):
+            raise DataError(f"{self.name}: groups outside the range 0 to {len(self.group_names) - 1}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """C, with or without images in every class."""
+        return len(self.class_names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where images and labels are."""
+        return self.images.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of pixels, labels and class names; of nothing else, so a copy elsewhere has the same."""
+        digest = hashlib.sha256(json.dumps([self.class_names, list(self.images.shape)]).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data.cast("B") if tensor.numel() else b"")
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> ImageDataset:
+        """The same data resident on `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def subset(self, index: Tensor | np.ndarray | Sequence[int]) -> ImageDataset:
+        """The images at rows `index`, in that order; all classes keep their index."""
+        rows = torch.as_tensor(index, dtype=torch.int64, device=self.device)
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
+    def limit_per_class(self, n: int) -> ImageDataset:
+        """The first `n` images of every class, in data set order.
+
+        Raises:
+            ConfigError: `n` is below 1.
+        """
+        if n < 1:
+            raise ConfigError("data", "limit_per_class", allowed="at least 1", got=n)
+        labels = self.labels.cpu()
+        by_class = labels.argsort(stable=True)
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        starts = counts.cumsum(0) - counts
+        rank = torch.arange(len(labels)) - starts[labels[by_class]]
+        return self.subset(by_class[rank < n].sort().values)
+
+    def class_counts(self) -> Tensor:
+        """(C,) int64 images per class."""
+        return torch.bincount(self.labels, minlength=self.num_classes)
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Splits:
+    """A data set's parts, which share their class names; `data.train` and `data.test` where the source has them.
+
+    Raises:
+        DataError: class names differ between the parts, or a part is asked for that does not exist.
+    """
+
+    parts: Mapping[str, ImageDataset]
+
+    def __init__(self, *, train: ImageDataset | None = None, test: ImageDataset | None = None) -> None:
+        given = {"train": train, "test": test}
+        parts = {part: data for part, data in given.items() if data is not None}
+        if not parts:
+            raise DataError("a data set needs a train part or a test part")
+        if len({data.class_names for data in parts.values()}) > 1:
+            raise DataError(
+                f"{' and '.join(data.name for data in parts.values())}: class names differ between the parts"
+            )
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def train(self) -> ImageDataset:
+        """The part to train on."""
+        return self._part("train")
+
+    @property
+    def test(self) -> ImageDataset:
+        """The part to audit on, never used for selection."""
+        return self._part("test")
+
+    @property
+    def only(self) -> ImageDataset:
+        """The one part of a source without splits, such as a plain image folder.
+
+        Raises:
+            DataError: there are two parts.
+        """
+        if len(self.parts) > 1:
+            raise DataError("the data set has a train and a test part, choose one")
+        return next(iter(self.parts.values()))
+
+    def _part(self, part: str) -> ImageDataset:
+        if part not in self.parts:
+            other = self.only
+            raise DataError(
+                f"{other.name} has no {part} part, only {len(other)} images of part {next(iter(self.parts))}"
+            )
+        return self.parts[part]
+
+
+def load_dataset(
+    name_or_path: str | Path, *, image_size: int | None = None, cache_dir: Path | str | None = None
+) -> Splits:
+    """Load a data set by its name in the catalogue, or from a path.
+
+    A name is looked up as a folder under `ROBUSTFAIR_DATA`, then on the Hugging Face hub. A path is a folder saved by
+    `datasets`, a folder of parquet files, an image folder (`<class>/...` or `<split>/<class>/...`), or an `.npz`. A
+    validation part is the test part of sources that have no other; a source without splits is all train part.
+
+    Args:
+        name_or_path: "cifar10", "cifar10-c/gaussian_noise/3", "./my_images", ... A `Path` is never taken for a name.
+        image_size: side in pixels; other images are scaled (bilinear) and cropped to the centre square. None keeps
+            their size, except for office-home, whose images all differ (224).
+        cache_dir: where decoded images are kept; by default `ROBUSTFAIR_CACHE`, `$XDG_CACHE_HOME/robustfair` or
+            `~/.cache/robustfair`.
+
+    Raises:
+        UnknownNameError: no such name; shows the nearest ones.
+        DataError: the source is missing, empty, corrupt, or its images differ in size and `image_size` is None.
+        ConfigError: `image_size` is below 1.
+    """
+    if image_size is not None and image_size < 1:
+        raise ConfigError("data", "image_size", allowed="at least 1", got=image_size)
+    source = find_source(name_or_path)
+    size = source.entry.image_size if image_size is None and source.entry is not None else image_size
+    if source.identity is None:
+        return Splits(**_decode(source, size))
+    root = Path(cache_dir).expanduser() if cache_dir is not None else cache.cache_root()
+    identity = [source.entry.name if source.entry is not None else None, source.identity, size]
+    paths = {part: cache.cache_path(root, source.name, part, identity) for part in _part_names(source)}
+    stored = {part: _read(path, source) for part, path in paths.items()}
+    parts = {part: data for part, data in stored.items() if data is not None}
+    if len(parts) < len(paths):
+        parts = _decode(source, size)
+        for part, data in parts.items():
+            _write(paths[part], data)
+    return Splits(**parts)
+
+
+def _part_names(source: Source) -> tuple[str, ...]:
+    return ("train", "test") if _holds_out(source) else source.parts
+
+
+def _holds_out(source: Source) -> bool:
+    return source.entry is not None and source.entry.holdout > 0 and source.parts == ("train",)
+
+
+def _decode(source: Source, image_size: int | None) -> dict[str, ImageDataset]:
+    decoded = source.decode(image_size)
+    entry = source.entry
+    if entry is not None and len(decoded.class_names) != entry.num_classes:
+        raise DataError(f"{source.name}: expected {entry.num_classes} classes, found {len(decoded.class_names)}")
+    if entry is not None and _holds_out(source):
+        decoded = hold_out(decoded, entry.holdout)
+    return {
+        part: ImageDataset(
+            images=torch.from_numpy(images),
+            labels=torch.from_numpy(labels),
+            class_names=decoded.class_names,
+            name=source.name,
+            augment=_default_augment(source),
+            groups=decoded.groups,
+            group_names=decoded.group_names,
+        )
+        for part, (images, labels) in decoded.parts.items()
+    }
+
+
+def _default_augment(source: Source) -> str:
+    return source.entry.augment if source.entry is not None else "crop-flip"
+
+
+def _write(path: Path, data: ImageDataset) -> None:
+    about = {"class_names": data.class_names, "groups": data.groups, "group_names": data.group_names}
+    header = {"about": json.dumps(about), "fingerprint": data.fingerprint}
+    cache.write(path, {"images": data.images, "labels": data.labels}, header)
+
+
+def _read(path: Path, source: Source) -> ImageDataset | None:
+    """The part in a cache file; None unless the file is whole and its content still has its fingerprint."""
+    found = cache.read(path)
+    if found is None:
+        return None
+    tensors, header = found
+    try:
+        about = json.loads(header["about"])
+        data = ImageDataset(
+            images=tensors["images"],
+            labels=tensors["labels"],
+            class_names=tuple(about["class_names"]),
+            name=source.name,
+            augment=_default_augment(source),
+            groups=tuple(about["groups"]) if about["groups"] is not None else None,
+            group_names=tuple(about["group_names"]),
+        )
+    except (DataError, KeyError, TypeError, ValueError):
+        return None
+    return data if data.fingerprint == header.get("fingerprint") else None
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,159 @@
+"""Pictures (encoded bytes or files) to one uint8 array (N, C, H, W): decoded in threads, straight into their place."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from robustfair.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """All that a source holds, in memory.
+
+    Attributes:
+        parts: "train" and/or "test" -> images uint8 (N, C, H, W) and labels int64 (N,).
+        class_names: (C,) names, shared by all parts.
+        groups: (C,) super-class index per class, or None.
+        group_names: names of the super-classes.
+    """
+
+    parts: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    class_names: tuple[str, ...]
+    groups: tuple[int, ...] | None = None
+    group_names: tuple[str, ...] = ()
+
+
+class Picture(NamedTuple):
+    """One encoded image, and how an error names it."""
+
+    where: str
+    content: bytes | Path
+
+
+def decode_pictures(owner: str, batches: Iterable[Sequence[Picture]], count: int, image_size: int | None) -> np.ndarray:
+    """Decode `count` pictures.
+
+    Grey pictures stay one channel while all of them are grey; every mode but grey and RGB becomes RGB.
+
+    Returns:
+        uint8 (count, C, H, W).
+
+    Raises:
+        DataError: a picture cannot be decoded, or differs in size from the first and `image_size` is None.
+    """
+    canvas = _Canvas(owner, count)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for batch in batches:
+            pixels = pool.map(lambda picture: _decode(picture, image_size), batch)
+            for picture, array in zip(batch, pixels, strict=True):
+                canvas.add(picture.where, array)
+    return canvas.images
+
+
+def resize_arrays(images: np.ndarray, image_size: int | None) -> np.ndarray:
+    """Bring decoded images, uint8 (N, C, H, W), to `image_size`; None keeps them."""
+    if image_size is None or images.shape[2:] == (image_size, image_size):
+        return images
+    from PIL import Image
+
+    resized = np.empty((*images.shape[:2], image_size, image_size), dtype=np.uint8)
+    for row, channels in enumerate(images):
+        for plane, channel in enumerate(channels):
+            resized[row, plane] = np.asarray(_fit(Image.fromarray(channel), image_size))
+    return resized
+
+
+def share_shape(owner: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give all parts one (C, H, W): grey parts beside colour ones become colour.
+
+    Raises:
+        DataError: a part is empty, or the parts differ in height or width.
+    """
+    for role, images in parts.items():
+        if len(images) == 0:
+            raise DataError(f"{owner}: the {role} part holds no images")
+    sizes = {images.shape[2:] for images in parts.values()}
+    if len(sizes) > 1:
+        text = ", ".join(f"{role} {images.shape[2]}x{images.shape[3]}" for role, images in parts.items())
+        raise DataError(f"{owner}: parts differ in size ({text}); pass image_size=... to bring all to one size")
+    channels = max(images.shape[1] for images in parts.values())
+    return {role: _widen(images, channels) for role, images in parts.items()}
+
+
+def numbered_names(owner: str, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
+    """Names "0" to the highest label, for sources without names.
+
+    Raises:
+        DataError: the highest label cannot be a class index.
+    """
+    highest = max((int(part.max()) for part in labels if len(part)), default=-1)
+    if highest >= _MAX_CLASSES:
+        raise DataError(
+            f"{owner}: labels outside the range, {highest} is no class index (at most {_MAX_CLASSES} classes)"
+        )
+    return tuple(str(label) for label in range(highest + 1))
+
+
+class _Canvas:
+    """The array under construction: allocated at the first picture, widened once should colour follow grey."""
+
+    def __init__(self, owner: str, count: int) -> None:
+        self._owner, self._count, self._filled = owner, count, 0
+        self.images = np.empty((0, 1, 0, 0), dtype=np.uint8)
+
+    def add(self, where: str, array: np.ndarray) -> None:
+        """Append one picture, uint8 (C, H, W)."""
+        if self._filled == 0:
+            self.images = np.empty((self._count, *array.shape), dtype=np.uint8)
+        if array.shape[1:] != self.images.shape[2:]:
+            got, first = (f"{height}x{width}" for height, width in (array.shape[1:], self.images.shape[2:]))
+            raise DataError(
+                f"{self._owner}: {where} is {got} pixels and the first image {first}; "
+                "pass image_size=... to bring all to one size"
+            )
+        if array.shape[0] > self.images.shape[1]:
+            self.images = _widen(self.images, array.shape[0])
+        self.images[self._filled] = array
+        self._filled += 1
+
+
+def _decode(picture: Picture, image_size: int | None) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    source = io.BytesIO(picture.content) if isinstance(picture.content, bytes) else picture.content
+    try:
+        with Image.open(source) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
+            array = np.asarray(plain if image_size is None else _fit(plain, image_size))
+    except Exception as error:  # the decoders raise whatever their format stumbles on
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"image {picture.where} cannot be decoded: {reason}") from error
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    """Scale so that the shorter side has `size` pixels, keep the centre square."""
+    from PIL import Image, ImageOps
+
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
+
+
+def _widen(images: np.ndarray, channels: int) -> np.ndarray:
+    return images if images.shape[1] == channels else np.repeat(images, channels, axis=1)
