@@ -1,0 +1,29 @@
+"""Networks with their normalisation inside, their heads, and their weights."""
+
+from robustfair.models.build import build_model, create_model, describe_model
+from robustfair.models.head import Head, check_outputs, find_head, head_norms, unwrap
+from robustfair.models.normalise import Normalise
+from robustfair.models.preact_resnet import PreActResNet18
+from robustfair.models.resnet9 import ResNet9
+from robustfair.models.small_cnn import SmallCNN
+from robustfair.models.weights import LoadReport, load_weights, read_weight_file
+from robustfair.models.wide_resnet import WideResNet
+
+__all__ = [
+    "Head",
+    "LoadReport",
+    "Normalise",
+    "PreActResNet18",
+    "ResNet9",
+    "SmallCNN",
+    "WideResNet",
+    "build_model",
+    "check_outputs",
+    "create_model",
+    "describe_model",
+    "find_head",
+    "head_norms",
+    "load_weights",
+    "read_weight_file",
+    "unwrap",
+]

@@ -1,0 +1,183 @@
+"""The head of a classifier: its last linear map, found in any module by experiment instead of by name.
+
+Names mislead: the last `nn.Linear` of a module tree may be an auxiliary branch, and a temperature, a cosine scale or a
+log-softmax may stand behind it. So the module is run with the output of a candidate replaced by numbers of our own, and
+the candidate is the head exactly if those numbers are what the model returns. The model is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
+
+from robustfair.errors import ModelError
+
+Head = nn.Linear | nn.Conv2d
+
+_GUESSED_SIZES = (8, 28, 32, 64, 96, 224)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile`, a data-parallel wrapper or an averaged copy, however deep."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+            model = model.module
+        else:
+            return model
+
+
+def find_head(model: nn.Module, example: Tensor | None = None) -> Head:
+    """The last linear map on the way to the logits: an `nn.Linear`, or an `nn.Conv2d` with a 1x1 kernel.
+
+    Reshaping, picking a token or a mean over positions may follow it; anything that changes the logits may not.
+
+    Args:
+        model: any module, wrapped or not, that returns logits (B, C).
+        example: (B, ...) an input it accepts; None tries images of common sizes, or vectors if it has no convolution.
+
+    Raises:
+        ModelError: no such map, something follows it, its weight is computed from other tensors, or no input fits.
+
+    >>> find_head(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+    Linear(in_features=8, out_features=3, bias=True)
+    """
+    model = unwrap(model)
+    candidates: list[Head] = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    ]
+    if not candidates:
+        raise ModelError(f"{type(model).__name__} has no linear layer to be its head (nn.Linear, or nn.Conv2d of 1x1)")
+    with _evaluating(model):
+        x, logits, called = _trace(model, candidates, example)
+        wide_enough = [module for module in reversed(called) if _outputs(module) == logits.shape[1]]
+        head = next((module for module in wide_enough if _emits_logits(model, module, x, logits)), None)
+    if head is None:
+        raise ModelError(
+            f"the output of {type(model).__name__} is not that of its last linear layer: something acts on the logits "
+            "after it (a scale, a log-softmax, an average of heads). Pass the part that returns plain logits"
+        )
+    if not isinstance(head._parameters.get("weight"), nn.Parameter):
+        raise ModelError(
+            f"the head of {type(model).__name__} computes its weight from other tensors (a parametrisation such as "
+            "weight norm). Remove it first, with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    return head
+
+
+def head_norms(model: nn.Module, example: Tensor | None = None) -> Tensor:
+    """(C,) L2 norm of each row of the head's weight, one a class, without the bias.
+
+    Raises:
+        ModelError: as `find_head`.
+    """
+    return find_head(model, example).weight.detach().flatten(1).float().norm(dim=1)
+
+
+def check_outputs(model: nn.Module, num_classes: int, example: Tensor) -> None:
+    """Make sure that `model` returns finite logits (B, num_classes) for `example` (B, ...).
+
+    Raises:
+        ModelError: it does not accept the example, or returns anything else.
+    """
+    with _evaluating(model):
+        logits = _logits(model, example)
+    if logits.shape[1] != num_classes:
+        raise ModelError(
+            f"model has {logits.shape[1]} outputs, data has {num_classes} classes. "
+            "Build the model with as many outputs as the data has classes, or load the data it was trained on"
+        )
+    if not torch.isfinite(logits).all():
+        raise ModelError(f"{type(model).__name__} returns logits that are not finite: its weights are not usable")
+
+
+def _outputs(module: Head) -> int:
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    try:
+        logits = model(x)
+    except Exception as error:  # a foreign module may raise anything on an input it was not made for
+        reason = str(error).split("\n", 1)[0] or type(error).__name__
+        raise ModelError(f"{type(model).__name__} does not accept input of shape {tuple(x.shape)}: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"{type(model).__name__} must return logits (B, C), got {shape} for {len(x)} inputs")
+    return logits
+
+
+def _trace(model: nn.Module, candidates: list[Head], example: Tensor | None) -> tuple[Tensor, Tensor, list[Head]]:
+    """An input that the model accepts, its logits, and the candidates in the order in which they last acted."""
+    called: dict[Head, None] = {}
+
+    def record(module: Head, inputs: object, output: object) -> None:
+        called.pop(module, None)
+        called[module] = None
+
+    with _hooks([module.register_forward_hook(record) for module in candidates]):
+        if example is not None:
+            return example, _logits(model, example), list(called)
+        for x in _guesses(model):
+            called.clear()
+            try:
+                return x, _logits(model, x), list(called)
+            except ModelError as error:
+                refusal = error
+    raise ModelError(f"cannot guess an input of {type(model).__name__}, pass an example (B, ...). Last try: {refusal}")
+
+
+def _guesses(model: nn.Module) -> Iterator[Tensor]:
+    """Images of each common size where the module has a convolution, else flat vectors for its first linear layer."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), layers[0])
+    if isinstance(first, nn.Linear):
+        shapes: list[tuple[int, ...]] = [(2, first.in_features)]
+    else:
+        shapes = [(2, first.in_channels, size, size) for size in _GUESSED_SIZES]
+    for shape in shapes:
+        yield torch.full(shape, 0.5, device=first.weight.device, dtype=first.weight.dtype)
+
+
+def _emits_logits(model: nn.Module, module: Head, x: Tensor, logits: Tensor) -> bool:
+    """Whether the model returns, row by row, whatever stands in place of the output of `module`."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(logits.shape[1], generator=generator).to(logits)
+    channels = (1, -1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
+
+    def replace(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return probe.to(output.dtype).view(channels).expand_as(output).clone()
+
+    with _hooks([module.register_forward_hook(replace)]):
+        returned = _logits(model, x)
+    return torch.allclose(returned, probe.expand_as(returned), rtol=1e-5, atol=1e-6)
+
+
+@contextmanager
+def _hooks(handles: list[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,38 @@
+"""What every repair is: a frozen value that turns a trained model into a new one."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from robustfair.registry import REPAIRS
+
+
+class Repair(Protocol):
+    """An edit of a trained model, after averaging and before the audit. Frozen dataclass: the fields are its config.
+
+    `needs_data` says whether it wants training images; one that does has them as a field of its own.
+    """
+
+    name: ClassVar[str]
+    needs_data: ClassVar[bool]
+
+    def __call__(self, model: nn.Module, *, example: Tensor | None = None) -> nn.Module:
+        """A new model; `model` stays as it is. `example` (B, ...) is an input of a foreign model, see `find_head`."""
+        ...
+
+    def describe(self) -> str:
+        """One line that says what changes, for logs and reports."""
+        ...
+
+
+def apply_repair(model: nn.Module, repair: str | Repair, *, example: Tensor | None = None) -> nn.Module:
+    """Repair `model` with a repair, or with the registered one of that name in its defaults.
+
+    Raises:
+        UnknownNameError: no repair of that name.
+        ModelError: the model has no head that can be edited.
+    """
+    chosen: Repair = REPAIRS.get(repair)() if isinstance(repair, str) else repair
+    return chosen(model, example=example)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from robustfair.errors import ConfigError
+from robustfair.models.normalise import CIFAR10_STATISTICS, Normalise, check_sizes, default_statistics, initialise
+
+
+def test_each_channel_has_its_own_mean_and_std():
+    x = torch.rand(2, 3, 4, 5)
+    out = Normalise(3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))(x)
+    for c, (mean, std) in enumerate([(0.1, 1.0), (0.2, 2.0), (0.3, 4.0)]):
+        torch.testing.assert_close(out[:, c], (x[:, c] - mean) / std)
+
+
+def test_defaults_by_channel_count():
+    assert default_statistics(3) == CIFAR10_STATISTICS
+    assert default_statistics(2) == ((0.5, 0.5), (0.5, 0.5))
+    assert Normalise(3).statistics() == CIFAR10_STATISTICS
+
+
+def test_statistics_travel_with_the_weights_but_do_not_train():
+    source = Normalise(1, mean=[0.1307], std=[0.3081])
+    target = Normalise(1)
+    target.load_state_dict(source.state_dict())
+    assert target.statistics() == ((0.1307,), (0.3081,))
+    assert not list(source.parameters())
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "field"),
+    [([0.5], None, "mean"), (None, [0.5], "std"), (None, [0.5, 0.0, 0.5], "std"), (None, [0.5, -1.0, 0.5], "std")],
+)
+def test_wrong_statistics_are_refused(mean, std, field):
+    with pytest.raises(ConfigError, match=f"normalise: {field} must be"):
+        Normalise(3, mean, std)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "field"),
+    [
+        ({"num_classes": 1}, "num_classes"),
+        ({"in_channels": 0}, "in_channels"),
+        ({"width": 0}, "width"),
+        ({"width": 1.5}, "width"),
+        ({"num_classes": True}, "num_classes"),
+    ],
+)
+def test_wrong_sizes_are_refused(sizes, field):
+    with pytest.raises(ConfigError, match=f"net: {field} must be an integer of at least"):
+        check_sizes("net", **{"num_classes": 10, "in_channels": 3, "width": 8, **sizes})
+
+
+def test_starting_weights_have_the_kaiming_scale_and_no_class_preference():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(64, 128, 3), nn.BatchNorm2d(128), nn.Linear(128, 10))
+    initialise(net)
+    expected = (2 / (128 * 9)) ** 0.5
+    assert net[0].weight.std().item() == pytest.approx(expected, rel=0.02)
+    assert net[0].bias.abs().max() == 0
+    assert net[1].weight.eq(1).all()
+    assert net[1].bias.eq(0).all()
+    assert net[2].bias.eq(0).all()

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import argparse
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from reference.public_networks import PublicPreActResNet18, PublicWideResNet, scramble
+from robustfair.errors import CheckpointError, ModelError
+from robustfair.models import create_model, load_weights, read_weight_file
+
+
+@pytest.fixture
+def model():
+    return create_model("small-cnn", width=4)
+
+
+def _other(model):
+    """Weights of a second network of the same shape."""
+    torch.manual_seed(1)
+    return {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+
+
+def _prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def _same(model, state):
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_public_wide_resnet_gives_the_same_logits_and_names_the_dead_copy():
+    public = scramble(PublicWideResNet(16, 2, num_classes=7), seed=1)
+    ours = create_model("wrn-16-2", num_classes=7, normalise="none").eval()
+    report = load_weights(ours, public.state_dict())
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), public(x), rtol=1e-6, atol=1e-6)
+    assert report.naming == "public"
+    assert report.unused == tuple(name for name in public.state_dict() if name.startswith("sub_block1."))
+    assert report.missing == ("normalise.mean", "normalise.std")
+    assert "sub_block1.layer.0.bn1.weight" in str(report)
+
+
+def test_public_wide_resnet_without_the_dead_copy():
+    public = scramble(PublicWideResNet(10, 1, dead_copy=False), seed=2)
+    report = load_weights(create_model("wrn-10-1"), public.state_dict())
+    assert report.unused == ()
+
+
+def test_public_preact_resnet_gives_the_same_logits():
+    public = scramble(PublicPreActResNet18(width=8), seed=3)
+    ours = create_model("preact-resnet18", width=8, normalise="none").eval()
+    report = load_weights(ours, {"net": _prefixed(public.state_dict(), "module."), "epoch": 3})
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), public(x), rtol=1e-6, atol=1e-6)
+    assert (report.branch, report.prefix, report.naming) == ("net", "module.", "public")
+
+
+@pytest.mark.parametrize(
+    "keys", [("0.mean", "0.std", "1."), ("normalize.mean", "normalize.std", "model."), ("mu", "sigma", "")]
+)
+def test_statistics_in_a_public_file_set_ours(keys):
+    mean, std, prefix = keys
+    public = scramble(PublicPreActResNet18(width=4), seed=4)
+    statistics = {
+        mean: torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1),
+        std: torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1),
+    }
+    ours = create_model("preact-resnet18", width=4)
+    report = load_weights(ours, {**statistics, **_prefixed(public.state_dict(), prefix)})
+    assert ours.normalise.statistics() == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert report.missing == ()
+
+
+@pytest.mark.parametrize("branch", ["state_dict", "net", "model", "model_state_dict", "ema_state_dict", "anything"])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.model."]
+)
+def test_branches_and_prefixes(model, branch, prefix):
+    state = _other(model)
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+    report = load_weights(model, {branch: _prefixed(state, prefix), "optimizer": optimizer, "best": torch.tensor(0.5)})
+    assert _same(model, state)
+    assert (report.branch, report.prefix, report.naming, report.unused) == (branch, prefix, "own", ())
+
+
+def test_nested_twice_with_other_branches(model):
+    state = _other(model)
+    report = load_weights(model, {"model": {"state_dict": state}, "ema_state_dict": {"x": torch.zeros(1)}})
+    assert report.branch == "model.state_dict"
+    assert report.other_branches == ("ema_state_dict",)
+    assert str(report) == "weights from 'model.state_dict'; not taken: 'ema_state_dict'"
+    assert _same(model, state)
+
+
+def test_wrapped_target(model):
+    state = _other(model)
+    load_weights(nn.DataParallel(torch.compile(model)), state)
+    assert _same(model, state)
+
+
+def test_foreign_target_keeps_its_own_names():
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Linear(2, 2)
+            self.fc = nn.Linear(2, 2)
+
+    foreign = Foreign()
+    state = _other(foreign)
+    report = load_weights(foreign, state)
+    assert (report.prefix, report.naming) == ("", "own")
+    assert _same(foreign, state)
+
+
+def test_plain_entries_are_named(model):
+    report = load_weights(model, {**model.state_dict(), "epoch": 3})
+    assert report.unused == ("epoch",)
+    assert str(report) == "weights from the top level; unused keys: epoch"
+
+
+def test_batch_counters_may_be_absent():
+    model = create_model("wrn-10-1")
+    state = {name: value for name, value in model.state_dict().items() if "num_batches_tracked" not in name}
+    report = load_weights(model, state)
+    assert all("num_batches_tracked" in name for name in report.missing)
+
+
+def test_strict_names_up_to_five_keys_and_changes_nothing(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {**_other(model), **{f"extra{i}": torch.zeros(1) for i in range(7)}}
+    del state["conv2.weight"]
+    expected = r"lack conv2.weight and hold the unknown extra0, extra1, extra2, extra3, extra4 and 2 more"
+    with pytest.raises(ModelError, match=expected):
+        load_weights(model, state)
+    assert _same(model, before)
+    report = load_weights(model, state, strict=False)
+    assert report.missing == ("conv2.weight",)
+    assert len(report.unused) == 7
+
+
+def test_two_keys_for_one_name_are_not_taken_in_silence(model):
+    state = _other(model)
+    with pytest.raises(ModelError, match="unknown"):
+        load_weights(model, {**state, **_prefixed({"head.bias": state["head.bias"]}, "module.")})
+
+
+def test_wrong_number_of_classes_is_said_plainly():
+    weights = create_model("small-cnn", num_classes=100, width=4).state_dict()
+    with pytest.raises(
+        ModelError, match=r"weights have 100 outputs, the model has 10\. Build the model with num_classes=100"
+    ):
+        load_weights(create_model("small-cnn", width=4), weights)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_wrong_width_is_refused_and_changes_nothing(model, strict):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"conv1.weight \(8, 3, 3, 3\) for \(4, 3, 3, 3\)"):
+        load_weights(model, create_model("small-cnn", width=8).state_dict(), strict=strict)
+    assert _same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({}, "holds no weights"),
+        ({"epoch": 3, "args": {"lr": 0.1}}, "holds no weights; its keys are epoch, args"),
+        ({"a": {"w": torch.zeros(1)}, "b": {"w": torch.zeros(1)}}, "several sets of weights, a, b"),
+        ({"other.weight": torch.zeros(1)}, "no key fits SmallCNN"),
+    ],
+)
+def test_checkpoints_without_our_weights(model, checkpoint, message):
+    with pytest.raises(ModelError, match=message):
+        load_weights(model, checkpoint, strict=False)
+
+
+def test_files_are_read_back(tmp_path, model):
+    state = model.state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "w.pth.tar")
+    torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    for name in ("w.safetensors", "w.pth.tar", "legacy.pt"):
+        other = create_model("small-cnn", width=4)
+        load_weights(other, read_weight_file(tmp_path / name))
+        assert _same(other, state)
+
+
+class Spy:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code in a weight file was run')",))
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.bin"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_files_that_need_code_are_refused(tmp_path, model, name, legacy):
+    for content, named in (
+        (Spy(), "exec"),
+        (argparse.Namespace(lr=0.1), "argparse.Namespace"),
+        (nn.Linear(1, 1), "nn"),
+    ):
+        torch.save({"state_dict": content}, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(
+            CheckpointError, match=f"holds the Python object .*{named}.*can run code is never read"
+        ) as caught:
+            read_weight_file(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_plain_pickles_are_refused(tmp_path):
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(Spy()))
+    with pytest.raises(CheckpointError):
+        read_weight_file(tmp_path / "w.pkl")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "legacy.pt", "w.safetensors"])
+def test_cut_empty_and_foreign_files(tmp_path, model, name):
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=name == "w.pt")
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:-1] if name != "w.pt" else whole[:100], b"", b"not weights\n" * 9):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="cut, corrupt or not a weight file") as caught:
+            read_weight_file(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_paths_that_are_no_file(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_weight_file(tmp_path / "absent.pt")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_weight_file(tmp_path)
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        read_weight_file(tmp_path / "list.pt")
