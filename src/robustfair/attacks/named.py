@@ -1,0 +1,239 @@
+"""Attacks as users name them: `clean`, `fgsm`, `pgd-K`, `cw-K`, with options in brackets, read strictly.
+
+All of them are settings of `robustfair.attacks.pgd`. "PGD-20" is not one attack: the papers' codes differ in step,
+start and freezing. Here the step is eps/4 (linf) unless given, and an image that was fooled once stays fooled
+(`freeze=true`, as FAAL and the bag-of-tricks study evaluate), which can only lower robust accuracy. With restarts,
+`cw-K` picks by its own margin where FAAL's code picks by cross-entropy.
+
+Source: Goodfellow et al. 2015 (FGSM); Madry et al. 2018 (PGD); Carlini and Wagner 2017 for the margin of `cw-K`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from robustfair.attacks.pgd import STARTS, FreezeFooled
+from robustfair.config import Term, build, canonical_key, format_eps, format_value, parse_composition, require
+from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.losses import MaximiseCE, MaximiseMargin
+from robustfair.values import Attack, Batch, Goal, Threat
+
+Kind = Literal["clean", "fgsm", "pgd", "cw"]
+
+OPTIONS = ("restarts", "step_size", "start", "freeze", "keep")
+CROSS_ENTROPY, MARGIN = "cross-entropy", "margin"
+
+_GOALS: Mapping[str, tuple[str, Goal]] = {
+    "fgsm": (CROSS_ENTROPY, MaximiseCE()),
+    "pgd": (CROSS_ENTROPY, MaximiseCE()),
+    "cw": (MARGIN, MaximiseMargin()),
+}
+_DEFAULTS: Mapping[str, Any] = {"restarts": 1, "step_size": None, "start": "uniform", "freeze": True, "keep": "last"}
+_FGSM_DEFAULTS: Mapping[str, Any] = {**_DEFAULTS, "start": "zero"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedAttack:
+    """One attack of an audit; `parse_attacks` builds it from its name.
+
+    Attributes:
+        kind: the family: "clean", "fgsm", "pgd" (cross-entropy) or "cw" (margin).
+        steps: gradient steps; 0 for clean, 1 for fgsm.
+        restarts: independent starts, the best per image is kept.
+        step_size: pixel units; None is the radius for fgsm and the step of the threat otherwise.
+        start: a key of `robustfair.attacks.pgd.STARTS`.
+        freeze: an image that is misclassified stays at that point.
+        keep: "last" iterate, or the "best" by the goal.
+
+    Raises:
+        ConfigError: a value out of range, or restarts from a start that is always the same.
+    """
+
+    kind: Kind
+    steps: int
+    restarts: int = 1
+    step_size: float | None = None
+    start: str = "uniform"
+    freeze: bool = True
+    keep: Literal["last", "best"] = "last"
+
+    def __post_init__(self) -> None:
+        owner = self._base
+        require(self.steps >= (self.kind != "clean"), owner, "steps", allowed=">= 1", got=self.steps)
+        require(self.restarts >= 1, owner, "restarts", allowed=">= 1", got=self.restarts)
+        usable = self.step_size is None or self.step_size > 0
+        require(usable, owner, "step_size", allowed="> 0", got=self.step_size)
+        require(self.start in STARTS, owner, "start", allowed=f"one of {', '.join(STARTS)}", got=self.start)
+        require(
+            self.restarts == 1 or self.start != "zero",
+            owner,
+            "restarts",
+            allowed="1 with start=zero",
+            got=self.restarts,
+            hint="Add start=uniform: every restart from the image itself is the same attack",
+        )
+
+    @property
+    def name(self) -> str:
+        """The canonical text, with the options that differ from the default: the key of this attack everywhere.
+
+        >>> [attack.name for attack in parse_attacks("PGD_20(restarts=1), cw-20(alpha=1/255, restarts=5)")]
+        ['pgd-20', 'cw-20(restarts=5, step_size=1/255)']
+        """
+        defaults = _defaults(self.kind)
+        given = {key: getattr(self, key) for key in OPTIONS if getattr(self, key) != defaults[key]}
+        inside = ", ".join(f"{key}={format_value(value)}" for key, value in given.items())
+        return f"{self._base}({inside})" if inside else self._base
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether running it takes gradients of the model."""
+        return self.kind != "clean"
+
+    def on(self, batch: Batch, threat: Threat) -> Attack:
+        """This attack on the images of `batch`, within `threat`.
+
+        Raises:
+            ConfigError: `clean`, which attacks nothing.
+        """
+        if self.kind == "clean":
+            raise ConfigError("clean", "attack", allowed="fgsm, pgd-K or cw-K", got="clean")
+        return Attack(
+            eps=batch.x.new_full(batch.x.shape[:1], threat.eps),
+            step_size=batch.x.new_full(batch.x.shape[:1], self._step(threat)),
+            steps=self.steps,
+            goal=_GOALS[self.kind][1],
+            norm=threat.norm,
+            start=self.start,
+            stop=FreezeFooled() if self.freeze else None,
+            keep=self.keep,
+            restarts=self.restarts,
+        )
+
+    def settings(self, threat: Threat) -> dict[str, Any]:
+        """Everything that defines the attack, as JSON values; empty for `clean`."""
+        if self.kind == "clean":
+            return {}
+        return {
+            "norm": threat.norm,
+            "eps": threat.eps,
+            "step_size": self._step(threat),
+            "steps": self.steps,
+            "start": self.start,
+            "restarts": self.restarts,
+            "goal": _GOALS[self.kind][0],
+            "freeze": self.freeze,
+            "keep": self.keep,
+        }
+
+    def describe(self, threat: Threat) -> str:
+        """One line for reports.
+
+        >>> parse_attacks("pgd-20")[0].describe(Threat())
+        'pgd-20: 20 steps of 2/255 up the cross-entropy, linf radius 8/255, uniform start, 1 restart, fooled stay'
+        """
+        if self.kind == "clean":
+            return "clean: the images as they are"
+        steps = f"{self.steps} {'step' if self.steps == 1 else 'steps'} of {_short(self._step(threat))}"
+        goal = {
+            CROSS_ENTROPY: "the cross-entropy",
+            MARGIN: f"the CW margin ({threat.norm} PGD, not the minimum-norm attack of that name)",
+        }[_GOALS[self.kind][0]]
+        parts = [
+            f"{steps} up {goal}",
+            f"{threat.norm} radius {_short(threat.eps)}",
+            f"{self.start} start",
+            f"{self.restarts} {'restart' if self.restarts == 1 else 'restarts'}",
+            *(["fooled stay"] if self.freeze else []),
+            *(["best iterate"] if self.keep == "best" else []),
+        ]
+        return f"{self.name}: {', '.join(parts)}"
+
+    @property
+    def _base(self) -> str:
+        return self.kind if self.kind in ("clean", "fgsm") else f"{self.kind}-{self.steps}"
+
+    def _step(self, threat: Threat) -> float:
+        if self.step_size is not None:
+            return self.step_size
+        return threat.eps if self.kind == "fgsm" else threat.step_size
+
+
+def parse_attacks(attacks: str | Sequence[str]) -> tuple[NamedAttack, ...]:
+    """Read a list of attacks, as text with commas between them or as a sequence of such texts.
+
+    >>> [(attack.kind, attack.steps, attack.restarts) for attack in parse_attacks("clean, pgd-20, cw-50(restarts=5)")]
+    [('clean', 0, 1), ('pgd', 20, 1), ('cw', 50, 5)]
+
+    Raises:
+        UnknownNameError: no such attack or option; shows the nearest.
+        ConfigError: an option out of range, the same attack twice, or no attack at all.
+        RecipeError: the text does not follow the grammar.
+    """
+    texts = _split(attacks if isinstance(attacks, str) else ",".join(attacks))
+    parsed = tuple(_parse_one(text) for text in texts)
+    require(bool(parsed), "attacks", "list", allowed="names like clean,pgd-20", got=attacks)
+    names = [attack.name for attack in parsed]
+    for name in names:
+        require(names.count(name) == 1, "attacks", "list", allowed="each attack once", got=name)
+    return parsed
+
+
+def list_attacks() -> list[tuple[str, str]]:
+    """(name pattern, description) of every attack."""
+    return [
+        ("clean", "the images as they are"),
+        ("fgsm", "one step of the full radius up the cross-entropy, from the image itself"),
+        ("pgd-K", "K projected gradient steps up the cross-entropy; the step is eps/4 (linf) or 15/128 eps (l2)"),
+        ("cw-K", "as pgd-K, up the CW margin of the logits: linf or l2 PGD, not the minimum-norm attack of that name"),
+    ]
+
+
+def _parse_one(text: str) -> NamedAttack:
+    terms = parse_composition(text)
+    if len(terms) != 1:
+        raise RecipeError(f"cannot read {text!r}: attacks are separated by commas, like 'clean,pgd-20'")
+    term = terms[0]
+    kind, steps = _kind_and_steps(term)
+    args = {canonical_key(key): value for key, value in term.args.items()}
+    if kind == "clean" and args:
+        raise ConfigError("clean", "options", allowed="none", got=", ".join(args))
+    for key in args:
+        if key not in (*OPTIONS, "alpha"):
+            raise UnknownNameError(f"option of {term.name}", key, OPTIONS)
+    return build(NamedAttack, {"kind": kind, "steps": steps, **_defaults(kind), **args}, owner=term.name)
+
+
+def _kind_and_steps(term: Term) -> tuple[str, int]:
+    if term.name in ("clean", "fgsm"):
+        return term.name, int(term.name == "fgsm")
+    found = re.fullmatch(r"(pgd|cw)-(\d+)", term.name)
+    if found:
+        return found[1], int(found[2])
+    number = re.search(r"\d+$", term.name)
+    steps = number[0] if number else "20"
+    raise UnknownNameError("attack", term.name, ("clean", "fgsm", f"pgd-{steps}", f"cw-{steps}"))
+
+
+def _defaults(kind: str) -> Mapping[str, Any]:
+    return _FGSM_DEFAULTS if kind == "fgsm" else _DEFAULTS
+
+
+def _split(text: str) -> Iterable[str]:
+    """The pieces between the commas that stand outside brackets; empty pieces are left out."""
+    pieces, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _short(length: float) -> str:
+    text = format_eps(length)
+    return text if len(text) <= 8 else f"{length:.4g}"
