@@ -1,0 +1,98 @@
+"""What an objective is: a frozen config with an attack to train on and a loss of named terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from robustfair.config import Norm, parse_norm, require
+from robustfair.losses import MaximiseCE
+from robustfair.values import Attack, Batch, Goal, Loss, Mode, Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Base of all objectives.
+
+    Class attributes:
+        name: the registered name.
+        terms: names of the loss terms it yields ("label", "consistency", ...).
+        reads: fields of the batch its loss reads beyond x and y ("x_adv", "soft"). A method that writes what nobody
+            reads is refused.
+    """
+
+    name: ClassVar[str]
+    terms: ClassVar[frozenset[str]] = frozenset({"label"})
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def attack(self, batch: Batch) -> Attack | None:
+        """The attack to train on, before any method edits it; None trains on clean images."""
+        return None
+
+    def __call__(self, model: Model, batch: Batch) -> Loss:
+        """The loss of a batch, per example and per term; `model` is in training mode."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialObjective(Objective):
+    """An objective that trains on attacked images within one threat model.
+
+    Attributes:
+        norm: "linf" or "l2".
+        eps: radius in pixel units, at most 1 under linf.
+        step_size: length of an attack step; None takes the default of the norm (see `step`).
+        steps: attack steps.
+        attack_mode: batch norm during the attack. "eval" is what TRADES, MART, ARoW and FAAL use and what the
+            bag-of-tricks study found at least as good; the codes of Rice et al., CFA and FAIR-TAT use "train".
+    """
+
+    norm: Norm = "linf"
+    eps: float = 8 / 255
+    step_size: float | None = None
+    steps: int = 10
+    attack_mode: Mode = "eval"
+
+    reads: ClassVar[frozenset[str]] = frozenset({"x_adv"})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", parse_norm(self.norm))
+        largest = 1.0 if self.norm == "linf" else float("inf")
+        allowed = "in [0, 1], in units of pixels scaled to [0, 1]" if self.norm == "linf" else "at least 0"
+        require(0 <= self.eps <= largest, self.name, "eps", allowed=allowed, got=self.eps, hint="Write 8/255, not 8")
+        require(
+            self.step_size is None or self.step_size >= 0, self.name, "step_size", allowed=">= 0", got=self.step_size
+        )
+        require(self.steps >= 0, self.name, "steps", allowed=">= 0", got=self.steps)
+
+    @property
+    def step(self) -> float:
+        """Step in force: the given one, else eps/4 for linf (2/255 at 8/255) and 15/128 eps for l2 (Rice et al.)."""
+        if self.step_size is not None:
+            return self.step_size
+        return self.eps / 4 if self.norm == "linf" else self.eps * 15 / 128
+
+    def attack_with(self, batch: Batch, goal: Goal, start: str, *, box_first: bool = False) -> Attack:
+        """This threat model as an attack on `batch`."""
+        return Attack(
+            eps=torch.full_like(batch.x[:, 0, 0, 0], self.eps),
+            step_size=torch.full_like(batch.x[:, 0, 0, 0], self.step),
+            steps=self.steps,
+            goal=goal,
+            norm=self.norm,
+            start=start,
+            mode=self.attack_mode,
+            box_first=box_first,
+        )
+
+    def evaluation_attack(self, batch: Batch) -> Attack:
+        """PGD-10 on cross-entropy in this threat model, whatever the objective trains on: for the validation split."""
+        return Attack(
+            eps=torch.full_like(batch.x[:, 0, 0, 0], self.eps),
+            step_size=torch.full_like(batch.x[:, 0, 0, 0], self.step),
+            steps=10,
+            goal=MaximiseCE(),
+            norm=self.norm,
+        )
