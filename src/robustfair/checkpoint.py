@@ -1,0 +1,208 @@
+"""Checkpoints: a training state on disk, written whole or not at all, read without running anything.
+
+A checkpoint is a folder of `weights.safetensors`, `state.safetensors` (momentum, method states) and `state.json`. The
+JSON is written last and lists size and SHA-256 of the other two, so a cut or mixed folder is noticed on reading. A new
+folder is written beside the old one, flushed to disk, and swapped in by two renames; between those the old one still
+exists under its spare name, where reading finds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from robustfair.errors import CheckpointError
+from robustfair.training.state import Chosen, TrainState
+from robustfair.values import StateDict
+
+SCHEMA = "robustfair.checkpoint/1"
+WEIGHTS, STATE, META = "weights.safetensors", "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one checkpoint folder holds.
+
+    Attributes:
+        weights: state dict of a model.
+        tensors: everything else that is a tensor, by "/"-separated name.
+        meta: JSON values: epoch, step, candidate, model, class names.
+    """
+
+    weights: StateDict
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, Any]
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `folder` whole: readers see the old checkpoint or the new one, whenever the process dies."""
+    new, spare = _beside(folder, "new"), _beside(folder, "old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    files = {}
+    for name, tensors in ((WEIGHTS, checkpoint.weights), (STATE, checkpoint.tensors)):
+        save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, new / name)
+        files[name] = {"bytes": (new / name).stat().st_size, "sha256": _sha256(new / name)}
+        _flush(new / name)
+    write_json(new / META, {"schema": SCHEMA, "files": files, **checkpoint.meta})
+    _flush(new)
+    if folder.exists():
+        shutil.rmtree(spare, ignore_errors=True)
+        folder.rename(spare)
+    new.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(spare, ignore_errors=True)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify a checkpoint folder.
+
+    Raises:
+        CheckpointError: missing, cut, changed or of another schema; names the file.
+    """
+    spare = _beside(folder, "old")
+    if not (folder / META).exists() and spare.exists():
+        folder = spare
+    meta = read_json(folder / META, SCHEMA)
+    for name, expected in meta["files"].items():
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"checkpoint {folder}: {name} is missing; use another checkpoint of the run")
+        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {path.stat().st_size} bytes, {expected['bytes']} were written; "
+                "use another checkpoint of the run"
+            )
+    return Checkpoint(_load(folder / WEIGHTS), _load(folder / STATE), meta)
+
+
+def write_state(checkpoints: Path, state: TrainState, meta: Mapping[str, Any]) -> None:
+    """Save a training state under `checkpoints`: best/ if it is new, a folder per export, and last/ after them.
+
+    last/ comes last, so that it never speaks of a best epoch that is not on disk.
+    """
+    best = state.best
+    if best is not None and best.epoch == state.epoch:
+        about = {"epoch": best.epoch, "candidate": best.candidate, "score": best.score}
+        write_checkpoint(checkpoints / "best", Checkpoint(best.weights, {}, {**meta, **about}))
+    for name, weights in state.exports.items():
+        about = {"epoch": state.epoch, "candidate": name}
+        write_checkpoint(checkpoints / name, Checkpoint(weights, {}, {**meta, **about}))
+    tensors = {f"optimizer/{name}": buffer for name, buffer in state.optimizer.items()}
+    for method, values in state.methods.items():
+        tensors |= {f"method/{method}/{key}": value for key, value in values.items()}
+    about = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "candidate": "model",
+        "methods": sorted(state.methods),
+    }
+    write_checkpoint(checkpoints / "last", Checkpoint(state.weights, tensors, {**meta, **about}))
+
+
+def read_state(checkpoints: Path, history: Sequence[Mapping[str, Any]] = ()) -> TrainState:
+    """The state that `write_state` saved last, with the records of its epochs out of `history`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    last = read_checkpoint(checkpoints / "last")
+    methods: dict[str, dict[str, Tensor]] = {name: {} for name in last.meta["methods"]}
+    optimizer = {}
+    for name, tensor in last.tensors.items():
+        kind, rest = name.split("/", 1)
+        if kind == "optimizer":
+            optimizer[rest] = tensor
+        else:
+            method, key = rest.split("/", 1)
+            methods[method][key] = tensor
+    best = None
+    if has_checkpoint(checkpoints / "best"):
+        found = read_checkpoint(checkpoints / "best")
+        best = Chosen(found.meta["candidate"], found.meta["epoch"], found.meta["score"], found.weights)
+    return TrainState(
+        epoch=last.meta["epoch"],
+        step=last.meta["step"],
+        weights=last.weights,
+        optimizer=optimizer,
+        methods=methods,
+        best=best,
+        history=tuple(record for record in history if record["epoch"] <= last.meta["epoch"]),
+    )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a whole checkpoint can be read under this name."""
+    return (folder / META).exists() or (_beside(folder, "old") / META).exists()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically and flushed; NaN and infinity are refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a temporary file beside it, flushed to disk, renamed over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, schema: str | None = None) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: missing, cut, not JSON, or of another schema.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: is this a run that has finished its first epoch?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from None
+    if not isinstance(value, dict) or (schema is not None and value.get("schema") != schema):
+        found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+        raise CheckpointError(f"{path} has schema {found!r}, not {schema!r}: it was written by something else")
+    return value
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint of the run") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,176 @@
+"""A run on disk: recipe.yaml, manifest.json, history.jsonl, checkpoints/, audit/, report.html.
+
+A folder that holds a run is never overwritten: it is resumed, or another is chosen. Every file is written whole or
+not at all; history gains a flushed line an epoch, before the checkpoint of that epoch, and resuming drops what is ahead
+of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustfair.checkpoint import (
+    Checkpoint,
+    has_checkpoint,
+    read_checkpoint,
+    read_json,
+    read_state,
+    write_json,
+    write_state,
+    write_text,
+)
+from robustfair.errors import CheckpointError, DivergedError, UnknownNameError
+from robustfair.models.build import build_model
+from robustfair.training.state import TrainState
+
+SCHEMA = "robustfair.run/1"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def audits(self) -> Path:
+        return self.path / "audit"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "manifest.json").exists()
+
+    def require_free(self) -> None:
+        """Raise CheckpointError unless the folder is absent or empty."""
+        if self.path.is_file():
+            raise CheckpointError(f"--out {self.path} is a file: name a folder that does not exist yet")
+        if self.path.exists() and any(self.path.iterdir()):
+            what = "already holds a run" if self.exists() else "is not empty"
+            resume = ", or --resume to go on with it" if self.exists() else ""
+            raise CheckpointError(f"--out {self.path} {what}: choose another folder{resume}")
+
+    def require_run(self) -> None:
+        """Raise CheckpointError unless a run was begun here."""
+        if not self.exists():
+            raise CheckpointError(f"{self.path} holds no run (no manifest.json): name the --out folder of a run")
+
+    def create(self, recipe: str, manifest: Mapping[str, Any]) -> None:
+        """Begin a run; the manifest comes last and marks the folder as one."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.recipe, recipe)
+        write_json(self.path / "manifest.json", {"schema": SCHEMA, **manifest})
+
+    def manifest(self) -> dict[str, Any]:
+        self.require_run()
+        return read_json(self.path / "manifest.json", SCHEMA)
+
+    def update_manifest(self, **values: object) -> None:
+        write_json(self.path / "manifest.json", self.manifest() | values)
+
+    def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
+        """One epoch to disk: its history line, then its checkpoints."""
+        with (self.path / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(state.history[-1], allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        write_state(self.checkpoints, state, meta)
+
+    def record_divergence(self, error: DivergedError) -> None:
+        """Keep what was known when the loss stopped being finite, in diverged.json."""
+        write_json(self.path / "diverged.json", error.report)
+        self.update_manifest(status="diverged")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The records of all epochs; a line that was cut by a kill is not one."""
+        path = self.path / "history.jsonl"
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def resume_state(self) -> TrainState | None:
+        """Where to go on: the last whole epoch, with history cut back to it; None before the first."""
+        self.require_run()
+        if not has_checkpoint(self.checkpoints / "last"):
+            write_text(self.path / "history.jsonl", "")
+            return None
+        state = read_state(self.checkpoints, self.history())
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in state.history)
+        write_text(self.path / "history.jsonl", lines)
+        return state
+
+    def available(self) -> list[str]:
+        """Names of the checkpoints that can be read."""
+        found = sorted(p.name for p in self.checkpoints.glob("[!.]*")) if self.checkpoints.exists() else []
+        return [name for name in found if has_checkpoint(self.checkpoints / name)]
+
+    def read(self, name: str | None = None) -> tuple[nn.Module, Checkpoint, str]:
+        """Rebuild a model of this run: "repaired" or "best" where there is one, else an export, else "last".
+
+        Returns:
+            The model in eval mode, its checkpoint, and the checkpoint's name.
+
+        Raises:
+            UnknownNameError: no checkpoint of that name.
+            CheckpointError: no run here, or the checkpoint is damaged.
+        """
+        self.require_run()
+        known = self.available()
+        if name is None:
+            exports = [found for found in known if found not in ("repaired", "best", "last")]
+            name = next(n for n in ("repaired", "best", *exports, "last") if n in known or n == "last")
+        elif name not in known:
+            raise UnknownNameError(f"checkpoint of {self.path}", name, known)
+        checkpoint = read_checkpoint(self.checkpoints / name)
+        model = build_model(checkpoint.meta["model"])
+        model.load_state_dict(dict(checkpoint.weights))
+        return model.eval(), checkpoint, name
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as JSON values."""
+    versions = {"python": platform.python_version()}
+    for package in ("robustfair", "torch", "numpy", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    hardware = {"system": platform.platform(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        hardware["gpu"] = torch.cuda.get_device_name()
+    return {"versions": versions, "hardware": hardware, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

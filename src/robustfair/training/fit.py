@@ -1,0 +1,372 @@
+"""The only training loop: data -> attack -> loss -> step, with every method acting through its hooks.
+
+A run is a function of its arguments and seed: every draw is keyed by (seed, epoch, step, purpose), and the library's
+own generators are the only ones it reads, save for layers such as dropout that use the global one, which is seeded
+anew at each epoch. So a run that stops at an epoch boundary goes on exactly, from the boundary's `TrainState` alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustfair import metrics
+from robustfair.attacks.pgd import pgd
+from robustfair.attacks.sweep import sweep
+from robustfair.config import Precision, Select, require
+from robustfair.data import ImageDataset
+from robustfair.data.augment import Augmentation, parse_augmentation
+from robustfair.data.loader import Loader, evaluation_batches
+from robustfair.data.split import stratified_split
+from robustfair.errors import ConfigError, DivergedError, ModelError
+from robustfair.methods.base import Method, Plan, compose
+from robustfair.models.head import check_outputs, head_norms
+from robustfair.objectives.base import AdversarialObjective, Objective
+from robustfair.training.precision import InPrecision
+from robustfair.training.run import Meter, TrainingRun, finite_or_none
+from robustfair.training.schedule import Schedule
+from robustfair.training.state import Chosen, TrainState
+from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, derive_seed
+
+SPLIT_SEED = 0
+"""One split for all runs, whatever their seed: methods are compared on the same images."""
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished run.
+
+    Attributes:
+        model: the given module, now with the selected weights (the last ones under `select="last"`), in eval mode.
+        state: the run at its end: last weights, exports, history.
+        chosen: which candidate of which epoch `model` is.
+    """
+
+    model: nn.Module
+    state: TrainState
+    chosen: Chosen
+
+    @property
+    def history(self) -> tuple[Mapping[str, Any], ...]:
+        """One record per epoch."""
+        return self.state.history
+
+
+def fit(
+    model: nn.Module,
+    train: ImageDataset,
+    objective: Objective,
+    *,
+    methods: Sequence[Method] = (),
+    schedule: Schedule | None = None,
+    seed: int = 0,
+    validation: float | ImageDataset = 0.02,
+    select: Select = "average+worst",
+    augment: Augmentation | None = None,
+    precision: Precision = "fp32",
+    device: str | torch.device = "cpu",
+    allow: frozenset[str] = frozenset(),
+    resume: TrainState | None = None,
+    save: Callable[[TrainState], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Fitted:
+    """Train `model` in place.
+
+    Args:
+        train: training images; the validation split is taken out of them.
+        validation: share of each class held out (the same images for every method and seed), a data set of its own,
+            or 0. Never the test set: selection does not see it.
+        select: which weights end up in the model: the last, or the candidate (raw weights or an export such as "ema")
+            and epoch of best validation average, worst class, or their sum; robust accuracy, clean for `standard`.
+        augment: None takes the data set's own.
+        precision: of forward and backward passes; weights and losses are float32 either way.
+        allow: claims that several methods may share.
+        resume: state of an earlier run with the same arguments; goes on from there.
+        save: called with the state after every epoch.
+        on_step: called with (epoch, step) after every step; must not wait for the device.
+
+    Raises:
+        ConflictError: methods that cannot act together, before any step.
+        ModelError: the model's output does not fit the classes.
+        DivergedError: a loss that is not finite; carries epoch, step and class state.
+    """
+    schedule = schedule or Schedule()
+    plan = compose(objective, methods, allow=allow)
+    device = torch.device(device)
+    train, held = _with_validation(train, validation, select)
+    train, held = train.to(device), None if held is None else held.to(device)
+    model.to(device)
+    if train.images.shape[1] >= 3:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    check_outputs(model, train.num_classes, next(evaluation_batches(train, 2)).x)
+    augmentation = parse_augmentation(train.augment) if augment is None else augment
+    training = _Training(
+        engine=InPrecision(model, precision, device.type),
+        plan=plan,
+        schedule=schedule,
+        loader=Loader(train, schedule.batch_size, augment=augmentation, seed=seed),
+        held=held,
+        select=select,
+        seed=seed,
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), training.frozen_rest():
+        training.begin(resume)
+        while training.run.epoch < schedule.epochs:
+            record = training.epoch(on_step)
+            training.boundary(record)
+            if save is not None:
+                save(training.state)
+    state = training.state
+    chosen = state.best or _last(state)
+    model.load_state_dict(dict(chosen.weights))
+    return Fitted(model.eval(), state, chosen)
+
+
+class _Training:
+    """One run of `fit`: what does not change, and `run`, `states`, `state`, which advance."""
+
+    def __init__(
+        self,
+        *,
+        engine: InPrecision,
+        plan: Plan,
+        schedule: Schedule,
+        loader: Loader,
+        held: ImageDataset | None,
+        select: Select,
+        seed: int,
+    ) -> None:
+        self.engine, self.plan, self.schedule, self.loader = engine, plan, schedule, loader
+        self.held, self.select, self.seed = held, select, seed
+        self.model = engine.model
+        self.device = loader.dataset.images.device
+        self.trainable = schedule.trainable(self.model)
+        self.optimizer = torch.optim.SGD(
+            list(self.trainable.values()),
+            lr=schedule.lr,
+            momentum=schedule.momentum,
+            weight_decay=schedule.weight_decay,
+            nesterov=schedule.nesterov,
+        )
+        self.run = TrainingRun(
+            model=self.model,
+            objective=plan.objective,
+            num_classes=loader.dataset.num_classes,
+            epochs=schedule.epochs,
+            measure=self.measure,
+            inputs=lambda: (batch.x for batch in loader.epoch(self.run.epoch)),
+        )
+        self.states: dict[str, State] = {}
+        self.state = TrainState(epoch=0, step=0, weights={}, optimizer={}, methods={})
+
+    def begin(self, resume: TrainState | None) -> None:
+        """First boundary of a new run, or the one where an earlier run stopped."""
+        if resume is None:
+            self.states = self.plan.at_epoch({}, self.run)
+            return
+        self.model.load_state_dict(dict(resume.weights))
+        for name, buffer in resume.optimizer.items():
+            self.optimizer.state[self.trainable[name]]["momentum_buffer"] = buffer.to(self.device).clone()
+        self.states = {name: _copied(state, self.device) for name, state in resume.methods.items()}
+        self.run.epoch, self.run.step, self.state = resume.epoch, resume.step, resume
+
+    def epoch(self, on_step: Callable[[int, int], None] | None) -> dict[str, Any]:
+        """One pass over the training images; returns its record.
+
+        Raises:
+            DivergedError: at the first loss that is not finite: at once on a CPU, at the end of the epoch on a device
+                that would have to be waited for.
+        """
+        run, schedule = self.run, self.schedule
+        torch.manual_seed(derive_seed(self.seed, run.epoch, "layers"))
+        _train_mode(self.model, self.trainable if schedule.only else None)
+        meter = Meter(run.num_classes, self.device)
+        started = time.perf_counter()
+        for step, batch in enumerate(self.loader.epoch(run.epoch)):
+            lr = schedule.lr_at(run.epoch, step, self.loader.steps_per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self._step(batch, meter, step)
+            if self.device.type == "cpu" and meter.first_bad_step() is not None:
+                break
+            if on_step is not None:
+                on_step(run.epoch, step)
+        bad = meter.first_bad_step()
+        if bad is not None:
+            report = {"epoch": run.epoch, "step": bad, "lr": lr, "per_class": meter.per_class()}
+            raise DivergedError(report | {"train": counts(meter.tally), "class_state": self._class_state()})
+        run.epoch += 1
+        run.train = meter.tally
+        seconds = time.perf_counter() - started
+        return {
+            "epoch": run.epoch,
+            "step": run.step,
+            "lr": lr,
+            "loss": meter.loss(),
+            "seconds": round(seconds, 3),
+            "images_per_second": round(len(self.loader.dataset) / seconds, 1),
+            "train": counts(meter.tally),
+            "per_class": meter.per_class(),
+        }
+
+    def _step(self, batch: Batch, meter: Meter, step: int) -> None:
+        """Attack, loss, gradient, update, ticks: the order in which every method finds its hook."""
+        plan, states, run = self.plan, self.states, self.run
+        attack = plan.attack(batch, states)
+        if attack is not None:
+            batch = replace(batch, x_adv=pgd(self.engine, batch.x, batch.y, attack, batch.rng("attack")))
+        batch = plan.examples(batch, states)
+
+        def loss_at(model: Model) -> Loss:
+            return plan.loss(self.engine if model is self.model else model, batch, states)
+
+        self.optimizer.zero_grad()
+        with plan.around_gradient(run, batch, loss_at, states):
+            loss = plan.loss(self.engine, batch, states)
+            total = loss.total()
+            total.backward()
+        self.optimizer.step()
+        run.step += 1
+        self.states = plan.after_step(states, batch, loss, run)
+        meter.add(batch, attack, loss, total, step)
+
+    def boundary(self, record: dict[str, Any]) -> None:
+        """Between two epochs: the methods' ticks, validation of every candidate, selection, and the new `state`."""
+        run = self.run
+        self.states = self.plan.at_epoch(self.states, run)
+        weights = _copied(self.model.state_dict(), self.device)
+        exports = self.plan.export(self.states, run)
+        measured = {}
+        if self.held is not None:
+            measured["model"] = run.validate()
+            for name, candidate in exports.items():
+                measured[name] = self._measure_at(candidate, weights)
+        record["validation"] = {name: counts(tallied) for name, tallied in measured.items()}
+        record["head_norms"] = _head_norms(self.model)
+        best = self.state.best
+        for name, tallied in measured.items() if self.select != "last" else ():
+            reached = score(tallied, self.select)
+            if best is None or reached > best.score:
+                best = Chosen(name, run.epoch, reached, ({"model": weights} | exports)[name])
+        self.state = TrainState(
+            epoch=run.epoch,
+            step=run.step,
+            weights=weights,
+            optimizer={name: buffer.clone() for name, buffer in self._momentum()},
+            methods={name: _copied(state, self.device) for name, state in self.states.items()},
+            exports=exports,
+            best=best,
+            history=(*self.state.history, record),
+        )
+
+    def measure(self) -> ClassTally:
+        """Clean and robust counts of the current weights on the validation split (PGD-10 at the objective's radius)."""
+        if self.held is None:
+            raise ConfigError("fit", "validation", allowed="a share of each class: a method measures on it", got=0)
+        objective = self.plan.objective
+        attack_on = objective.evaluation_attack if isinstance(objective, AdversarialObjective) else None
+        batches = evaluation_batches(self.held, EVALUATION_BATCH)
+        return sweep(self.engine, batches, self.run.num_classes, attack_on)
+
+    def _measure_at(self, candidate: StateDict, current: StateDict) -> ClassTally:
+        self.model.load_state_dict(dict(candidate))
+        try:
+            return self.measure()
+        finally:
+            self.model.load_state_dict(dict(current))
+
+    def _momentum(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.trainable.items():
+            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                yield name, buffer
+
+    def _class_state(self) -> dict[str, dict[str, list[float | None]]]:
+        """The per-class part of every method's state, for a report."""
+        return {
+            name: {key: finite_or_none(v) for key, v in state.items() if v.shape == (self.run.num_classes,)}
+            for name, state in self.states.items()
+        }
+
+    @contextmanager
+    def frozen_rest(self) -> Iterator[None]:
+        """Freeze the parameters that the schedule does not train."""
+        rest = [p for name, p in self.model.named_parameters() if name not in self.trainable and p.requires_grad]
+        for parameter in rest:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in rest:
+                parameter.requires_grad_(True)
+
+
+def score(tallied: ClassTally, select: Select) -> float:
+    """The selection statistic of one measurement: robust where attacked, else clean; classes without images ignored."""
+    hits = tallied.clean_pred_true if tallied.robust_pred_true is None else tallied.robust_pred_true
+    assert hits is not None
+    average, worst = metrics.average(hits), metrics.worst(metrics.class_accuracy(hits))
+    return float({"average": average, "worst": worst, "average+worst": average + worst, "last": 0.0}[select])
+
+
+def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
+    """A tally as JSON values per class: images, correct clean, correct attacked; None for a pass that was not made."""
+
+    def hits(counts_pred_true: Tensor | None) -> list[int] | None:
+        return None if counts_pred_true is None else counts_pred_true.diagonal().tolist()
+
+    return {
+        "count": tallied.count.tolist(),
+        "clean": hits(tallied.clean_pred_true),
+        "robust": hits(tallied.robust_pred_true),
+    }
+
+
+def _with_validation(
+    train: ImageDataset, validation: float | ImageDataset, select: Select
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and validation images."""
+    if isinstance(validation, ImageDataset):
+        return train, validation
+    if validation == 0:
+        needed = "a share of each class, or a data set"
+        require(
+            select == "last", "fit", "validation", allowed=needed, got=0, hint="Selection needs it: or select='last'"
+        )
+        return train, None
+    kept, held = stratified_split(train.labels, validation, seed=SPLIT_SEED)
+    return train.subset(kept), train.subset(held)
+
+
+def _train_mode(model: nn.Module, trained_only: Mapping[str, nn.Parameter] | None) -> None:
+    """Train mode; where only some parameters are trained, modules without any of them stay in eval mode."""
+    model.train()
+    if trained_only is not None:
+        trained = {id(parameter) for parameter in trained_only.values()}
+        for module in model.modules():
+            module.training = any(id(parameter) in trained for parameter in module.parameters())
+
+
+def _last(state: TrainState) -> Chosen:
+    """Without selection: the last weights, as the last method that exports any leaves them (an average), else raw."""
+    name, weights = [("model", state.weights), *state.exports.items()][-1]
+    return Chosen(name, state.epoch, float("nan"), weights)
+
+
+def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.detach().to(device, copy=True) for name, tensor in tensors.items()}
+
+
+def _head_norms(model: nn.Module) -> list[float] | None:
+    """Row norms of the head, None for a model without a linear one."""
+    try:
+        return head_norms(model).tolist()
+    except ModelError:
+        return None

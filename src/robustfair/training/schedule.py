@@ -1,0 +1,83 @@
+"""How long, how fast and in what batches: epochs, learning rate over time, SGD's constants."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from robustfair.config import require
+from robustfair.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """SGD with momentum under one of four learning-rate curves.
+
+    Attributes:
+        epochs: passes over the training images.
+        lr: largest learning rate.
+        kind: "multistep" as in the papers (times `gamma` at each milestone, whole epochs, 0-based), "cosine" to 0,
+            "one-cycle" (linear up over the first `warmup` part of the run, linear down to 0), or "constant"; the middle
+            two move every step.
+        milestones: fractions of the run (0.5, 0.75: epochs 100 and 150 of 200).
+        gamma: factor at a milestone.
+        warmup: share of the steps on which a one-cycle curve rises.
+        batch_size: images per step.
+        momentum, weight_decay, nesterov: of SGD; decay applies to every parameter, as in the papers' codes.
+        only: names of the parameters to train; everything else, batch norm included, stays as it is.
+    """
+
+    epochs: int = 200
+    lr: float = 0.1
+    kind: Literal["multistep", "cosine", "one-cycle", "constant"] = "multistep"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    warmup: float = 0.4
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field, least in (("epochs", 1), ("batch_size", 1), ("lr", 0), ("momentum", 0), ("weight_decay", 0)):
+            value = getattr(self, field)
+            require(math.isfinite(value) and value >= least, "schedule", field, allowed=f">= {least}", got=value)
+        inside = all(0 < milestone < 1 for milestone in self.milestones)
+        require(inside, "schedule", "milestones", allowed="fractions of the run in (0, 1)", got=self.milestones)
+        require(0 < self.warmup < 1, "schedule", "warmup", allowed="in (0, 1)", got=self.warmup)
+        no_momentum = self.nesterov and self.momentum == 0
+        require(not no_momentum, "schedule", "nesterov", allowed="false where momentum is 0", got=self.nesterov)
+
+    def lr_at(self, epoch: int, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of 0-based `step` within 0-based `epoch`.
+
+        >>> [Schedule(epochs=200).lr_at(epoch, 0, 1) for epoch in (99, 100, 149, 150)]
+        [0.1, 0.010000000000000002, 0.010000000000000002, 0.0010000000000000002]
+        """
+        if self.kind == "constant":
+            return self.lr
+        if self.kind == "multistep":
+            passed = sum(epoch >= milestone * self.epochs for milestone in self.milestones)
+            return self.lr * self.gamma**passed
+        progress = (epoch * steps_per_epoch + step + 1) / (self.epochs * steps_per_epoch)
+        if self.kind == "cosine":
+            before = progress - 1 / (self.epochs * steps_per_epoch)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * before))
+        return self.lr * min(progress / self.warmup, (1 - progress) / (1 - self.warmup))
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters to train by name.
+
+        Raises:
+            ConfigError: `only` names a parameter the model does not have.
+        """
+        parameters = dict(model.named_parameters())
+        for name in self.only:
+            if name not in parameters:
+                known = ", ".join(list(parameters)[-4:])
+                raise ConfigError("schedule", "only", allowed=f"names of parameters, such as {known}", got=name)
+        return {name: p for name, p in parameters.items() if (name in self.only if self.only else p.requires_grad)}

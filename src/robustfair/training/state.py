@@ -1,0 +1,54 @@
+"""What a training run is at an epoch boundary: all that must be saved for it to go on exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from robustfair.values import State, StateDict
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The candidate with the best score on the validation split so far.
+
+    Attributes:
+        candidate: "model" (the raw weights) or the name of an export, such as "ema".
+        epoch: epochs completed when it was measured.
+        score: of the selection rule, a fraction.
+        weights: its state dict.
+    """
+
+    candidate: str
+    epoch: int
+    score: float
+    weights: StateDict
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """A run after `epoch` completed epochs.
+
+    There is no random state: every draw is keyed by the seed and its position, so the number of the epoch is enough.
+
+    Attributes:
+        epoch, step: epochs and optimizer steps completed.
+        weights: state dict of the model.
+        optimizer: momentum buffers by parameter name.
+        methods: state of each method by its name.
+        exports: candidates exported at this boundary ("ema": its weights).
+        best: the selected candidate, None without selection.
+        history: one record per completed epoch.
+    """
+
+    epoch: int
+    step: int
+    weights: StateDict
+    optimizer: Mapping[str, Tensor]
+    methods: Mapping[str, State]
+    exports: Mapping[str, StateDict] = field(default_factory=dict)
+    best: Chosen | None = None
+    history: tuple[Mapping[str, Any], ...] = ()
