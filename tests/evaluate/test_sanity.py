@@ -1,0 +1,209 @@
+"""Findings on audits whose predictions are constructed, so that every case is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from robustfair.errors import DataError
+from robustfair.evaluate.audit import Audit
+from robustfair.evaluate.sanity import compare_findings, findings, paired_difference
+from robustfair.values import Threat
+
+SETTINGS = {
+    "clean": {},
+    "fgsm": {"goal": "cross-entropy", "steps": 1},
+    "pgd-20": {"goal": "cross-entropy", "steps": 20},
+    "pgd-50": {"goal": "cross-entropy", "steps": 50},
+    "cw-50(restarts=5)": {"goal": "margin", "steps": 50},
+}
+CW = "cw-50(restarts=5)"
+
+
+def made(
+    hits: dict[str, list[int]], *, per_class: int = 500, classes: int = 2, head_norms: list[float] | None = None
+) -> Audit:
+    """An audit with `hits[attack][c]` images right in class c: the first ones, so that attacks break nested sets."""
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    rank = torch.arange(per_class).repeat(classes)
+
+    def column(right: list[int]) -> Tensor:
+        return torch.where(rank < torch.tensor(right)[labels], labels, (labels + 1) % classes)
+
+    return Audit(
+        model="made",
+        data="made",
+        class_names=tuple(f"class {c}" for c in range(classes)),
+        index=torch.arange(len(labels)),
+        labels=labels,
+        predictions={attack: column(right) for attack, right in hits.items()},
+        settings={attack: SETTINGS[attack] for attack in hits},
+        threat=Threat(),
+        head_norms=head_norms,
+    )
+
+
+def codes(audit: Audit) -> list[tuple[str, str]]:
+    return [(finding.code, finding.severity) for finding in findings(audit)]
+
+
+def test_an_audit_without_fault_has_no_findings() -> None:
+    assert findings(made({"clean": [450, 450], "pgd-20": [250, 250], CW: [248, 248]})) == ()
+
+
+def test_a_flattered_figure_is_a_warning_with_its_numbers() -> None:
+    audit = made({"clean": [450, 450], "pgd-20": [260, 261], CW: [220, 220]})
+    (finding,) = findings(audit)
+    assert (finding.code, finding.severity) == ("flattered-attack", "warn")
+    assert "pgd-20 reports 52.1 %, cw-50(restarts=5) 44.0 %: 8.1 points" in finding.text
+    assert "flat" not in finding.text
+    assert CW in finding.advice
+
+
+def test_the_reason_is_given_only_where_head_norms_are_equal() -> None:
+    hits = {"clean": [450, 450], "pgd-20": [260, 261], CW: [220, 220]}
+    assert "flat logits flatter PGD" in findings(made(hits, head_norms=[1.0, 1.0]))[0].text
+    assert "flat logits" not in findings(made(hits, head_norms=[1.0, 1.2]))[0].text
+
+
+def test_a_few_points_are_a_note() -> None:
+    assert codes(made({"clean": [450, 450], "pgd-20": [260, 260], CW: [245, 245]})) == [("flattered-attack", "note")]
+
+
+def test_a_difference_that_chance_explains_is_no_finding() -> None:
+    assert codes(made({"clean": [45, 45], "pgd-20": [26, 26], CW: [25, 25]}, per_class=50)) == []
+
+
+def test_another_attack_on_cross_entropy_flatters_without_that_reason() -> None:
+    audit = made({"clean": [450, 450], "pgd-20": [300, 300], "pgd-50": [200, 200]}, head_norms=[1.0, 1.0])
+    flattered = next(finding for finding in findings(audit) if finding.code == "flattered-attack")
+    assert "pgd-50 40.0 %" in flattered.text
+    assert "flat logits" not in flattered.text
+
+
+def test_one_step_is_never_called_flattered() -> None:
+    assert codes(made({"clean": [450, 450], "fgsm": [400, 400], CW: [200, 200]})) == []
+
+
+def test_pgd_that_is_weaker_than_one_step_is_found() -> None:
+    found = findings(made({"clean": [450, 450], "pgd-20": [400, 400], "fgsm": [200, 200]}))
+    assert [finding.code for finding in found] == ["flattered-attack", "weak-attacks"]
+    assert "fgsm 40.0 %" in found[0].text
+
+
+@pytest.mark.parametrize(
+    ("classes", "right", "found"), [(2, 500, True), (2, 540, True), (2, 560, False), (10, 180, True), (10, 200, False)]
+)
+def test_clean_accuracy_near_chance_is_a_warning(classes: int, right: int, found: bool) -> None:
+    audit = made({"clean": [right] * classes, CW: [0] * classes}, per_class=1000, classes=classes)
+    assert codes(audit) == ([("clean-near-chance", "warn")] if found else [])
+
+
+def test_classes_with_few_or_no_images_are_named() -> None:
+    audit = made({"clean": [20, 20], CW: [10, 10]}, per_class=29)
+    labels = torch.where(audit.labels == 1, 0, audit.labels)
+    one = Audit(
+        model="one",
+        data="one",
+        class_names=("a", "b"),
+        index=audit.index,
+        labels=labels,
+        predictions={"clean": labels, CW: labels},
+        settings=SETTINGS,
+        threat=Threat(),
+    )
+    few, empty = findings(audit), findings(one)
+    assert [(finding.code, finding.severity) for finding in few] == [("few-images", "note")]
+    assert "class 0 and class 1" in few[0].text
+    assert [(finding.code, finding.severity) for finding in empty] == [("no-images", "warn")]
+    assert "No images of b" in empty[0].text
+
+
+def test_a_long_list_of_classes_is_cut_short() -> None:
+    audit = made({"clean": [3] * 9, CW: [2] * 9}, per_class=3, classes=9)
+    assert "class 4 and 4 more" in next(finding.text for finding in findings(audit) if finding.code == "few-images")
+
+
+@pytest.mark.parametrize("attacks", [("clean",), ("clean", "pgd-20"), ("clean", "fgsm", "pgd-20")])
+def test_an_audit_without_a_second_goal_is_noted(attacks: tuple[str, ...]) -> None:
+    audit = made({attack: [450, 450] for attack in attacks})
+    assert codes(audit) == [("weak-attacks", "note")]
+
+
+def test_warnings_come_first() -> None:
+    audit = made({"clean": [20, 20], "pgd-20": [20, 20], CW: [2, 2]}, per_class=25)
+    assert [finding.severity for finding in findings(audit)] == ["warn", "note"]
+
+
+# Before and after
+
+
+def test_a_gain_that_the_stronger_attack_denies_is_a_warning() -> None:
+    before = made({"clean": [450, 430], "pgd-20": [350, 150], CW: [320, 120]})
+    after = made({"clean": [450, 430], "pgd-20": [345, 240], CW: [300, 125]})
+    found = compare_findings(before, after)
+    assert [(finding.code, finding.severity) for finding in found] == [("unconfirmed-gain", "warn")] * 2
+    average, worst = (finding.text for finding in found)
+    assert "Average: pgd-20 gains 8.5 points (50.0 % to 58.5 %), cw-50(restarts=5) loses 1.5 points" in average
+    assert "Worst class: pgd-20 gains 18.0 points (30.0 % to 48.0 %), cw-50(restarts=5) gains 1.0 points" in worst
+    assert "17.0 points (95 % interval" in worst
+
+
+def test_a_gain_that_is_mostly_confirmed_is_a_note() -> None:
+    before = made({"clean": [450, 430], "pgd-20": [350, 150], CW: [320, 120]})
+    after = made({"clean": [450, 430], "pgd-20": [350, 240], CW: [320, 180]})
+    found = compare_findings(before, after)
+    assert {(finding.code, finding.severity) for finding in found} == {("unconfirmed-gain", "note")}
+
+
+def test_a_confirmed_gain_and_a_loss_are_no_findings() -> None:
+    before = made({"clean": [450, 430], "pgd-20": [350, 150], CW: [320, 120]})
+    after = made({"clean": [450, 430], "pgd-20": [350, 240], CW: [320, 210]})
+    assert compare_findings(before, after) == ()
+    assert compare_findings(after, before) == ()
+    assert compare_findings(before, before) == ()
+
+
+def test_a_small_audit_does_not_accuse() -> None:
+    before = made({"clean": [18, 17], "pgd-20": [14, 6], CW: [13, 5]}, per_class=20)
+    after = made({"clean": [18, 17], "pgd-20": [14, 7], CW: [13, 5]}, per_class=20)
+    assert compare_findings(before, after) == ()
+
+
+def test_gains_under_pgd_alone_are_noted_as_unchecked() -> None:
+    before, after = (made({"clean": [450, 430], "pgd-20": [350, right]}) for right in (150, 240))
+    (finding,) = compare_findings(before, after)
+    assert (finding.code, finding.severity) == ("gain-unchecked", "note")
+    assert compare_findings(made({"clean": [450, 430]}), made({"clean": [450, 440]})) == ()
+
+
+def test_audits_of_other_images_are_not_compared() -> None:
+    with pytest.raises(DataError, match="same images"):
+        compare_findings(made({"clean": [4, 4]}, per_class=5), made({"clean": [4, 4]}, per_class=6))
+
+
+def test_paired_difference_against_its_formula_and_its_coverage() -> None:
+    a, b = (
+        torch.tensor([True] * 30 + [False] * 70),
+        torch.tensor([True] * 10 + [False] * 10 + [True] * 5 + [False] * 75),
+    )
+    only_a, only_b = 15, 0
+    centre = (only_a - only_b) / 102
+    deviation = math.sqrt(((only_a + 0.5) + (only_b + 0.5)) / 102 - centre**2)
+    value, lower, upper = paired_difference(a, b)
+    assert value == pytest.approx(0.15)
+    assert (lower, upper) == pytest.approx(
+        (centre - 1.96 * deviation / math.sqrt(102), centre + 1.96 * deviation / math.sqrt(102)), abs=1e-4
+    )
+
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        cell = torch.from_numpy(rng.choice(4, size=120, p=[0.5, 0.12, 0.04, 0.34]))
+        _, lower, upper = paired_difference(cell <= 1, (cell == 0) | (cell == 2))
+        covered += lower <= 0.08 <= upper
+    assert 0.92 < covered / 400 < 0.98
