@@ -1,1 +1,59 @@
-"""robustfair: train, repair and audit image classifiers that stay robust in every class."""
+"""robustfair: train, audit and repair image classifiers that stay robust in every class.
+
+    import robustfair as rf
+    data = rf.load_dataset("digits")
+    model = rf.create_model("small-cnn", in_channels=1)
+    run = rf.fit(model, data.train, rf.PGDAT(eps=0.2), schedule=rf.Schedule(epochs=40))
+    audit = rf.audit(run.model, data.test, attacks=["clean", "pgd-20"], eps=0.2)
+    fixed = rf.repair(run.model, "hwnwb")
+
+Names are imported on first use, so that `import robustfair` does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Audit": "robustfair.evaluate.audit",
+    "CCM": "robustfair.methods.cfa",
+    "CCR": "robustfair.methods.cfa",
+    "CropFlip": "robustfair.data.augment",
+    "EMA": "robustfair.methods.averaging",
+    "Fitted": "robustfair.training.fit",
+    "HWNwB": "robustfair.repairs.head_norm",
+    "ImageDataset": "robustfair.data.datasets",
+    "Method": "robustfair.methods.base",
+    "Objective": "robustfair.objectives.base",
+    "PGDAT": "robustfair.objectives.at",
+    "RobustFairError": "robustfair.errors",
+    "Schedule": "robustfair.training.schedule",
+    "Splits": "robustfair.data.datasets",
+    "Standard": "robustfair.objectives.standard",
+    "Trades": "robustfair.objectives.trades",
+    "audit": "robustfair.evaluate.audit",
+    "compose": "robustfair.methods.base",
+    "create_model": "robustfair.models.build",
+    "find_head": "robustfair.models.head",
+    "fit": "robustfair.training.fit",
+    "load_audit": "robustfair.evaluate.audit",
+    "load_dataset": "robustfair.data.datasets",
+    "load_weights": "robustfair.models.weights",
+    "pgd": "robustfair.attacks.pgd",
+    "repair": "robustfair.repairs.base",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'robustfair' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -74,6 +74,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     spare = _beside(folder, "old")
     if not (folder / META).exists() and spare.exists():
         folder = spare
+    if not folder.exists():
+        raise CheckpointError(f"checkpoint {folder} does not exist: has the run finished its first epoch?")
     meta = read_json(folder / META, SCHEMA)
     for name, expected in meta["files"].items():
         path = folder / name
@@ -174,7 +176,7 @@ def read_json(path: Path, schema: str | None = None) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: is this a run that has finished its first epoch?") from None
+        raise CheckpointError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from None
     if not isinstance(value, dict) or (schema is not None and value.get("schema") != schema):

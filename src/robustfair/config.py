@@ -42,7 +42,7 @@ class Term:
 _TOKEN = re.compile(r"\s*(?:(?P<text>\"[^\"]*\"|'[^']*')|(?P<word>[^\s()+,=\"']+)|(?P<mark>[()+,=]))")
 
 
-def parse_composition(text: str) -> list[Term]:
+def parse_composition(text: str, example: str = "trades(beta=6) + ccm") -> list[Term]:
     """Read `"trades(beta=6) + ccm(lam=0.3) + ema"` into its terms.
 
     >>> [str(term) for term in parse_composition("TRADES(beta=6, eps=8/255) + ccm")]
@@ -56,9 +56,7 @@ def parse_composition(text: str) -> list[Term]:
 
     def fail(expected: str) -> RecipeError:
         place = tokens[at][1] if at < len(tokens) else len(text)
-        return RecipeError(
-            f"cannot read {text!r} at position {place + 1}: expected {expected}, like 'trades(beta=6) + ccm'"
-        )
+        return RecipeError(f"cannot read {text!r} at position {place + 1}: expected {expected}, like {example!r}")
 
     def take(kinds: str, expected: str) -> str:
         nonlocal at
@@ -224,7 +222,8 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
         values["norm"] = parse_norm(values["norm"])
     for key in ("eps", "step_size"):
         if values.get(key) is not None:
-            values[key] = parse_eps(values[key], norm=str(values.get("norm", "linf")), owner=owner, field=key)
+            norm = str(values.get("norm", "l2" if key == "step_size" and "norm" not in known else "linf"))
+            values[key] = parse_eps(values[key], norm=norm, owner=owner, field=key)
     types = get_type_hints(cls)
     for key, value in values.items():
         try:

@@ -193,7 +193,7 @@ def list_attacks() -> list[tuple[str, str]]:
 
 
 def _parse_one(text: str) -> NamedAttack:
-    terms = parse_composition(text)
+    terms = parse_composition(text, example="cw-50(restarts=5)")
     if len(terms) != 1:
         raise RecipeError(f"cannot read {text!r}: attacks are separated by commas, like 'clean,pgd-20'")
     term = terms[0]

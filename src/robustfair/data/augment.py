@@ -130,7 +130,9 @@ AUGMENTATIONS: Mapping[str, Augmentation] = {
     "none": Identity(),
     "crop": CropFlip(flip=False),
     "crop-flip": CropFlip(),
+    "crop-flip-zero": CropFlip(pad_mode="zero"),
 }
+"""By name. `crop-flip` pads by reflection, as Rice et al. and CFA do; TRADES, MART and FAT pad with zeros."""
 
 
 def parse_augmentation(text: str) -> Augmentation:

@@ -27,12 +27,12 @@ class Repair(Protocol):
         ...
 
 
-def apply_repair(model: nn.Module, repair: str | Repair, *, example: Tensor | None = None) -> nn.Module:
+def repair(model: nn.Module, method: str | Repair = "hwnwb", *, example: Tensor | None = None) -> nn.Module:
     """Repair `model` with a repair, or with the registered one of that name in its defaults.
 
     Raises:
         UnknownNameError: no repair of that name.
         ModelError: the model has no head that can be edited.
     """
-    chosen: Repair = REPAIRS.get(repair)() if isinstance(repair, str) else repair
+    chosen: Repair = REPAIRS.get(method)() if isinstance(method, str) else method
     return chosen(model, example=example)

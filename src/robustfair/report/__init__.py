@@ -1,0 +1,1 @@
+"""Audits for people: console tables, figures, and one offline HTML page."""

@@ -1,0 +1,417 @@
+"""The command line: thin commands over the library. Results on stdout, progress on stderr; exit 0, 1 failed, 2 misuse.
+
+torch is imported inside the commands, so that `--help` and mistyped commands answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import typing
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from robustfair.errors import DivergedError, RecipeError, RobustFairError
+from robustfair.recipe import Recipe, read_recipe
+
+app = App(
+    name="robustfair",
+    help="Train, audit and repair image classifiers that stay robust in every class.",
+    help_format="plaintext",
+    version_flags=["--version"],
+)
+
+
+def _recipe_flags() -> type:
+    """A dataclass with one optional flag per recipe key: only what the user gives overrides a recipe."""
+    hints = typing.get_type_hints(Recipe, include_extras=True)
+    fields = []
+    for field in dataclasses.fields(Recipe):
+        if field.name == "train":
+            continue
+        hint, about = typing.get_args(hints[field.name])
+        if field.default not in (None, dataclasses.MISSING, ()):
+            about += f" Default: {field.default}."
+        names = ("--step-size", "--alpha") if field.name == "step_size" else None
+        flag = Parameter(name=names, help=about, negative=())
+        text_first = str if field.name in ("eps", "step_size") else hint
+        fields.append((field.name, Annotated[text_first | None, flag], dataclasses.field(default=None)))
+    # cyclopts reads no fields of a class that claims to come from the standard library, as a made one does.
+    return dataclasses.make_dataclass("RecipeFlags", fields, kw_only=True, namespace={"__module__": __name__})
+
+
+RecipeFlags = _recipe_flags()
+NO_FLAGS = RecipeFlags()
+
+
+@app.command
+def train(
+    recipe: str | None = None,
+    /,
+    *,
+    out: Path,
+    resume: Annotated[bool, Parameter(negative=())] = False,
+    quiet: Annotated[bool, Parameter(negative=())] = False,
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    flags: Annotated[RecipeFlags, Parameter(name="*")] = NO_FLAGS,  # type: ignore[valid-type]
+) -> int:
+    """Train a model into a run folder.
+
+    Parameters
+    ----------
+    recipe
+        Composition such as "trades(beta=6) + ccm + ema", the name of a shipped recipe, or a YAML file. May be left out
+        with --resume.
+    out
+        Folder of the run; must be new, unless --resume.
+    resume
+        Go on with the run in --out where it stopped.
+    quiet
+        No progress bar.
+    json_
+        Print the result as JSON.
+    """
+    from robustfair.progress import TrainingProgress
+    from robustfair.rundir import RunFolder
+    from robustfair.runner import train as run_recipe
+
+    folder = RunFolder(out)
+    given = {key: value for key, value in vars(flags).items() if value is not None}
+    if recipe is None:
+        if not resume:
+            raise RecipeError('train: name a composition, such as robustfair train "trades + ccm" --data cifar10')
+        folder.require_run()
+        recipe = str(folder.recipe)
+    resolved = read_recipe(recipe, given)
+    with TrainingProgress(quiet=quiet) as progress:
+        fitted = run_recipe(
+            resolved,
+            out,
+            resume=resume,
+            on_start=progress.start,
+            on_step=progress.step,
+            on_epoch=progress.epoch,
+        )
+    chosen = fitted.chosen
+    if json_:
+        result = {"out": str(out), "candidate": chosen.candidate, "epoch": chosen.epoch, "epochs": fitted.state.epoch}
+        print(json.dumps(result))
+    else:
+        print(f"{out}: {fitted.state.epoch} epochs; the model is '{chosen.candidate}' of epoch {chosen.epoch}")
+        print(f"next: robustfair audit {out} --attacks clean,pgd-20,cw-20")
+    return 0
+
+
+@app.command
+def audit(
+    target: str,
+    /,
+    *,
+    attacks: str = "clean,pgd-20",
+    data: str | None = None,
+    eps: str | None = None,
+    norm: str | None = None,
+    step_size: Annotated[str | None, Parameter(name=["--step-size", "--alpha"])] = None,
+    checkpoint: str | None = None,
+    arch: str | None = None,
+    weights: str | None = None,
+    width: int | None = None,
+    image_size: int | None = None,
+    limit_per_class: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    precision: str = "fp32",
+    device: str = "auto",
+    baseline: Path | None = None,
+    out: Path | None = None,
+    report: Path | None = None,
+    quiet: Annotated[bool, Parameter(negative=())] = False,
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> int:
+    """Audit a model class by class under attacks, on the test images.
+
+    Parameters
+    ----------
+    target
+        A run folder; a weight file with --arch; or package.module:factory.
+    attacks
+        Comma-separated: clean, fgsm, pgd-K, cw-K, each with options, such as cw-50(restarts=5).
+    data
+        Name or path of the images; a run's own if not given.
+    eps
+        Radius in pixel units, like 8/255; a run's own if not given, else 8/255.
+    norm
+        linf or l2; a run's own if not given.
+    step_size
+        Length of an attack step; eps/4 under linf if not given.
+    checkpoint
+        Of a run: best, last, ema, ...
+    arch
+        Architecture of a weight file.
+    weights
+        Weight file for a factory's model.
+    width
+        Width of the architecture of a weight file.
+    image_size
+        Resize images to squares of this side.
+    limit_per_class
+        Only the first N test images of each class.
+    batch_size
+        Images per batch.
+    seed
+        Of the attacks' random starts.
+    precision
+        fp32 or bf16.
+    device
+        cpu, cuda, or auto.
+    baseline
+        Audit JSON of another model on the same images, shown side by side.
+    out
+        Folder for the audit's JSON and npz; inside the run folder if not given.
+    report
+        Path of the HTML report; report.html in the run folder if not given.
+    quiet
+        No progress bar.
+    json_
+        Print the audit as JSON.
+    """
+    from robustfair.evaluate.audit import load_audit
+    from robustfair.loading import load_target
+    from robustfair.workflows import AuditRequest, audit_lines, audit_target, before_after_lines, write_outputs
+
+    request = AuditRequest(
+        attacks=attacks,
+        data=data,
+        eps=eps,
+        norm=norm,
+        step_size=step_size,
+        image_size=image_size,
+        limit_per_class=limit_per_class,
+        batch_size=batch_size,
+        seed=seed,
+        precision=precision,
+        device=device,
+    )
+    before = None if baseline is None else load_audit(baseline)
+    images = None if data is None else request.images()
+    found = load_target(
+        target,
+        checkpoint=checkpoint,
+        arch=arch,
+        weights=weights,
+        width=width,
+        num_classes=images.num_classes if images else None,
+        in_channels=images.images.shape[1] if images else None,
+    )
+    result = audit_target(found, request, quiet=quiet)
+    written = write_outputs(found, result, baseline=before, out=out, report=report)
+    if json_:
+        print(json.dumps(result.to_dict(), allow_nan=False))
+        return 0
+    shown = audit_lines(result, _width()) if before is None else before_after_lines(before, result, _width())
+    print(*shown, *(f"wrote {path}" for path in written), sep="\n")
+    return 0
+
+
+@app.command
+def repair(
+    target: str,
+    /,
+    *,
+    out: Path,
+    method: str = "hwnwb",
+    checkpoint: str | None = None,
+    attacks: str | None = None,
+    data: str | None = None,
+    eps: str | None = None,
+    norm: str | None = None,
+    limit_per_class: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    quiet: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Repair a trained run into a new run folder, without touching the old one.
+
+    Parameters
+    ----------
+    target
+        Folder of a trained run.
+    out
+        Folder of the repaired run; must be new.
+    method
+        The repair, such as hwnwb or "hwnwb(target_norm=mean)".
+    checkpoint
+        Which weights of the run to repair; its selected ones if not given.
+    attacks
+        Audit before and after under these attacks and show both class by class.
+    data
+        Images of that audit; the run's own if not given.
+    eps
+        Radius of that audit; the run's own if not given.
+    norm
+        Norm of that audit; the run's own if not given.
+    limit_per_class
+        Only the first N test images of each class.
+    batch_size
+        Images per batch of that audit.
+    device
+        cpu, cuda, or auto.
+    quiet
+        No progress bar.
+    """
+    from robustfair.workflows import AuditRequest, audit_target, before_after_lines, repair_run, write_outputs
+
+    before, after, text = repair_run(target, method, out, checkpoint)
+    print(text)
+    if attacks is None:
+        print(f"next: robustfair repair {target} --method {method} --out NEW --attacks clean,pgd-20,cw-50(restarts=5)")
+        return 0
+    request = AuditRequest(
+        attacks=attacks,
+        data=data,
+        eps=eps,
+        norm=norm,
+        limit_per_class=limit_per_class,
+        batch_size=batch_size,
+        device=device,
+    )
+    first = audit_target(before, request, quiet=quiet)
+    second = audit_target(after, request, quiet=quiet)
+    written = [*write_outputs(before, first, html=False), *write_outputs(after, second, baseline=first)]
+    print(*before_after_lines(first, second, _width()), *(f"wrote {path}" for path in written), sep="\n")
+    return 0
+
+
+@app.command
+def explain(
+    composition: str,
+    /,
+    *,
+    allow: Annotated[list[str] | None, Parameter(negative=())] = None,
+    epochs: int | None = None,
+) -> int:
+    """Say what a composition computes and which method edits what; runs nothing, exits 2 on a clash.
+
+    Parameters
+    ----------
+    composition
+        Such as "trades(beta=6) + ccm + ccr", or the name of a shipped recipe.
+    allow
+        Claims that several methods may share.
+    epochs
+        Length of the run, to say which methods would not act in it.
+    """
+    from robustfair.report.explain import explain_plan
+    from robustfair.runner import plan_of
+
+    print(explain_plan(plan_of(composition, allow or ()), epochs))
+    return 0
+
+
+@app.command(name="list")
+def list_(kind: str, /, *, json_: Annotated[bool, Parameter(name="--json", negative=())] = False) -> int:
+    """List what can be named: recipes, objectives, methods, models, datasets, attacks or repairs.
+
+    Parameters
+    ----------
+    kind
+        One of these words.
+    json_
+        Print JSON.
+    """
+    from robustfair.listing import listing
+
+    entries = listing(kind)
+    if json_:
+        print(json.dumps(dict(entries)))
+        return 0
+    width = max(len(name) for name, _ in entries)
+    for name, text in entries:
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+@app.command
+def demo(
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    epochs: int | None = None,
+    quiet: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Train, audit, repair and report on embedded images, in about a minute on a CPU.
+
+    Parameters
+    ----------
+    out
+        Folder for the two runs; the first free one of runs/demo, runs/demo-2, ... if not given.
+    seed
+        Of the run.
+    epochs
+        Shorter or longer than the recipe's.
+    quiet
+        No progress bar.
+    """
+    from robustfair.workflows import run_demo
+
+    for line in run_demo(out, seed, epochs, quiet=quiet, width=_width()):
+        print(line)
+    return 0
+
+
+def _width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none and lines may be as long as they are."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: run a command and turn every error that a user caused into one line and an exit code."""
+    with warnings.catch_warnings():
+        _show_warnings_as_lines()
+        try:
+            result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+        except cyclopts.CycloptsError as error:
+            return _fail(_one_line(str(error)), 2)
+        except DivergedError as error:
+            return _fail(str(error), 1)
+        except RobustFairError as error:
+            return _fail(_one_line(str(error)), 2)
+        except KeyboardInterrupt:
+            return _fail("interrupted; a training run goes on with --resume", 130)
+        except BrokenPipeError:
+            return 141
+    return result if isinstance(result, int) else 0
+
+
+def _show_warnings_as_lines() -> None:
+    """Our warnings as one line each on stderr, at every place once; others as Python has them."""
+    from robustfair.config import RobustFairWarning
+
+    plain = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, RobustFairWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            plain(message, category, *rest)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"robustfair: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""What can be named: one line per entry of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from robustfair.attacks.named import list_attacks
+from robustfair.data import CATALOG
+from robustfair.errors import UnknownNameError
+from robustfair.recipe import read_recipe, shipped_recipes
+from robustfair.registry import METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
+from robustfair.report.explain import summary
+
+
+def listing(kind: str) -> list[tuple[str, str]]:
+    """(name, what it is) of every entry.
+
+    Args:
+        kind: recipes, objectives, methods, models, datasets, attacks or repairs.
+
+    Raises:
+        UnknownNameError: another word.
+    """
+    kinds: dict[str, Callable[[], list[tuple[str, str]]]] = {
+        "recipes": _recipes,
+        "objectives": lambda: _registered(OBJECTIVES),
+        "methods": lambda: _registered(METHODS),
+        "models": lambda: [*_registered(MODELS), ("wrn-D-W", "WideResNet of depth D = 6 n + 4 and width W")],
+        "datasets": lambda: [(name, entry.summary) for name, entry in sorted(CATALOG.items())],
+        "attacks": list_attacks,
+        "repairs": lambda: _registered(REPAIRS),
+    }
+    if canonical(kind) not in kinds:
+        raise UnknownNameError("kind of entry", kind, kinds)
+    return kinds[canonical(kind)]()
+
+
+def _registered(registry: Registry) -> list[tuple[str, str]]:
+    return [(name, summary(registry.get(name))) for name in registry]
+
+
+def _recipes() -> list[tuple[str, str]]:
+    found = []
+    for name in shipped_recipes():
+        recipe = read_recipe(name, {"data": "digits"})
+        found.append((name, f"{recipe.train}, {recipe.model}, {recipe.epochs} epochs"))
+    return found

@@ -1,0 +1,136 @@
+"""Recipes: everything a training run depends on, as data. A flag of the command line is a key of the recipe.
+
+A recipe is a composition string plus keys, or a YAML file with the same keys (`recipes/` ships some). Reading is
+strict: an unknown key shows the nearest one, and everything is checked and built before a folder or a step is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from robustfair.config import Norm, Precision, Select, build, format_value
+from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+
+SCHEMA = "robustfair.recipe/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run, resolved: reading its YAML back repeats it. `robustfair train --help` tells each key."""
+
+    train: Annotated[str, "Composition of an objective and methods."]
+    data: Annotated[str, "Name of a data set, or a path to images."]
+    image_size: Annotated[int | None, "Resize images to squares of this side."] = None
+    limit_per_class: Annotated[int | None, "Train on the first N images of each class only."] = None
+    model: Annotated[str, "Architecture by name."] = "preact-resnet18"
+    width: Annotated[int | None, "Width of the architecture; its own if not given."] = None
+    norm: Annotated[Norm, "Norm of the attack: linf or l2."] = "linf"
+    eps: Annotated[float | None, "Radius of the attack in pixel units, like 8/255 (the objective's default)."] = None
+    step_size: Annotated[float | None, "Length of one attack step; eps/4 under linf if not given. Alias: --alpha."] = (
+        None
+    )
+    steps: Annotated[int | None, "Steps of the training attack; 10 if not given."] = None
+    epochs: Annotated[int, "Passes over the training images."] = 200
+    batch_size: Annotated[int, "Images per step."] = 128
+    lr: Annotated[float, "Largest learning rate."] = 0.1
+    schedule: Annotated[Literal["multistep", "cosine", "one-cycle", "constant"], "Learning rate over time."] = (
+        "multistep"
+    )
+    milestones: Annotated[tuple[float, ...], "Parts of the run after which a multistep rate drops."] = (0.5, 0.75)
+    gamma: Annotated[float, "Factor of a multistep drop."] = 0.1
+    warmup: Annotated[float, "Part of the run on which a one-cycle rate rises."] = 0.4
+    momentum: Annotated[float, "Momentum of SGD."] = 0.9
+    weight_decay: Annotated[float, "Weight decay of SGD."] = 5e-4
+    nesterov: Annotated[bool, "Nesterov momentum."] = False
+    seed: Annotated[int, "Seed of everything random but the validation split, which all runs share."] = 0
+    validation: Annotated[float, "Share of each class held out of training for validation; 0 for none."] = 0.02
+    select: Annotated[Select, "What picks the final weights on validation: see 'explain'; 'last' for none."] = (
+        "average+worst"
+    )
+    augment: Annotated[str | None, "none, crop or crop-flip; the data set's own if not given."] = None
+    precision: Annotated[Precision, "Of forward and backward passes: fp32 or bf16."] = "fp32"
+    device: Annotated[str, "cpu, cuda, or auto."] = "auto"
+    allow: Annotated[tuple[str, ...], "Claims that several methods may share, such as attack.eps."] = ()
+    repair: Annotated[str | None, "Repair of the final weights after training, such as hwnwb."] = None
+
+    def __post_init__(self) -> None:
+        if self.limit_per_class is not None and self.limit_per_class < 1:
+            raise ConfigError("recipe", "limit_per_class", allowed=">= 1", got=self.limit_per_class)
+
+    def values(self) -> dict[str, Any]:
+        """Keys and values, as a YAML file has them: lists for tuples, radii as fractions of 255 where they are."""
+        values = dataclasses.asdict(self)
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                values[name] = list(value)
+            elif name in ("eps", "step_size") and value is not None:
+                values[name] = format_value(value)
+        return values
+
+    def to_yaml(self) -> str:
+        """YAML that reads back as this recipe."""
+        return yaml.safe_dump({"schema": SCHEMA, **self.values()}, sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
+    """A recipe from a composition string, a shipped recipe's name or a YAML file, with keys overridden.
+
+    Raises:
+        RecipeError: the file is not a recipe, or no data set is named.
+        UnknownNameError: an unknown key or name; shows the nearest.
+        ConfigError: a value that is not allowed.
+    """
+    shipped = shipped_recipes()
+    if what in shipped:
+        values = _from_yaml(shipped[what].read_text(encoding="utf-8"), f"recipe {what}")
+    elif what.endswith((".yaml", ".yml")):
+        path = Path(what)
+        if not path.is_file():
+            raise RecipeError(f"recipe {what} does not exist: give a YAML file or a composition such as 'trades + ccm'")
+        values = _from_yaml(path.read_text(encoding="utf-8"), f"recipe {what}")
+    elif "/" in what.split("(")[0]:
+        raise UnknownNameError("recipe", what, shipped)
+    else:
+        values = {"train": what}
+    values |= overrides
+    if "data" not in values:
+        raise RecipeError("recipe: data is missing: add --data with a name (cifar10, digits, ...) or a path")
+    return build(Recipe, values, owner="recipe")
+
+
+def shipped_recipes() -> dict[str, Any]:
+    """Name -> resource of every recipe in the package."""
+    root = resources.files("robustfair") / "recipes"
+
+    def walk(folder: Any, prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                found |= walk(entry, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".yaml"):
+                found[prefix + entry.name.removesuffix(".yaml")] = entry
+        return found
+
+    return dict(sorted(walk(root, "").items()))
+
+
+def _from_yaml(text: str, owner: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        at = f" at line {place.line + 1}" if place else ""
+        raise RecipeError(f"{owner} is not YAML{at}: compare it with 'robustfair list recipes'") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{owner} holds no keys: it needs at least 'train' and 'data'")
+    schema = values.pop("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise RecipeError(f"{owner}: schema must be {SCHEMA!r}, got {schema!r}")
+    return values

@@ -1,0 +1,47 @@
+"""A composition in words: who edits what, in which hook, and what will not act."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from robustfair.config import format_value
+from robustfair.methods.base import Plan
+from robustfair.objectives.base import AdversarialObjective
+
+
+def explain_plan(plan: Plan, epochs: int | None = None) -> str:
+    """Several lines of text: the objective with its attack and terms, each method with hooks, claims and settings.
+
+    Args:
+        epochs: length of the run, to name the methods that would not act in it.
+    """
+    objective = plan.objective
+    lines = [f"{objective.name}: {summary(type(objective))}", f"  {_settings(objective)}"]
+    if isinstance(objective, AdversarialObjective):
+        lines.append(f"  attack: {objective.steps} steps of {format_value(objective.step)} in {objective.norm}")
+    lines.append(f"  loss terms: {', '.join(sorted(objective.terms))}")
+    for method in plan.methods:
+        lines += [
+            f"{method.name}: {summary(type(method))}",
+            f"  {_settings(method)}",
+            f"  acts in: {', '.join(method.hooks())}",
+            f"  sets: {', '.join(sorted(method.claims)) or 'nothing'}",
+        ]
+        remark = None if epochs is None else method.remark(epochs)
+        if remark:
+            lines.append(f"  note: {remark}")
+    if plan.allow:
+        lines.append(f"shared by permission, applied in list order: {', '.join(sorted(plan.allow))}")
+    return "\n".join(lines)
+
+
+def summary(entry: Any) -> str:
+    """First sentence of an entry's docstring."""
+    text = " ".join((entry.__doc__ or "").split())
+    return text.split(". ")[0].rstrip(".")
+
+
+def _settings(config: Any) -> str:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return ", ".join(f"{name}={format_value(value)}" for name, value in values.items()) or "no settings"

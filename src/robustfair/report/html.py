@@ -1,0 +1,667 @@
+"""The report: one HTML file that reads offline, on a telephone, on paper and in the dark.
+
+The page forbids itself every request (its content security policy names no source), and all of it is readable without
+the script, which only re-orders the class table. This module turns an audit into finished words and drawings; the order
+of the page is in `templates/report.html.j2`, its looks in `templates/report.css`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from markupsafe import Markup
+
+from robustfair import metrics
+from robustfair.checkpoint import write_text
+from robustfair.config import format_eps
+from robustfair.errors import ConfigError
+from robustfair.evaluate.audit import CLEAN, Audit
+from robustfair.evaluate.sanity import compare_findings, findings
+from robustfair.report import figures
+from robustfair.report.figures import Bar, Curve
+from robustfair.report.table import (
+    Change,
+    ClassRate,
+    change_of_average,
+    changes,
+    check_comparable,
+    class_rates,
+    percent,
+    points,
+    shown_attacks,
+    span,
+    threat_words,
+)
+
+METRIC_NAMES = {
+    "average": ("Average accuracy, %", "percent"),
+    "class_mean": ("Mean over classes, %", "percent"),
+    "worst": ("Worst class, %", "percent"),
+    "worst_class": ("Worst class is", "class"),
+    "worst_5pct": ("Mean of the worst 5 % of classes, %", "percent"),
+    "worst_10pct": ("Mean of the worst 10 % of classes, %", "percent"),
+    "best": ("Best class, %", "percent"),
+    "best_class": ("Best class is", "class"),
+    "range": ("Range, best - worst, points", "percent"),
+    "std": ("Standard deviation of classes, points", "percent"),
+    "nsd": ("Standard deviation / mean", "number"),
+    "spectral_norm": ("Spectral norm of the error matrix", "number"),
+    "l1_norm": ("Largest column sum of the error matrix", "number"),
+    "head_norm_ratio": ("Head norms, largest / smallest", "number"),
+    "head_norm_correlation": ("Correlation of head norm and accuracy", "number"),
+}
+"""How a scalar of `Audit.summary` is called and printed; one that is not listed is printed under its own name."""
+
+VECTOR_NAMES = {
+    "natural_error": "Natural error",
+    "boundary_error": "Boundary error",
+    "cfns": "Share of all errors, as true class",
+    "cfps": "Share of all errors, as prediction",
+    "one_vs_rest_accuracy": "One-vs-rest accuracy",
+}
+
+SEVERITIES = {"warn": "Warning", "note": "Note"}
+
+PAIRS = 10
+"""Rows of the table of the largest errors."""
+
+
+def write_report(
+    path: Path | str,
+    audit: Audit,
+    *,
+    baseline: Audit | None = None,
+    history: Sequence[Mapping[str, Any]] | None = None,
+    title: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the report of an audit, whole or not at all; an earlier file of that name is replaced.
+
+    Args:
+        baseline: the audit before a repair, over the same classes: every rate is then shown before and after.
+        history: records of a training run, one an epoch, as `fit` leaves them.
+        title: heading; None names the model.
+        recipe: what the model was made from, printed as YAML.
+
+    Raises:
+        ConfigError: `path` is a folder.
+        DataError: the baseline is over other classes.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError("report", "path", allowed="a file name", got=str(path), hint=f"Try {path / 'report.html'}.")
+    page = render_report(audit, baseline=baseline, history=history, title=title, recipe=recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    return path
+
+
+def render_report(
+    audit: Audit,
+    *,
+    baseline: Audit | None = None,
+    history: Sequence[Mapping[str, Any]] | None = None,
+    title: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> str:
+    """The page as text; arguments as for `write_report`. The same audit gives the same page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    if baseline is not None:
+        check_comparable(baseline, audit)
+    environment = Environment(
+        loader=PackageLoader("robustfair.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = breakable
+    attacks = shown_attacks(audit)
+    before = _shared(baseline, attacks)
+    script = _asset("report.js")
+    page = environment.get_template("report.html.j2").render(
+        title=title or f"Robustness by class: {audit.model}",
+        lead=_lead(audit, baseline),
+        facts=_facts(audit, baseline),
+        findings=_findings(audit, baseline),
+        attacks=attacks,
+        has_baseline=baseline is not None,
+        has_norms=audit.head_norms is not None,
+        tiles=[_tile(audit, before.get(attack), attack) for attack in attacks],
+        tiles_note=_tiles_note(audit),
+        classes=_class_rows(audit, before),
+        totals=_total_rows(audit, before),
+        classes_note=_classes_note(baseline),
+        classes_caption=f"Accuracy of each class of {audit.data} under {', '.join(attacks)}, percent, with intervals",
+        confusion=_confusion(audit, before),
+        norms=_norm_figures(audit, baseline),
+        history=_history_figures(history or (), audit.class_names),
+        history_note=_history_note(history or ()),
+        metrics=_metric_rows(audit, before, paired=baseline is not None),
+        vectors=_vector_rows(audit),
+        settings=_settings(audit),
+        provenance=_provenance(audit, baseline),
+        recipe=_yaml(recipe),
+        style=Markup(_asset("report.css")),
+        script=Markup(script),
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    return page.encode("utf-8", "replace").decode()
+
+
+def strongest(audit: Audit) -> str:
+    """The attack of lowest average, the first one on ties; "clean" where there is no other."""
+    return min(audit.attacks[1:] or audit.attacks, key=audit.average)
+
+
+def breakable(name: str) -> Markup:
+    """`name`, escaped, with places where a line may break: after each underscore, hyphen and slash.
+
+    >>> str(breakable("speed_limit <30>"))
+    'speed_<wbr>limit &lt;30&gt;'
+    """
+    return Markup("<wbr>").join(re.split(r"(?<=[_/-])(?=\w)", name))
+
+
+# Head of the page
+
+
+def _lead(audit: Audit, baseline: Audit | None) -> str:
+    """The finding in two sentences: the worst class under the hardest column, against the average."""
+    attack = shown_attacks(audit)[-1]
+    worst, average = audit.worst(attack), audit.average(attack)
+    under = _under(audit, attack)
+    text = (
+        f"{under[0].upper()}{under[1:]} the worst class, {worst.class_name}, keeps {percent(worst.value)}\u00a0% of "
+        f"its images {span(*audit.worst_interval(attack))}; the average is {percent(average)}\u00a0%."
+    )
+    if baseline is not None and attack in shown_attacks(baseline):
+        was = baseline.worst(attack)
+        text += (
+            f" Before, the worst class was {was.class_name} with {percent(was.value)}\u00a0% "
+            f"{span(*baseline.worst_interval(attack))} and the average {percent(baseline.average(attack))}\u00a0%."
+        )
+    return text
+
+
+def _under(audit: Audit, attack: str) -> str:
+    """The column in words: "on clean images", "under pgd-20", "under both attacks together"."""
+    if attack in audit.attacks:
+        return "on clean images" if attack == CLEAN else f"under {attack}"
+    number = len(audit.attacks) - 1
+    return "under both attacks together" if number == 2 else f"under all {number} attacks together"
+
+
+def _facts(audit: Audit, baseline: Audit | None) -> list[tuple[str, str]]:
+    facts = [("Model", audit.model)]
+    if baseline is not None:
+        facts.append(("Compared with", baseline.model))
+    split = f", {audit.split} split" if audit.split else ""
+    facts += [
+        ("Data", f"{audit.data}{split}"),
+        ("Images", f"{len(audit.labels):,} in {audit.num_classes} classes"),
+        ("Threat", threat_words(audit)),
+        ("Attacks", ", ".join(audit.attacks)),
+    ]
+    date = audit.provenance.get("date")
+    return facts + ([("Date", str(date)[:10])] if date else [])
+
+
+def _findings(audit: Audit, baseline: Audit | None) -> list[dict[str, str]]:
+    found = list(findings(audit))
+    if baseline is not None:
+        found += compare_findings(baseline, audit)
+    return [
+        {"kind": item.severity, "severity": SEVERITIES[item.severity], "text": item.text, "advice": item.advice}
+        for item in found
+    ]
+
+
+def _tiles_note(audit: Audit) -> str:
+    note = "Every tick is a class on a scale from 0 to 100 %; the tall ticks are the worst class and the average."
+    if len(shown_attacks(audit)) > len(audit.attacks):
+        note += " Under robust an image counts as right only if it survives every attack of this audit."
+    return note
+
+
+def _tile(audit: Audit, before: Audit | None, attack: str) -> dict[str, Any]:
+    return {
+        "attack": attack,
+        "now": _tile_numbers(audit, attack, "after: " if before else ""),
+        "before": _tile_numbers(before, attack, "before: ") if before else None,
+    }
+
+
+def _tile_numbers(audit: Audit, attack: str, label: str) -> dict[str, Any]:
+    worst, average = audit.worst(attack), audit.average(attack)
+    words = f"{label}worst class {percent(worst.value)} %, average {percent(average)} %"
+    return {
+        "worst": percent(worst.value),
+        "worst_name": worst.class_name,
+        "worst_span": span(*audit.worst_interval(attack)),
+        "average": percent(average),
+        "average_span": span(*audit.average_interval(attack)),
+        "rug": Markup(figures.rug(audit.rate(attack).tolist(), average=average, worst=worst.class_index, label=words)),
+    }
+
+
+# Class by class
+
+
+def _classes_note(baseline: Audit | None) -> str:
+    note = (
+        "Percent of the images of a class that are classified right, with its 95 % Wilson interval. "
+        "A triangle marks the worst class of a column."
+    )
+    if baseline is None:
+        return note
+    return (
+        "Percent of the images of a class that are classified right, before (hollow bars) and after (filled bars); the "
+        "whiskers are 95 % Wilson intervals, a triangle marks the worst class after. The change is in points, its "
+        "95 % interval is paired over the images, and a change that may be nothing is printed light."
+    )
+
+
+def _class_rows(audit: Audit, before: Mapping[str, Audit]) -> list[dict[str, Any]]:
+    attacks = shown_attacks(audit)
+    now = {attack: class_rates(audit, attack) for attack in attacks}
+    was = {attack: class_rates(other, attack) for attack, other in before.items()}
+    change = {attack: changes(other, audit, attack) for attack, other in before.items()}
+    rows = []
+    for c, name in enumerate(audit.class_names):
+        entries = {attack: now[attack][c] for attack in attacks}
+        rows.append(
+            {
+                "name": name,
+                "n": entries[CLEAN].n,
+                "norm": f"{audit.head_norms[c]:.3f}" if audit.head_norms is not None else "",
+                "worst": "worst" if any(entry.worst for entry in entries.values()) else "",
+                "sort_keys": " ".join(f"{entry.rate:.6f}" if entry.n else "none" for entry in entries.values()),
+                "cells": [
+                    _class_cell(attack, entries[attack], was[attack][c], change[attack][c])
+                    if attack in before
+                    else _class_cell(attack, entries[attack])
+                    for attack in attacks
+                ],
+            }
+        )
+    return rows
+
+
+def _class_cell(
+    attack: str, now: ClassRate, was: ClassRate | None = None, change: Change | None = None
+) -> dict[str, Any]:
+    if not now.n:
+        return {"attack": attack, "absent": True}
+    drawn = [_bar(was, attack, before=True)] if was is not None else []
+    drawn.append(_bar(now, attack, before=False))
+    return {
+        "attack": attack,
+        "absent": False,
+        "worst": now.worst,
+        "rate": percent(now.rate),
+        "span": span(now.lower, now.upper) if change is None else change.span,
+        "was": "" if was is None else percent(was.rate),
+        **_change_words(change),
+        "bars": Markup(figures.bars(drawn)),
+    }
+
+
+def _change_words(change: Change | None) -> dict[str, str]:
+    """The change, and the style class of one that may be nothing."""
+    if change is None:
+        return {"change": "", "unsure": ""}
+    return {"change": points(change.value), "unsure": "" if change.sure else " unsure"}
+
+
+def _bar(entry: ClassRate, attack: str, *, before: bool) -> Bar:
+    return Bar(
+        rate=entry.rate,
+        lower=entry.lower,
+        upper=entry.upper,
+        look="worst" if entry.worst else "faint" if attack == CLEAN else "plain",
+        before=before,
+    )
+
+
+def _total_rows(audit: Audit, before: Mapping[str, Audit]) -> list[dict[str, Any]]:
+    """Average, worst class, standard deviation and range of each column."""
+
+    def row(
+        name: str,
+        value: Callable[[Audit, str], float],
+        interval: Callable[[Audit, str], str] | None = None,
+        note: Callable[[Audit, str], str] | None = None,
+    ) -> dict[str, Any]:
+        cells = []
+        for attack in shown_attacks(audit):
+            now, other = value(audit, attack), before.get(attack)
+            then = None if other is None else value(other, attack)
+            cells.append(
+                {
+                    "attack": attack,
+                    "value": percent(now),
+                    "was": "" if then is None else percent(then),
+                    "change": "" if then is None else points(now - then),
+                    "span": interval(audit, attack) if interval else "",
+                    "note": note(audit, attack) if note else "",
+                }
+            )
+        return {"name": name, "cells": cells}
+
+    def average_span(audit: Audit, attack: str) -> str:
+        other = before.get(attack)
+        if other is None:
+            return span(*audit.average_interval(attack))
+        return change_of_average(other, audit, attack).span
+
+    def worst_span(audit: Audit, attack: str) -> str:
+        return span(*audit.worst_interval(attack))
+
+    return [
+        row("Average", Audit.average, average_span),
+        row(
+            "Worst class",
+            lambda a, attack: a.worst(attack).value,
+            worst_span,
+            lambda a, attack: f"is {a.worst(attack).class_name}",
+        ),
+        row("Standard deviation", lambda a, attack: metrics.std(a.rate(attack))),
+        row("Range", lambda a, attack: metrics.accuracy_range(a.rate(attack))),
+    ]
+
+
+# Confusion
+
+
+def _confusion(audit: Audit, before: Mapping[str, Audit]) -> dict[str, Any]:
+    attack = strongest(audit)
+    counts = audit.confusion(attack).tolist()
+    other = before[attack].confusion(attack).tolist() if attack in before else None
+    top = max(figures.largest_error(matrix) for matrix in (counts, other) if matrix is not None)
+    note = (
+        "A column is a true class, a row what it was taken for. Shades show errors as a share of the true class; "
+        "the outlined diagonal, what is right, is off that scale."
+    )
+    return {
+        "under": _under(audit, attack),
+        "note": note,
+        "top": percent(top),
+        "legend_label": f"Scale of errors, from 0 to {percent(top)} percent of a true class; outlined cells are right",
+        "steps": [f"h{step}" for step in range(1, figures.HEAT_STEPS + 1)],
+        "drawing": Markup(figures.heat_map(counts, audit.class_names, top=top)),
+        "before": None if other is None else Markup(figures.heat_map(other, audit.class_names, top=top)),
+        "pairs": _pairs(counts, audit.class_names),
+    }
+
+
+def _pairs(counts_pred_true: Sequence[Sequence[int]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The largest errors, by their share of the true class."""
+    size = len(names)
+    columns = [sum(row[true] for row in counts_pred_true) for true in range(size)]
+    errors = [
+        (counts_pred_true[pred][true] / columns[true], pred, true)
+        for true in range(size)
+        for pred in range(size)
+        if pred != true and counts_pred_true[pred][true]
+    ]
+    return [
+        {
+            "true": names[true],
+            "predicted": names[pred],
+            "share": percent(share),
+            "count": counts_pred_true[pred][true],
+            "n": columns[true],
+        }
+        for share, pred, true in sorted(errors, key=lambda error: -error[0])[:PAIRS]
+    ]
+
+
+# Head norms
+
+
+def _norm_figures(audit: Audit, baseline: Audit | None) -> list[dict[str, Any]]:
+    attack = shown_attacks(audit)[-1]
+    drawn = [(audit, attack)] if attack == CLEAN else [(audit, CLEAN), (audit, attack)]
+    if baseline is not None:
+        drawn = [(baseline, strongest(baseline)), (audit, strongest(audit))]
+    return [
+        _norm_figure(of, under, "" if baseline is None else "Before. " if of is baseline else "After. ")
+        for of, under in drawn
+        if of.head_norms is not None
+    ]
+
+
+def _norm_figure(audit: Audit, attack: str, prefix: str) -> dict[str, Any]:
+    assert audit.head_norms is not None
+    rate = audit.rate(attack)
+    correlation = metrics.head_norm_correlation(torch.tensor(audit.head_norms), rate)
+    if int((~rate.isnan()).sum()) < 3:
+        words = "Too few classes for a correlation."
+    elif math.isnan(correlation):
+        words = "No correlation can be given: the norms, or the accuracies, are all equal."
+    else:
+        words = f"Pearson correlation {correlation:.2f}."
+    drawing = figures.scatter(
+        audit.head_norms,
+        rate.tolist(),
+        audit.class_names,
+        worst=audit.worst(attack).class_index,
+        x_label="head norm",
+        y_label=f"{attack} accuracy, %",
+    )
+    ratio = f" Largest norm / smallest: {audit.head_norm_ratio:.2f}."
+    return {"drawing": Markup(drawing), "caption": prefix + words + ratio}
+
+
+# History
+
+
+def _history_note(history: Sequence[Mapping[str, Any]]) -> str:
+    note = "Training images are counted in the forward passes that trained, in training mode, before each step."
+    if any(record.get("validation") for record in history):
+        note += " Validation images are held out of training, and weights are selected on them, never on test images."
+    return note
+
+
+def _history_figures(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Loss, learning rate, accuracy on training and validation images, and whatever differs between classes."""
+    if not history:
+        return []
+    x = [record["epoch"] for record in history]
+    charts: list[tuple[str, list[Curve], bool]] = [
+        (key_title, [Curve(name=key, y=[record.get(key) for record in history], labelled=False)], False)
+        for key, key_title in (("loss", "Training loss"), ("lr", "Learning rate"))
+    ]
+    charts.append(("Training images, accuracy in %", _tally_curves([r.get("train") for r in history]), True))
+    candidates = list(dict.fromkeys(name for r in history for name in r.get("validation") or {}))
+    for name in candidates:
+        tallies = [(r.get("validation") or {}).get(name) for r in history]
+        charts.append((f"Validation, {name}, accuracy in %", _tally_curves(tallies), True))
+    part = "robust" if any((r.get("train") or {}).get("robust") for r in history) else "clean"
+    accuracy = [_rates(r.get("train"), part) for r in history]
+    worst = _lowest(accuracy[-1])
+    charts.append((f"Classes, {part} training accuracy in %", _class_curves(accuracy, names, worst), True))
+    for key in dict.fromkeys(key for r in history for key in r.get("per_class") or {}):
+        values = [(r.get("per_class") or {}).get(key) for r in history]
+        if any(_differs(v) for v in values):
+            charts.append((f"Classes, {_quantity(key)}", _class_curves(values, names, worst), False))
+    charts.append(("Classes, head norm", _class_curves([r.get("head_norms") for r in history], names, worst), False))
+    return [
+        {"drawing": Markup(figures.line_chart(x, curves, title=title, share=share)), "caption": ""}
+        for title, curves, share in charts
+        if any(value is not None for curve in curves for value in curve.y)
+    ]
+
+
+def _quantity(key: str) -> str:
+    if key == "eps":
+        return "training radius"
+    return f"coefficient of {key.removeprefix('coef.')}" if key.startswith("coef.") else f"loss {key}"
+
+
+def _tally_curves(tallies: Sequence[Mapping[str, Any] | None]) -> list[Curve]:
+    curves = []
+    for part, dashed in (("clean", True), ("robust", False)):
+        rates = [_rates(tally, part) for tally in tallies]
+        if not any(rates):
+            continue
+        average = [_average(tally, part) for tally in tallies]
+        lowest = [min((v for v in r or () if v is not None), default=None) for r in rates]
+        curves.append(Curve(name=f"{part} average", y=average, dashed=dashed))
+        curves.append(Curve(name=f"{part} worst", y=lowest, look="worst", dashed=dashed))
+    return curves
+
+
+def _rates(tally: Mapping[str, Any] | None, part: str) -> list[float | None] | None:
+    """Accuracy per class of a history record; None for a class without images, or where that pass was not made."""
+    if not tally or tally.get(part) is None:
+        return None
+    return [hit / n if n else None for hit, n in zip(tally[part], tally["count"], strict=True)]
+
+
+def _average(tally: Mapping[str, Any] | None, part: str) -> float | None:
+    if not tally or tally.get(part) is None or not sum(tally["count"]):
+        return None
+    return sum(tally[part]) / sum(tally["count"])
+
+
+def _class_curves(
+    per_class: Sequence[Sequence[float | None] | None], names: Sequence[str], worst: int | None
+) -> list[Curve]:
+    """One curve a class. Named are the worst class, which stands out, and the lowest and the highest at the end."""
+    last = per_class[-1]
+    ends = {_lowest(last), _lowest([None if v is None else -v for v in last or ()]), worst}
+    return [
+        Curve(
+            name=name,
+            y=[None if row is None else row[c] for row in per_class],
+            look="worst" if c == worst else "faint",
+            labelled=c in ends,
+        )
+        for c, name in enumerate(names)
+    ]
+
+
+def _lowest(values: Sequence[float | None] | None) -> int | None:
+    """Index of the smallest value, None where there is none."""
+    present = {c: value for c, value in enumerate(values or ()) if value is not None}
+    return min(present, key=lambda c: present[c], default=None)
+
+
+def _differs(values: Sequence[float | None] | None) -> bool:
+    present = [value for value in values or () if value is not None]
+    return bool(present) and max(present) - min(present) > 1e-6 * max(abs(v) for v in present)
+
+
+# Tables at the end
+
+
+def _metric_rows(audit: Audit, before: Mapping[str, Audit], *, paired: bool) -> dict[str, Any]:
+    """All scalars of the summary that are known in some column, a row each."""
+    columns: list[tuple[Audit | None, Mapping[str, Any]]] = []
+    for attack in shown_attacks(audit):
+        if paired:
+            other = before.get(attack)
+            columns.append((other, other.summary(attack) if other is not None else {}))
+        columns.append((audit, audit.summary(attack)))
+    keys = [key for key, value in columns[-1][1].items() if not isinstance(value, list)]
+    rows = [
+        {
+            "name": METRIC_NAMES.get(key, (key, "number"))[0],
+            "cells": [_metric(key, summary[key], of) if of is not None else "" for of, summary in columns],
+        }
+        for key in keys
+    ]
+    return {
+        "rows": [row for row in rows if set(row["cells"]) - {"n/a", ""}],
+        "caption": "The error matrix is the confusion matrix without its diagonal, each column divided by the images "
+        "of its true class.",
+    }
+
+
+def _metric(key: str, value: Any, audit: Audit) -> str:
+    kind = METRIC_NAMES.get(key, (key, "number"))[1]
+    if kind == "class":
+        return audit.class_names[int(value)]
+    if kind == "percent":
+        return percent(value)
+    return "n/a" if math.isnan(value) else f"{value:.3f}"
+
+
+def _vector_rows(audit: Audit) -> dict[str, Any]:
+    """The metrics that have a value per class, under the strongest attack, in percent."""
+    attack = strongest(audit)
+    summary = audit.summary(attack)
+    keys = [key for key, value in summary.items() if isinstance(value, list)]
+    return {
+        "under": _under(audit, attack),
+        "columns": [VECTOR_NAMES.get(key, key) for key in keys],
+        "rows": [
+            {"name": name, "cells": [percent(summary[key][c]) for key in keys]}
+            for c, name in enumerate(audit.class_names)
+        ],
+    }
+
+
+def _settings(audit: Audit) -> dict[str, Any]:
+    keys = list(dict.fromkeys(key for attack in audit.attacks for key in audit.settings.get(attack, {})))
+    return {
+        "columns": keys,
+        "rows": [
+            {"attack": attack, "cells": [_plain(audit.settings.get(attack, {}).get(key, "")) for key in keys]}
+            for attack in audit.attacks
+        ],
+    }
+
+
+def _provenance(audit: Audit, baseline: Audit | None) -> list[tuple[str, str]]:
+    entries = [("data fingerprint", audit.fingerprint), *_flat(audit.provenance)]
+    if baseline is not None:
+        entries += [(f"before: {name}", value) for name, value in _flat(baseline.provenance)]
+    return [(name, value) for name, value in entries if value]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as lines: {"versions": {"torch": "2.13"}} is ("versions, torch", "2.13")."""
+    lines: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        lines += _flat(value, f"{name}, ") if isinstance(value, Mapping) else [(name, _plain(value))]
+    return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return format_eps(value) if len(repr(value)) > 6 and "/" in format_eps(value) else f"{value:.6g}"
+    return ", ".join(_plain(item) for item in value) if isinstance(value, list | tuple) else str(value)
+
+
+def _yaml(recipe: Mapping[str, Any] | None) -> str:
+    if not recipe:
+        return ""
+    import yaml
+
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100).rstrip()
+
+
+def _shared(baseline: Audit | None, attacks: Sequence[str]) -> dict[str, Audit]:
+    """The baseline under every attack that both audits have."""
+    if baseline is None:
+        return {}
+    return {attack: baseline for attack in attacks if attack in shown_attacks(baseline)}
+
+
+def _asset(name: str) -> str:
+    return files("robustfair.report").joinpath("templates", name).read_text(encoding="utf-8").strip()

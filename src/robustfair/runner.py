@@ -1,0 +1,245 @@
+"""From a recipe to a run: build everything it names, then train into a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustfair.checkpoint import Checkpoint, write_checkpoint
+from robustfair.config import RobustFairWarning, Term, build, format_value, parse_composition, parse_norm
+from robustfair.data import ImageDataset, Splits, load_dataset
+from robustfair.data.augment import Augmentation, parse_augmentation
+from robustfair.errors import ConfigError, DivergedError, RecipeError, UnknownNameError
+from robustfair.methods.base import Method, Plan, compose
+from robustfair.models.build import create_model, describe_model
+from robustfair.objectives.base import AdversarialObjective, Objective
+from robustfair.recipe import Recipe, read_recipe, shipped_recipes
+from robustfair.registry import METHODS, OBJECTIVES, REPAIRS
+from robustfair.repairs import Repair
+from robustfair.rundir import RunFolder, environment
+from robustfair.training.fit import Fitted, fit
+from robustfair.training.schedule import Schedule
+from robustfair.training.state import TrainState
+from robustfair.values import derive_seed
+
+
+def read_composition(text: str, defaults: Mapping[str, Any] | None = None) -> tuple[Objective, list[Method]]:
+    """The objective and the methods of a composition string.
+
+    Args:
+        defaults: norm, eps, step_size, steps of the objective's attack; a key the string gives too must agree.
+    """
+    terms = parse_composition(text)
+    objectives = [term for term in terms if term.name in OBJECTIVES]
+    for term in terms:
+        if term.name not in OBJECTIVES and term.name not in METHODS:
+            raise UnknownNameError("objective or method", term.name, [*OBJECTIVES, *METHODS])
+    if len(objectives) != 1:
+        found = " and ".join(term.name for term in objectives) or "none"
+        raise RecipeError(f"{text!r} needs exactly one objective ({', '.join(OBJECTIVES)}), found {found}")
+    objective = _build_objective(objectives[0], defaults or {})
+    methods = [build(METHODS.get(t.name), t.args, owner=t.name) for t in terms if t is not objectives[0]]
+    return objective, methods
+
+
+def plan_of(what: str, allow: Iterable[str]) -> Plan:
+    """The plan of a composition string or of a shipped recipe, nothing else read or built."""
+    if what in shipped_recipes():
+        recipe = read_recipe(what, {})
+        return _plan(recipe)
+    objective, methods = read_composition(what)
+    return compose(objective, methods, allow=frozenset(allow))
+
+
+def _plan(recipe: Recipe) -> Plan:
+    given = {"norm": recipe.norm, "eps": recipe.eps, "step_size": recipe.step_size, "steps": recipe.steps}
+    chosen = {key: value for key, value in given.items() if value is not None and (key, value) != ("norm", "linf")}
+    objective, methods = read_composition(recipe.train, chosen)
+    return compose(objective, methods, allow=frozenset(recipe.allow))
+
+
+def _build_objective(term: Term, defaults: Mapping[str, Any]) -> Objective:
+    cls = OBJECTIVES.get(term.name)
+    args = dict(term.args)
+    if not issubclass(cls, AdversarialObjective):
+        return build(cls, args, owner=term.name)
+    objective = build(cls, {**defaults, **args}, owner=term.name)
+    for key, value in defaults.items():
+        if key in args and getattr(objective, key) != (parse_norm(value) if key == "norm" else value):
+            given = format_value(args[key])
+            raise RecipeError(f"{key} is {given} in {term} and {format_value(value)} beside it: give it once")
+    return objective
+
+
+def read_repair(text: str) -> Repair:
+    """The repair that `hwnwb` or `hwnwb(target_norm=mean)` names."""
+    terms = parse_composition(text, example="hwnwb(target_norm=mean)")
+    if len(terms) != 1:
+        raise RecipeError(f"repair {text!r} names {len(terms)} repairs: give one")
+    return build(REPAIRS.get(terms[0].name), terms[0].args, owner=terms[0].name)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with everything it names built and checked, nothing written."""
+
+    recipe: Recipe
+    plan: Plan
+    splits: Splits
+    train: ImageDataset
+    model: nn.Module
+    schedule: Schedule
+    augment: Augmentation
+    device: str
+    repair: Repair | None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know before the run: methods that will not act in so many epochs."""
+        found = [method.remark(self.schedule.epochs) for method in self.plan.methods]
+        return [text for text in found if text]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read data, build model, objective, methods and schedule; raises whatever is wrong with any of them."""
+    plan = _plan(recipe)
+    names = {field.name for field in dataclasses.fields(Schedule)} - {"kind", "only"}
+    schedule = Schedule(kind=recipe.schedule, **{name: getattr(recipe, name) for name in names})
+    device = resolve_device(recipe.device)
+    splits = load_dataset(recipe.data, image_size=recipe.image_size)
+    train = splits.train
+    if recipe.limit_per_class is not None:
+        train = train.limit_per_class(recipe.limit_per_class)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "init"))
+        model = create_model(
+            recipe.model, num_classes=train.num_classes, in_channels=train.images.shape[1], width=recipe.width
+        )
+    augment = parse_augmentation(train.augment if recipe.augment is None else recipe.augment)
+    repair = None if recipe.repair is None else read_repair(recipe.repair)
+    return Prepared(recipe, plan, splits, train, model, schedule, augment, device, repair)
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: no such device, or torch does not see it.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ConfigError("device", "device", allowed="auto, cpu, or a GPU that torch sees", got=name) from None
+    return name
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_start: Callable[[Prepared, TrainState | None], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[TrainState], None] | None = None,
+) -> Fitted:
+    """Run a recipe into the folder `out`.
+
+    Raises:
+        CheckpointError: `out` holds something already (and `resume` is false), or a different run (and it is true).
+        DivergedError: the loss is not finite; diverged.json in `out` says where.
+    """
+    folder = RunFolder(out)
+    state = None
+    if resume:
+        _require_same(recipe, folder)
+    else:
+        folder.require_free()
+    ready = prepare(recipe)
+    for remark in ready.remarks:
+        warnings.warn(remark, RobustFairWarning, stacklevel=2)
+    about = {
+        "model": describe_model(ready.model),
+        "class_names": list(ready.train.class_names),
+        "data": {"name": recipe.data, "fingerprint": ready.splits.train.fingerprint},
+        "recipe": recipe.train,
+        "threat": _threat(ready.plan.objective),
+    }
+    if resume:
+        state = folder.resume_state()
+        found = folder.manifest()["data"]["fingerprint"]
+        if found != ready.splits.train.fingerprint:
+            raise RecipeError(f"--resume: the images of {recipe.data} changed since {out} began: start a new run")
+        folder.update_manifest(status="running")
+    else:
+        folder.create(recipe.to_yaml(), environment() | about | {"seed": recipe.seed, "status": "running"})
+    if on_start is not None:
+        on_start(ready, state)
+    started = time.time()
+    spent = folder.manifest().get("wall_seconds", 0.0)
+
+    def save(state: TrainState) -> None:
+        folder.save(state, about)
+        folder.update_manifest(wall_seconds=round(spent + time.time() - started, 1), epochs_done=state.epoch)
+        if on_epoch is not None:
+            on_epoch(state)
+
+    try:
+        fitted = fit(
+            ready.model,
+            ready.train,
+            ready.plan.objective,
+            methods=ready.plan.methods,
+            schedule=ready.schedule,
+            seed=recipe.seed,
+            validation=recipe.validation,
+            select=recipe.select,
+            augment=ready.augment,
+            precision=recipe.precision,
+            device=ready.device,
+            allow=ready.plan.allow,
+            resume=state,
+            save=save,
+            on_step=on_step,
+        )
+    except DivergedError as error:
+        folder.record_divergence(error)
+        raise
+    if ready.repair is not None:
+        repaired = ready.repair(fitted.model)
+        chosen_from = {"epoch": fitted.chosen.epoch, "candidate": fitted.chosen.candidate, "repair": recipe.repair}
+        meta = about | chosen_from
+        write_checkpoint(folder.checkpoints / "repaired", Checkpoint(repaired.state_dict(), {}, meta))
+    chosen = fitted.chosen
+    selected = {"candidate": chosen.candidate, "epoch": chosen.epoch, "rule": recipe.select}
+    speed = [record["images_per_second"] for record in fitted.history]
+    folder.update_manifest(status="complete", selected=selected, images_per_second=sorted(speed)[len(speed) // 2])
+    return fitted
+
+
+def _require_same(recipe: Recipe, folder: RunFolder) -> None:
+    """Resuming with other keys would not be the same run."""
+    folder.require_run()
+    begun = read_recipe(str(folder.recipe), {})
+    for field in dataclasses.fields(Recipe):
+        old, new = getattr(begun, field.name), getattr(recipe, field.name)
+        if old != new and field.name != "device":
+            raise RecipeError(
+                f"--resume: {field.name} is {format_value(new)}, but {folder.path} was begun with {format_value(old)}: "
+                "leave it out to go on, or start a new run"
+            )
+
+
+def _threat(objective: Objective) -> dict[str, Any] | None:
+    if not isinstance(objective, AdversarialObjective):
+        return None
+    return {"norm": objective.norm, "eps": objective.eps, "step_size": objective.step}

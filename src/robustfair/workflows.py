@@ -1,0 +1,223 @@
+"""What the commands do beyond training: audit a target, repair a run, and the demo that does it all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustfair.checkpoint import Checkpoint, write_checkpoint
+from robustfair.config import build, format_eps, parse_norm
+from robustfair.data import ImageDataset, load_dataset
+from robustfair.errors import CheckpointError, DataError, ModelError
+from robustfair.evaluate.audit import Audit, audit
+from robustfair.evaluate.sanity import Finding, compare_findings, findings
+from robustfair.loading import Target, load_target
+from robustfair.models.head import head_norms
+from robustfair.progress import AuditProgress, TrainingProgress
+from robustfair.recipe import Recipe, read_recipe
+from robustfair.report.html import write_report
+from robustfair.report.table import before_after_table, class_table, render, summary_lines
+from robustfair.rundir import RunFolder, environment
+from robustfair.runner import read_repair, resolve_device, train
+
+SEVERITY = {"warn": "warning", "note": "note"}
+DEMO_ATTACKS = "clean,pgd-20,cw-50(restarts=5)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRequest:
+    """What to audit with; None takes what the run was trained with, else the usual.
+
+    Attributes:
+        attacks: comma-separated names.
+        data, image_size, limit_per_class: the images: test split of a named set, or all of a source without splits.
+        norm, eps, step_size: the threat; 8/255 under linf if the run does not say.
+        batch_size, seed, precision, device: see `robustfair.evaluate.audit.audit`.
+    """
+
+    attacks: str
+    data: str | None = None
+    image_size: int | None = None
+    limit_per_class: int | None = None
+    norm: str | None = None
+    eps: str | None = None
+    step_size: str | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    device: str = "auto"
+
+    def images(self, default: dict[str, Any] | None = None) -> ImageDataset:
+        """The images to audit on; `default` is the run's own data, as in its checkpoints.
+
+        Raises:
+            DataError: none is named, or the run's images changed since.
+        """
+        name = self.data or (default or {}).get("name")
+        if name is None:
+            raise DataError("audit: this model does not say what data it is for: add --data with a name or a path")
+        size = self.image_size or (default or {}).get("image_size")
+        splits = load_dataset(name, image_size=size)
+        data = splits.test if "test" in splits.parts else splits.only
+        return data if self.limit_per_class is None else data.limit_per_class(self.limit_per_class)
+
+
+def audit_target(target: Target, request: AuditRequest, *, quiet: bool = False) -> Audit:
+    """Audit a loaded model on the images and the threat it was made for, or the requested ones.
+
+    Raises:
+        DataError: the images' classes are not those the model was trained on.
+    """
+    data = request.images(target.meta.get("data"))
+    trained_on = tuple(target.meta.get("class_names", data.class_names))
+    if trained_on != data.class_names:
+        raise DataError(
+            f"{target.label} was trained on the classes {', '.join(trained_on[:4])}, ... and {data.name} has "
+            f"{', '.join(data.class_names[:4])}, ...: labels would not mean the same; choose the model's own data"
+        )
+    trained_for = target.meta.get("threat") or {}
+    norm = request.norm or trained_for.get("norm", "linf")
+    same_norm = parse_norm(norm) == trained_for.get("norm")
+    with AuditProgress(quiet=quiet) as progress:
+        return audit(
+            target.model,
+            data,
+            attacks=request.attacks,
+            norm=norm,
+            eps=request.eps or (trained_for["eps"] if same_norm else 8 / 255),
+            step_size=request.step_size,
+            batch_size=request.batch_size,
+            seed=request.seed,
+            precision=request.precision,  # type: ignore[arg-type]
+            device=resolve_device(request.device),
+            label=target.label,
+            on_progress=progress,
+        )
+
+
+def write_outputs(
+    target: Target,
+    result: Audit,
+    *,
+    baseline: Audit | None = None,
+    out: Path | None = None,
+    report: Path | None = None,
+    html: bool = True,
+) -> list[Path]:
+    """Save an audit, and its report, into the run's folder or where the user said; returns the paths written.
+
+    A file name tells attacks, threat, checkpoint, images and seed, so that only the same audit replaces itself.
+    """
+    folder = target.folder
+    written: list[Path] = []
+    audits = out or (folder.audits if folder else None)
+    if audits is not None:
+        written += result.save(audits, _stem(target, result))
+    page = report or (folder.report if folder and html else None)
+    if page is not None:
+        history = folder.history() if folder else None
+        recipe = read_recipe(str(folder.recipe), {}).values() if folder else None
+        written.append(write_report(page, result, baseline=baseline, history=history or None, recipe=recipe))
+    return written
+
+
+def _stem(target: Target, result: Audit) -> str:
+    parts = [",".join(result.attacks), f"{result.threat.norm}-{format_eps(result.threat.eps)}", target.checkpoint]
+    seed = result.provenance["seed"]
+    parts += [f"{len(result.labels)}-images", f"seed-{seed}" if seed else None]
+    return re.sub(r"[^\w.,=+-]+", "-", "_".join(part for part in parts if part))
+
+
+def repair_run(source: str, method: str, out: Path, checkpoint: str | None = None) -> tuple[Target, Target, str]:
+    """Repair a run's weights into the new run folder `out`.
+
+    Returns:
+        The model before and after, and a sentence for the user.
+
+    Raises:
+        CheckpointError: `source` is no run, or `out` holds something already.
+    """
+    fix = read_repair(method)
+    folder = RunFolder(out)
+    folder.require_free()
+    before = load_target(source, checkpoint=checkpoint)
+    if before.folder is None:
+        raise CheckpointError(f"{source} is no run folder: repair works on what robustfair train wrote")
+    if before.checkpoint == "repaired":
+        raise ModelError(f"{source} is repaired already: repair the run it came from, {_origin(before.folder)}")
+    repaired = fix(before.model)
+    recipe = build(Recipe, read_recipe(str(before.folder.recipe), {}).values() | {"repair": method}, owner="recipe")
+    about = {key: value for key, value in before.meta.items() if key not in ("schema", "files", "methods")}
+    origin = {"run": str(before.folder.path), "checkpoint": before.checkpoint}
+    meta = {**about, "repair": method, "repaired_from": origin}
+    write_checkpoint(folder.checkpoints / "repaired", Checkpoint(repaired.state_dict(), {}, meta))
+    known = before.folder.manifest()
+    kept = {key: known[key] for key in ("model", "class_names", "data", "recipe", "threat", "seed") if key in known}
+    folder.create(
+        recipe.to_yaml(), environment() | kept | {"status": "complete", "repair": method, "repaired_from": origin}
+    )
+    old, new = head_norms(before.model), head_norms(repaired)
+    text = (
+        f"{method}: head norms {old.min():.3f} to {old.max():.3f} (ratio {old.max() / old.min():.2f}) became "
+        f"{new.min():.3f} to {new.max():.3f}; {source} is unchanged, the repaired run is {out}"
+    )
+    return before, load_target(str(out)), text
+
+
+def _origin(folder: RunFolder) -> str:
+    return str(folder.manifest().get("repaired_from", {}).get("run", "see its manifest.json"))
+
+
+def run_demo(
+    out: Path | None, seed: int, epochs: int | None, *, quiet: bool = False, width: int | None = None
+) -> Iterator[str]:
+    """Train, audit, repair, audit again and report; yields what to print, as it is measured."""
+    base = out or _free(Path("runs/demo"))
+    recipe = read_recipe("demo", {"seed": seed} | ({} if epochs is None else {"epochs": epochs}))
+    trained, repaired = base / "trained", base / "repaired"
+    RunFolder(base).require_free()
+    with TrainingProgress(quiet=quiet) as progress:
+        train(recipe, trained, on_start=progress.start, on_step=progress.step, on_epoch=progress.epoch)
+    before, after, text = repair_run(str(trained), "hwnwb", repaired)
+    request = AuditRequest(attacks=DEMO_ATTACKS)
+    first = audit_target(before, request, quiet=quiet)
+    second = audit_target(after, request, quiet=quiet)
+    write_outputs(before, first)
+    written = write_outputs(after, second, baseline=first)
+    yield text
+    yield ""
+    yield from before_after_lines(first, second, width)
+    yield ""
+    yield from (f"wrote {path}" for path in written)
+
+
+def audit_lines(result: Audit, width: int | None = None) -> list[str]:
+    """An audit in text: class table within `width` columns, a line per attack, findings."""
+    return [render(class_table(result, width=width), width), *summary_lines(result), *_finding_lines(findings(result))]
+
+
+def before_after_lines(before: Audit, after: Audit, width: int | None = None) -> list[str]:
+    """Two audits in text: classes side by side, a line per attack, findings on the second and on the change."""
+    found = [*findings(after), *compare_findings(before, after)]
+    return [
+        render(before_after_table(before, after, width=width), width),
+        *(f"before  {line}" for line in summary_lines(before)),
+        *(f"after   {line}" for line in summary_lines(after)),
+        *_finding_lines(found),
+    ]
+
+
+def _finding_lines(found: Iterable[Finding]) -> list[str]:
+    return [f"{SEVERITY[finding.severity]}: {finding.text} {finding.advice}" for finding in found]
+
+
+def _free(path: Path) -> Path:
+    """`path`, or path-2, path-3, ...: the first that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
