@@ -23,7 +23,7 @@ from torch import Tensor
 
 from robustfair.errors import CheckpointError
 from robustfair.training.state import Chosen, TrainState
-from robustfair.values import StateDict
+from robustfair.values import ClassTally, StateDict
 
 SCHEMA = "robustfair.checkpoint/1"
 WEIGHTS, STATE, META = "weights.safetensors", "state.safetensors", "state.json"
@@ -53,7 +53,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     files = {}
     for name, tensors in ((WEIGHTS, checkpoint.weights), (STATE, checkpoint.tensors)):
         save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, new / name)
-        files[name] = {"bytes": (new / name).stat().st_size, "sha256": _sha256(new / name)}
+        files[name] = _fingerprint(new / name)
         _flush(new / name)
     write_json(new / META, {"schema": SCHEMA, "files": files, **checkpoint.meta})
     _flush(new)
@@ -77,14 +77,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not folder.exists():
         raise CheckpointError(f"checkpoint {folder} does not exist: has the run finished its first epoch?")
     meta = read_json(folder / META, SCHEMA)
-    for name, expected in meta["files"].items():
+    files = meta.get("files")
+    if not isinstance(files, dict) or set(files) != {WEIGHTS, STATE}:
+        raise CheckpointError(f"{folder / META} does not say what {WEIGHTS} and {STATE} must be: it is damaged")
+    for name, expected in files.items():
         path = folder / name
         if not path.exists():
             raise CheckpointError(f"checkpoint {folder}: {name} is missing; use another checkpoint of the run")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        found = _fingerprint(path)
+        if found != expected:
             raise CheckpointError(
-                f"checkpoint {path} is damaged: {path.stat().st_size} bytes, {expected['bytes']} were written; "
-                "use another checkpoint of the run"
+                f"checkpoint {path} is damaged: it holds {found['bytes']} bytes and not what was written; use another "
+                "checkpoint of the run"
             )
     return Checkpoint(_load(folder / WEIGHTS), _load(folder / STATE), meta)
 
@@ -104,11 +108,14 @@ def write_state(checkpoints: Path, state: TrainState, meta: Mapping[str, Any]) -
     tensors = {f"optimizer/{name}": buffer for name, buffer in state.optimizer.items()}
     for method, values in state.methods.items():
         tensors |= {f"method/{method}/{key}": value for key, value in values.items()}
+    if state.train is not None:
+        tensors |= {f"train/{part}": value for part, value in vars(state.train).items() if value is not None}
     about = {
         "epoch": state.epoch,
         "step": state.step,
         "candidate": "model",
         "methods": sorted(state.methods),
+        "exports": list(state.exports),
     }
     write_checkpoint(checkpoints / "last", Checkpoint(state.weights, tensors, {**meta, **about}))
 
@@ -121,14 +128,13 @@ def read_state(checkpoints: Path, history: Sequence[Mapping[str, Any]] = ()) -> 
     """
     last = read_checkpoint(checkpoints / "last")
     methods: dict[str, dict[str, Tensor]] = {name: {} for name in last.meta["methods"]}
-    optimizer = {}
+    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "train": {}, "method": {}}
     for name, tensor in last.tensors.items():
         kind, rest = name.split("/", 1)
-        if kind == "optimizer":
-            optimizer[rest] = tensor
-        else:
-            method, key = rest.split("/", 1)
-            methods[method][key] = tensor
+        parts[kind][rest] = tensor
+    for name, tensor in parts["method"].items():
+        method, key = name.split("/", 1)
+        methods[method][key] = tensor
     best = None
     if has_checkpoint(checkpoints / "best"):
         found = read_checkpoint(checkpoints / "best")
@@ -137,11 +143,20 @@ def read_state(checkpoints: Path, history: Sequence[Mapping[str, Any]] = ()) -> 
         epoch=last.meta["epoch"],
         step=last.meta["step"],
         weights=last.weights,
-        optimizer=optimizer,
+        optimizer=parts["optimizer"],
         methods=methods,
+        exports={name: read_checkpoint(checkpoints / name).weights for name in last.meta["exports"]},
+        train=ClassTally(**parts["train"]) if parts["train"] else None,
         best=best,
         history=tuple(record for record in history if record["epoch"] <= last.meta["epoch"]),
     )
+
+
+def checkpoint_names(checkpoints: Path) -> list[str]:
+    """Names of the checkpoints in a folder that can be read, also between the two renames of one being replaced."""
+    found = checkpoints.glob("*") if checkpoints.exists() else ()
+    names = {path.name.removeprefix(".").removesuffix(".old") for path in found}
+    return sorted(name for name in names if has_checkpoint(checkpoints / name))
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -196,9 +211,9 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint of the run") from None
 
 
-def _sha256(path: Path) -> str:
+def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _flush(path: Path) -> None:

@@ -148,10 +148,10 @@ def format_eps(eps: float) -> str:
     >>> format_eps(8 / 255), format_eps(0.2), format_eps(0.5)
     ('8/255', '0.2', '0.5')
     """
-    levels = round(eps * 255)
-    if 0 < levels < 255 and levels / 255 == eps and len(repr(eps)) > 6:
+    levels = round(eps * 255) if 0 < eps < 1 else 0
+    if levels / 255 == eps and len(repr(eps)) > 6:
         return f"{levels}/255"
-    return repr(eps)
+    return repr(eps).replace("e+", "e")
 
 
 def parse_eps(value: str | float, *, norm: str = "linf", owner: str = "attack", field: str = "eps") -> float:
@@ -169,8 +169,8 @@ def parse_eps(value: str | float, *, norm: str = "linf", owner: str = "attack", 
         eps = float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError):
         raise ConfigError(owner, field, allowed=allowed, got=value) from None
-    limit = 1.0 if norm == "linf" else float("inf")
-    if not 0 <= eps <= limit or (eps > 1 and re.fullmatch(r"\d+", text)):
+    inside = 0 <= eps <= 1 if norm == "linf" else 0 <= eps < float("inf")
+    if not inside or (eps > 1 and re.fullmatch(r"\d+", text)):
         hint = f"Did you mean {text}/255?" if re.fullmatch(r"\d{1,3}", text) else ""
         raise ConfigError(owner, field, allowed=allowed, got=value, hint=hint)
     if text in ("0.031", "0.0314", "0.03", "0.0313"):
@@ -194,6 +194,11 @@ def parse_norm(value: str) -> str:
     return name
 
 
+def require_at_least(least: float, owner: str, field: str, value: float) -> None:
+    """Raise ConfigError unless `value` is finite and not below `least`."""
+    require(least <= value < float("inf"), owner, field, allowed=f"a finite number >= {least:g}", got=value)
+
+
 def require(condition: bool, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:
     """Raise ConfigError unless `condition`."""
     if not condition:
@@ -212,12 +217,16 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    values = {canonical_key(key): value for key, value in args.items()}
-    if "alpha" in values and "alpha" not in known and "step_size" in known:
-        values["step_size"] = values.pop("alpha")
-    for key in values:
+    values: dict[str, Any] = {}
+    for given, value in args.items():
+        key = canonical_key(given)
+        if key == "alpha" and "alpha" not in known and "step_size" in known:
+            key = "step_size"
         if key not in known:
             raise UnknownNameError(f"key of {owner}", key, known)
+        if key in values:
+            raise RecipeError(f"{owner}: {key} is given twice, also as {given}: give it once")
+        values[key] = value
     if "norm" in values:
         values["norm"] = parse_norm(values["norm"])
     for key in ("eps", "step_size"):

@@ -46,12 +46,13 @@ class Recipe:
     milestones: Annotated[tuple[float, ...], "Parts of the run after which a multistep rate drops."] = (0.5, 0.75)
     gamma: Annotated[float, "Factor of a multistep drop."] = 0.1
     warmup: Annotated[float, "Part of the run on which a one-cycle rate rises."] = 0.4
+    optimizer: Annotated[Literal["sgd", "adam"], "sgd or adam."] = "sgd"
     momentum: Annotated[float, "Momentum of SGD."] = 0.9
-    weight_decay: Annotated[float, "Weight decay of SGD."] = 5e-4
-    nesterov: Annotated[bool, "Nesterov momentum."] = False
+    nesterov: Annotated[bool, "Nesterov momentum of SGD."] = False
+    weight_decay: Annotated[float, "Weight decay of every parameter."] = 5e-4
     seed: Annotated[int, "Seed of everything random but the validation split, which all runs share."] = 0
     validation: Annotated[float, "Share of each class held out of training for validation; 0 for none."] = 0.02
-    select: Annotated[Select, "What picks the final weights on validation: see 'explain'; 'last' for none."] = (
+    select: Annotated[Select, "Final weights: last, or best validation average, worst, average+worst."] = (
         "average+worst"
     )
     augment: Annotated[str | None, "none, crop or crop-flip; the data set's own if not given."] = None

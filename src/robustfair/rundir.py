@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import nn
 
 from robustfair.checkpoint import (
     Checkpoint,
+    checkpoint_names,
     has_checkpoint,
     read_checkpoint,
     read_json,
@@ -78,10 +80,20 @@ class RunFolder:
             raise CheckpointError(f"{self.path} holds no run (no manifest.json): name the --out folder of a run")
 
     def create(self, recipe: str, manifest: Mapping[str, Any]) -> None:
-        """Begin a run; the manifest comes last and marks the folder as one."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.recipe, recipe)
-        write_json(self.path / "manifest.json", {"schema": SCHEMA, **manifest})
+        """Begin a run: the folder appears whole, with recipe and manifest, in place of an empty one or none."""
+        new = RunFolder(self.path.with_name(f".{self.path.name}.new"))
+        try:
+            shutil.rmtree(new.path, ignore_errors=True)
+            new.path.mkdir(parents=True)
+            write_text(new.recipe, recipe)
+            write_json(new.path / "manifest.json", {"schema": SCHEMA, **manifest})
+            if self.path.exists():
+                self.path.rmdir()
+            new.path.rename(self.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"--out {self.path} cannot be made ({error.strerror}): choose another folder"
+            ) from None
 
     def manifest(self) -> dict[str, Any]:
         self.require_run()
@@ -127,8 +139,7 @@ class RunFolder:
 
     def available(self) -> list[str]:
         """Names of the checkpoints that can be read."""
-        found = sorted(p.name for p in self.checkpoints.glob("[!.]*")) if self.checkpoints.exists() else []
-        return [name for name in found if has_checkpoint(self.checkpoints / name)]
+        return checkpoint_names(self.checkpoints)
 
     def read(self, name: str | None = None) -> tuple[nn.Module, Checkpoint, str]:
         """Rebuild a model of this run: "repaired" or "best" where there is one, else an export, else "last".

@@ -222,7 +222,12 @@ def train(
     chosen = fitted.chosen
     selected = {"candidate": chosen.candidate, "epoch": chosen.epoch, "rule": recipe.select}
     speed = [record["images_per_second"] for record in fitted.history]
-    folder.update_manifest(status="complete", selected=selected, images_per_second=sorted(speed)[len(speed) // 2])
+    folder.update_manifest(
+        status="complete",
+        epochs_done=fitted.state.epoch,
+        selected=selected,
+        images_per_second=sorted(speed)[len(speed) // 2],
+    )
     return fitted
 
 

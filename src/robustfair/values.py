@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Literal, Protocol
 
 import torch
@@ -28,7 +29,8 @@ def derive_seed(*keys: object) -> int:
     >>> derive_seed(0, "attack") == derive_seed(0, "attack") != derive_seed(0, "augment")
     True
     """
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    plain = tuple(int(key) if isinstance(key, Integral) else key for key in keys)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

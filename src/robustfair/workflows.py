@@ -153,12 +153,11 @@ def repair_run(source: str, method: str, out: Path, checkpoint: str | None = Non
     about = {key: value for key, value in before.meta.items() if key not in ("schema", "files", "methods")}
     origin = {"run": str(before.folder.path), "checkpoint": before.checkpoint}
     meta = {**about, "repair": method, "repaired_from": origin}
-    write_checkpoint(folder.checkpoints / "repaired", Checkpoint(repaired.state_dict(), {}, meta))
     known = before.folder.manifest()
     kept = {key: known[key] for key in ("model", "class_names", "data", "recipe", "threat", "seed") if key in known}
-    folder.create(
-        recipe.to_yaml(), environment() | kept | {"status": "complete", "repair": method, "repaired_from": origin}
-    )
+    folder.create(recipe.to_yaml(), environment() | kept | {"repair": method, "repaired_from": origin})
+    write_checkpoint(folder.checkpoints / "repaired", Checkpoint(repaired.state_dict(), {}, meta))
+    folder.update_manifest(status="complete")
     old, new = head_norms(before.model), head_norms(repaired)
     text = (
         f"{method}: head norms {old.min():.3f} to {old.max():.3f} (ratio {old.max() / old.min():.2f}) became "

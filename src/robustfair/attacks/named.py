@@ -204,7 +204,8 @@ def _parse_one(text: str) -> NamedAttack:
     for key in args:
         if key not in (*OPTIONS, "alpha"):
             raise UnknownNameError(f"option of {term.name}", key, OPTIONS)
-    return build(NamedAttack, {"kind": kind, "steps": steps, **_defaults(kind), **args}, owner=term.name)
+    rest = {key: value for key, value in _defaults(kind).items() if key not in args and key != "step_size"}
+    return build(NamedAttack, {"kind": kind, "steps": steps, **rest, **args}, owner=term.name)
 
 
 def _kind_and_steps(term: Term) -> tuple[str, int]:

@@ -60,6 +60,8 @@ def _ascend(
     step_size, eps = _per_pixel(attack.step_size, x), _per_pixel(attack.eps, x)
     stop_state = attack.stop.start(y) if attack.stop else y
     x_adv = x_adv.detach()
+    if attack.steps and (attack.stop or attack.keep == "best"):
+        x_adv = _project(x_adv, x, eps, attack)  # only then may the start itself be returned
     for _ in range(attack.steps):
         x_adv.requires_grad_(True)
         with torch.enable_grad():
@@ -111,14 +113,22 @@ class _Best:
 def _move(x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Tensor, eps: Tensor, attack: Attack) -> Tensor:
     """One step uphill, back into the ball and the box. A zero gradient moves nothing."""
     if attack.norm == "linf":
-        x_adv = x_adv + step_size * gradient.sign()
-        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
-    if attack.box_first:
+        direction = gradient.sign()
+    elif attack.box_first:
         norm = _l2(gradient)
         direction = torch.where(norm > 0, gradient / norm, gradient)
-        return x + _into_l2_ball((x_adv + step_size * direction).clamp(0, 1) - x, eps)
-    delta = x_adv - x + step_size * gradient / (_l2(gradient) + 1e-10)
-    return (x + _into_l2_ball(delta, eps)).clamp(0, 1)
+    else:
+        direction = gradient / (_l2(gradient) + 1e-10)
+    return _project(x_adv + step_size * direction, x, eps, attack)
+
+
+def _project(x_adv: Tensor, x: Tensor, eps: Tensor, attack: Attack) -> Tensor:
+    """Into the ball and the box, in the attack's order."""
+    if attack.norm == "linf":
+        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
+    if attack.box_first:
+        return x + _into_l2_ball(x_adv.clamp(0, 1) - x, eps)
+    return (x + _into_l2_ball(x_adv - x, eps)).clamp(0, 1)
 
 
 def _into_l2_ball(delta: Tensor, eps: Tensor) -> Tensor:
@@ -188,16 +198,20 @@ class FreezeFooled:
 def attacking(model: Model, mode: Mode) -> Iterator[None]:
     """Put a module into the attack's batch-norm mode with its parameters frozen; restore every flag on leaving.
 
-    "train_frozen" uses batch statistics and leaves the running ones untouched. A plain function passes through.
+    "train_frozen" uses batch statistics and leaves the running ones untouched. Modules that are in eval mode while the
+    model trains are frozen, and stay so. A plain function passes through.
     """
     if not isinstance(model, nn.Module):
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
+    frozen = [module for module, training in modes if model.training and not training]
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
     grads = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.train(mode != "eval")
+        for module in frozen:
+            module.training = False
         for parameter in grads:
             parameter.requires_grad_(False)
         if mode == "train_frozen":

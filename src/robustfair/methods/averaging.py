@@ -79,7 +79,7 @@ class EMA(Method):
         return state
 
     def _averaged_entries(self, model: nn.Module) -> dict[str, Tensor]:
-        parameters = {name for name, _ in model.named_parameters()}
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         return {
             name: tensor.detach()
             for name, tensor in model.state_dict().items()

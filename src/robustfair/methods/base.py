@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from robustfair.errors import ConflictError
@@ -199,9 +200,11 @@ class Plan:
         """All epoch ticks; weights may change here only under the claim "model"."""
         new = {}
         for method in self.methods:
-            before = _versions(run.model)
+            before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
             new[method.name] = method.at_epoch(states.get(method.name, {}), run)
-            if _versions(run.model) != before and "model" not in method.claims:
+            now = run.model.state_dict()
+            moved = any(not torch.equal(now[name], tensor) for name, tensor in before.items())
+            if moved and "model" not in method.claims:
                 raise ConflictError(f"{method.name} changed the weights at an epoch boundary without claiming 'model'")
         return new
 
@@ -238,8 +241,3 @@ def _check_loss(method: Method, before: Loss, after: Loss) -> None:
 
 def _unclaimed(method: Method, what: str) -> ConflictError:
     return ConflictError(f"{method.name} changed {what} without claiming it: add the claim, or leave the field alone")
-
-
-def _versions(model: nn.Module) -> list[int]:
-    """Counts of in-place changes per parameter: how a write to the weights is noticed without copying them."""
-    return [parameter._version for parameter in model.parameters()]

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustfair.config import require
+from robustfair.config import require, require_at_least
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
 from robustfair.values import Attack, Batch, Loss, State
@@ -51,7 +51,7 @@ class CCM(Method):
     begin: int = 10
 
     def __post_init__(self) -> None:
-        require(self.lam is None or self.lam >= 0, self.name, "lam", allowed=">= 0", got=self.lam)
+        require_at_least(0, self.name, "lam", self.lam or 0)
         require(self.begin >= 1, self.name, "begin", allowed=">= 1 (the first epoch has no counts)", got=self.begin)
 
     def at_epoch(self, state: State, run: Run) -> State:
@@ -85,7 +85,7 @@ class CCR(Method):
     begin: int = 10
 
     def __post_init__(self) -> None:
-        require(self.lam >= 0, self.name, "lam", allowed=">= 0", got=self.lam)
+        require_at_least(0, self.name, "lam", self.lam)
         require(self.begin >= 1, self.name, "begin", allowed=">= 1 (the first epoch has no counts)", got=self.begin)
 
     def at_epoch(self, state: State, run: Run) -> State:

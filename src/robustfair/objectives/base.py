@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from robustfair.config import Norm, parse_norm, require
+from robustfair.config import Norm, parse_norm, require, require_at_least
 from robustfair.losses import MaximiseCE
 from robustfair.values import Attack, Batch, Goal, Loss, Mode, Model
 
@@ -59,13 +59,11 @@ class AdversarialObjective(Objective):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", parse_norm(self.norm))
-        largest = 1.0 if self.norm == "linf" else float("inf")
-        allowed = "in [0, 1], in units of pixels scaled to [0, 1]" if self.norm == "linf" else "at least 0"
-        require(0 <= self.eps <= largest, self.name, "eps", allowed=allowed, got=self.eps, hint="Write 8/255, not 8")
-        require(
-            self.step_size is None or self.step_size >= 0, self.name, "step_size", allowed=">= 0", got=self.step_size
-        )
-        require(self.steps >= 0, self.name, "steps", allowed=">= 0", got=self.steps)
+        require_at_least(0, self.name, "eps", self.eps)
+        inside = self.norm == "l2" or self.eps <= 1
+        require(inside, self.name, "eps", allowed="at most 1 under linf", got=self.eps, hint="Write 8/255, not 8")
+        require_at_least(0, self.name, "step_size", self.step_size or 0)
+        require_at_least(0, self.name, "steps", self.steps)
 
     @property
     def step(self) -> float:

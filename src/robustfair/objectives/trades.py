@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from robustfair.config import require
+from robustfair.config import require_at_least
 from robustfair.losses import MaximiseKL, cross_entropy, kl_divergence
 from robustfair.objectives.base import AdversarialObjective
 from robustfair.registry import OBJECTIVES
@@ -37,7 +37,7 @@ class Trades(AdversarialObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.beta >= 0, self.name, "beta", allowed=">= 0", got=self.beta)
+        require_at_least(0, self.name, "beta", self.beta)
 
     @property
     def step(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from robustfair.config import format_value
@@ -39,7 +40,7 @@ def explain_plan(plan: Plan, epochs: int | None = None) -> str:
 def summary(entry: Any) -> str:
     """First sentence of an entry's docstring."""
     text = " ".join((entry.__doc__ or "").split())
-    return text.split(". ")[0].rstrip(".")
+    return re.split(r"\.(?: (?=[A-Z])|$)", text)[0]
 
 
 def _settings(config: Any) -> str:

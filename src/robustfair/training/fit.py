@@ -148,13 +148,7 @@ class _Training:
         self.model = engine.model
         self.device = loader.dataset.images.device
         self.trainable = schedule.trainable(self.model)
-        self.optimizer = torch.optim.SGD(
-            list(self.trainable.values()),
-            lr=schedule.lr,
-            momentum=schedule.momentum,
-            weight_decay=schedule.weight_decay,
-            nesterov=schedule.nesterov,
-        )
+        self.optimizer = schedule.build_optimizer(self.trainable.values())
         self.run = TrainingRun(
             model=self.model,
             objective=plan.objective,
@@ -172,10 +166,13 @@ class _Training:
             self.states = self.plan.at_epoch({}, self.run)
             return
         self.model.load_state_dict(dict(resume.weights))
-        for name, buffer in resume.optimizer.items():
-            self.optimizer.state[self.trainable[name]]["momentum_buffer"] = buffer.to(self.device).clone()
+        for name, tensor in resume.optimizer.items():
+            parameter, key = name.rsplit("/", 1)
+            device = "cpu" if key == "step" else self.device
+            self.optimizer.state[self.trainable[parameter]][key] = tensor.to(device, copy=True)
         self.states = {name: _copied(state, self.device) for name, state in resume.methods.items()}
-        self.run.epoch, self.run.step, self.state = resume.epoch, resume.step, resume
+        self.run.epoch, self.run.step, self.run.train = resume.epoch, resume.step, resume.train
+        self.state = resume
 
     def epoch(self, on_step: Callable[[int, int], None] | None) -> dict[str, Any]:
         """One pass over the training images; returns its record.
@@ -199,6 +196,8 @@ class _Training:
             if on_step is not None:
                 on_step(run.epoch, step)
         bad = meter.first_bad_step()
+        if bad is None and not all(bool(torch.isfinite(tensor).all()) for tensor in self.model.state_dict().values()):
+            bad = step
         if bad is not None:
             report = {"epoch": run.epoch, "step": bad, "lr": lr, "per_class": meter.per_class()}
             raise DivergedError(report | {"train": counts(meter.tally), "class_state": self._class_state()})
@@ -259,10 +258,11 @@ class _Training:
             epoch=run.epoch,
             step=run.step,
             weights=weights,
-            optimizer={name: buffer.clone() for name, buffer in self._momentum()},
+            optimizer=self._optimizer_state(),
             methods={name: _copied(state, self.device) for name, state in self.states.items()},
             exports=exports,
             best=best,
+            train=run.train,
             history=(*self.state.history, record),
         )
 
@@ -282,11 +282,14 @@ class _Training:
         finally:
             self.model.load_state_dict(dict(current))
 
-    def _momentum(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.trainable.items():
-            buffer = self.optimizer.state[parameter].get("momentum_buffer")
-            if buffer is not None:
-                yield name, buffer
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """Copies of momentum buffers and moments, as `parameter/key`."""
+        return {
+            f"{name}/{key}": value.clone()
+            for name, parameter in self.trainable.items()
+            for key, value in self.optimizer.state[parameter].items()
+            if isinstance(value, Tensor)
+        }
 
     def _class_state(self) -> dict[str, dict[str, list[float | None]]]:
         """The per-class part of every method's state, for a report."""
@@ -297,15 +300,15 @@ class _Training:
 
     @contextmanager
     def frozen_rest(self) -> Iterator[None]:
-        """Freeze the parameters that the schedule does not train."""
-        rest = [p for name, p in self.model.named_parameters() if name not in self.trainable and p.requires_grad]
-        for parameter in rest:
-            parameter.requires_grad_(False)
+        """Let gradients reach exactly the parameters that the schedule trains; restore every flag on leaving."""
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trainable)
         try:
             yield
         finally:
-            for parameter in rest:
-                parameter.requires_grad_(True)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 def score(tallied: ClassTally, select: Select) -> float:
@@ -364,9 +367,9 @@ def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
     return {name: tensor.detach().to(device, copy=True) for name, tensor in tensors.items()}
 
 
-def _head_norms(model: nn.Module) -> list[float] | None:
+def _head_norms(model: nn.Module) -> list[float | None] | None:
     """Row norms of the head, None for a model without a linear one."""
     try:
-        return head_norms(model).tolist()
+        return finite_or_none(head_norms(model))
     except ModelError:
         return None

@@ -27,11 +27,12 @@ class TrainingRun:
     epoch: int = 0
     step: int = 0
     train: ClassTally | None = None
-    _validated: tuple[int, ClassTally] | None = field(default=None, repr=False)
+    _validated: tuple[tuple[int, ...], ClassTally] | None = field(default=None, repr=False)
 
     def validate(self) -> ClassTally:
-        if self._validated is None or self._validated[0] != self.step:
-            self._validated = (self.step, self.measure())
+        written = tuple(tensor._version for tensor in self.model.state_dict(keep_vars=True).values())
+        if self._validated is None or self._validated[0] != written:
+            self._validated = (written, self.measure())
         return self._validated[1]
 
 
@@ -47,7 +48,7 @@ class Meter:
         self.tally = ClassTally()
         self._count = torch.zeros(num_classes, device=device)
         self._sums: dict[str, Tensor] = {}
-        self._loss = torch.zeros((), device=device)
+        self._loss = torch.zeros((), device=device, dtype=torch.float64)
         self._first_bad_step = torch.full((), -1, device=device, dtype=torch.int64)
 
     def add(self, batch: Batch, attack: Attack | None, loss: Loss, total: Tensor, step: int) -> None:
@@ -65,7 +66,7 @@ class Meter:
             if name not in self._sums:
                 self._sums[name] = torch.zeros_like(self._count)
             self._sums[name].index_add_(0, batch.y, value.detach().to(self._count.dtype))
-        total = total.detach().to(self._loss.dtype)
+        total = total.detach().double()
         self._loss += total * batch.y.shape[0]
         bad = ~torch.isfinite(total) & (self._first_bad_step < 0)
         self._first_bad_step = torch.where(bad, step, self._first_bad_step)

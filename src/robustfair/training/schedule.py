@@ -1,20 +1,22 @@
-"""How long, how fast and in what batches: epochs, learning rate over time, SGD's constants."""
+"""How long, how fast and in what batches: epochs, learning rate over time, the optimizer and its constants."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
-from robustfair.config import require
+from robustfair.config import require, require_at_least
 from robustfair.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """SGD with momentum under one of four learning-rate curves.
+    """An optimizer under one of four learning-rate curves.
 
     Attributes:
         epochs: passes over the training images.
@@ -26,7 +28,9 @@ class Schedule:
         gamma: factor at a milestone.
         warmup: share of the steps on which a one-cycle curve rises.
         batch_size: images per step.
-        momentum, weight_decay, nesterov: of SGD; decay applies to every parameter, as in the papers' codes.
+        optimizer: "sgd", as in all the papers, or "adam" (betas 0.9 and 0.999).
+        momentum, nesterov: of SGD.
+        weight_decay: added to the gradient of every parameter, as in the papers' codes.
         only: names of the parameters to train; everything else, batch norm included, stays as it is.
     """
 
@@ -37,20 +41,34 @@ class Schedule:
     gamma: float = 0.1
     warmup: float = 0.4
     batch_size: int = 128
+    optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field, least in (("epochs", 1), ("batch_size", 1), ("lr", 0), ("momentum", 0), ("weight_decay", 0)):
-            value = getattr(self, field)
-            require(math.isfinite(value) and value >= least, "schedule", field, allowed=f">= {least}", got=value)
+        for field in ("epochs", "batch_size"):
+            require_at_least(1, "schedule", field, getattr(self, field))
+        for field in ("lr", "gamma", "momentum", "weight_decay"):
+            require_at_least(0, "schedule", field, getattr(self, field))
         inside = all(0 < milestone < 1 for milestone in self.milestones)
         require(inside, "schedule", "milestones", allowed="fractions of the run in (0, 1)", got=self.milestones)
         require(0 < self.warmup < 1, "schedule", "warmup", allowed="in (0, 1)", got=self.warmup)
         no_momentum = self.nesterov and self.momentum == 0
         require(not no_momentum, "schedule", "nesterov", allowed="false where momentum is 0", got=self.nesterov)
+
+    def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer on `parameters`, at the largest rate."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
 
     def lr_at(self, epoch: int, step: int, steps_per_epoch: int) -> float:
         """Learning rate of 0-based `step` within 0-based `epoch`.
@@ -61,7 +79,8 @@ class Schedule:
         if self.kind == "constant":
             return self.lr
         if self.kind == "multistep":
-            passed = sum(epoch >= milestone * self.epochs for milestone in self.milestones)
+            rounding = 1e-9
+            passed = sum(epoch >= milestone * self.epochs - rounding for milestone in self.milestones)
             return self.lr * self.gamma**passed
         progress = (epoch * steps_per_epoch + step + 1) / (self.epochs * steps_per_epoch)
         if self.kind == "cosine":

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robustfair.values import State, StateDict
+from robustfair.values import ClassTally, State, StateDict
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class TrainState:
     Attributes:
         epoch, step: epochs and optimizer steps completed.
         weights: state dict of the model.
-        optimizer: momentum buffers by parameter name.
+        optimizer: momentum buffers and moments as `parameter/key`.
         methods: state of each method by its name.
         exports: candidates exported at this boundary ("ema": its weights).
         best: the selected candidate, None without selection.
+        train: counts of the last epoch, from the passes that trained.
         history: one record per completed epoch.
     """
 
@@ -51,4 +52,5 @@ class TrainState:
     methods: Mapping[str, State]
     exports: Mapping[str, StateDict] = field(default_factory=dict)
     best: Chosen | None = None
+    train: ClassTally | None = None
     history: tuple[Mapping[str, Any], ...] = ()

@@ -1,0 +1,147 @@
+"""Small networks and small data sets, built in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustfair.data import ImageDataset
+from robustfair.objectives import Objective, Trades
+from robustfair.training.state import TrainState
+from robustfair.values import ClassTally
+
+
+class TinyNet(nn.Module):
+    """Convolution, batch norm with statistics that no batch has, ReLU, dropout, 2x2 mean pooling, head."""
+
+    def __init__(self, channels: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.dropout = nn.Dropout(dropout)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.conv(x.to(self.conv.weight.dtype))))
+        return self.head(self.pool(self.dropout(h)).flatten(1))
+
+
+@pytest.fixture(scope="session")
+def tiny_net() -> Callable[..., TinyNet]:
+    """A function that builds a network from a seed; with `dtype=torch.float64` it computes in float64 on any input."""
+
+    def build(
+        *, channels: int = 1, classes: int = 3, dropout: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> TinyNet:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = TinyNet(channels, classes, dropout)
+            nn.init.normal_(model.norm.running_mean, std=0.2)
+            nn.init.uniform_(model.norm.running_var, 0.5, 1.5)
+            nn.init.uniform_(model.norm.weight, 0.5, 1.5)
+            nn.init.normal_(model.norm.bias, std=0.3)
+            nn.init.normal_(model.head.weight, std=1.0)
+        return model.to(dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> Callable[..., ImageDataset]:
+    """A function that builds images of the given class counts: a pattern per class under noise."""
+
+    def build(
+        counts: Sequence[int] = (12, 12, 12), *, channels: int = 1, size: int = 6, noise: float = 60.0, seed: int = 0
+    ) -> ImageDataset:
+        rng = torch.Generator().manual_seed(seed)
+        shape = (channels, size, size)
+        patterns = torch.randint(40, 216, (len(counts), *shape), generator=rng).float()
+        labels = torch.cat([torch.full((n,), c) for c, n in enumerate(counts)])
+        labels = labels[torch.randperm(len(labels), generator=rng)]
+        images = patterns[labels] + noise * torch.randn(len(labels), *shape, generator=rng)
+        return ImageDataset(
+            images=images.clamp(0, 255).to(torch.uint8),
+            labels=labels,
+            class_names=tuple(f"class {c}" for c in range(len(counts))),
+            name="tiny",
+        )
+
+    return build
+
+
+@dataclass
+class StandInRun:
+    """What a method may see of a run, without one."""
+
+    model: nn.Module
+    objective: Objective
+    num_classes: int
+    epochs: int = 10
+    epoch: int = 0
+    step: int = 0
+    train: ClassTally | None = None
+    images: tuple[Tensor, ...] = ()
+
+    def validate(self) -> ClassTally:
+        raise NotImplementedError
+
+    def inputs(self) -> Iterator[Tensor]:
+        return iter(self.images)
+
+
+@pytest.fixture(scope="session")
+def stand_in_run(tiny_net: Callable[..., TinyNet]) -> Callable[..., StandInRun]:
+    """A function that builds a run of three classes; `hits` and `count` per class make its tally."""
+
+    def build(
+        *,
+        model: nn.Module | None = None,
+        objective: Objective | None = None,
+        hits: Sequence[int] | None = None,
+        count: Sequence[int] = (),
+        **rest: object,
+    ) -> StandInRun:
+        train = None
+        if hits is not None:
+            right = torch.diag(torch.tensor(hits))
+            train = ClassTally(robust_pred_true=right + torch.diag(torch.tensor(count) - right.diagonal()).roll(1, 0))
+        return StandInRun(model or tiny_net(), objective or Trades(), 3, train=train, **rest)  # type: ignore[arg-type]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def differences() -> Callable[[TrainState, TrainState], list[str]]:
+    """A function that names what is not bit for bit the same in two states of a run; clock times do not count."""
+
+    def flat(state: TrainState) -> dict[str, Any]:
+        found: dict[str, Any] = {"epoch": state.epoch, "step": state.step}
+        groups: dict[str, Mapping[str, Tensor]] = {"weights": state.weights, "optimizer": state.optimizer}
+        groups |= {f"method {name}": values for name, values in state.methods.items()}
+        groups |= {f"export {name}": values for name, values in state.exports.items()}
+        if state.best is not None:
+            groups["best"] = state.best.weights
+            found["chosen"] = (state.best.candidate, state.best.epoch, state.best.score)
+        found |= {f"{group}/{name}": tensor for group, values in groups.items() for name, tensor in values.items()}
+        clock = ("seconds", "images_per_second")
+        found["history"] = [{k: v for k, v in record.items() if k not in clock} for record in state.history]
+        return found
+
+    def compare(a: TrainState, b: TrainState) -> list[str]:
+        one, two = flat(a), flat(b)
+        missing = one.keys() ^ two.keys()
+        return sorted(missing | {key for key in one.keys() & two.keys() if not _same(one[key], two[key])})
+
+    return compare
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b

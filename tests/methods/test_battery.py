@@ -1,0 +1,164 @@
+"""One battery over all methods and objectives that are registered: what each must do, whatever it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from robustfair.data import ImageDataset
+from robustfair.errors import ConflictError
+from robustfair.methods import EMA, Method, compose
+from robustfair.objectives import AdversarialObjective, Objective
+from robustfair.registry import METHODS, OBJECTIVES
+from robustfair.training import Fitted, Schedule, fit
+from robustfair.training.state import TrainState
+from robustfair.values import Batch
+
+Net = Callable[..., nn.Module]
+Data = Callable[..., ImageDataset]
+Differences = Callable[[TrainState, TrainState], list[str]]
+
+UNSEEN_FROM_EDITS = ("role.", "gradient", "model")
+
+
+def objective(name: str) -> Objective:
+    cls = OBJECTIVES.get(name)
+    return cls(eps=0.1, steps=2) if issubclass(cls, AdversarialObjective) else cls()
+
+
+def acting(name: str) -> Method:
+    """The method with its defaults, but for the epoch it begins at, so that two epochs see it act."""
+    cls = METHODS.get(name)
+    begins = any(field.name == "begin" and field.default for field in dataclasses.fields(cls))
+    return cls(**({"begin": 1} if begins else {}))
+
+
+def refusal(base: str, *names: str) -> str:
+    """The reason why these do not act together; empty where they do."""
+    try:
+        compose(objective(base), [acting(name) for name in names])
+    except ConflictError as error:
+        return str(error)
+    return ""
+
+
+def composes(base: str, *names: str) -> bool:
+    return not refusal(base, *names)
+
+
+def train(net: Net, data: Data, base: str, methods: list[Method], **rest: Any) -> Fitted:
+    return fit(
+        net(dropout=0.2),
+        data((10, 6, 8)),
+        objective(base),
+        methods=methods,
+        schedule=Schedule(epochs=2, lr=0.1, batch_size=7),
+        validation=0.25,
+        **rest,
+    )
+
+
+ALONE = [(base, name) for base in OBJECTIVES for name in METHODS if composes(base, name)]
+PAIRS = [(base, *pair) for base in OBJECTIVES for pair in itertools.combinations(METHODS, 2) if composes(base, *pair)]
+
+
+def test_something_composes() -> None:
+    assert {("trades", "ccm"), ("trades", "ccr"), ("pgd-at", "ccm"), ("standard", "ema")} <= set(ALONE)
+    assert ("trades", "ccm", "ccr") in PAIRS
+    assert not {("standard", "ccm"), ("pgd-at", "ccr")} & set(ALONE)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_defaults_build_and_the_class_is_what_the_protocol_wants(name: str) -> None:
+    method = METHODS.get(name)()
+    assert method.name == name
+    assert type(method).__mro__[1] is Method, "a method derives from Method and from nothing else"
+    assert dataclasses.is_dataclass(method)
+    assert type(method).__dataclass_params__.frozen
+    assert all(field.kw_only for field in dataclasses.fields(method))
+    assert 1 <= len(method.hooks()) <= 3
+    assert hash(method) == hash(METHODS.get(name)())
+
+
+@pytest.mark.parametrize("first", list(METHODS))
+@pytest.mark.parametrize("second", list(METHODS))
+def test_a_refusal_does_not_depend_on_the_order(first: str, second: str) -> None:
+    for base in OBJECTIVES:
+        reason = refusal(base, first, second)
+        assert bool(reason) == bool(refusal(base, second, first))
+        assert not reason or first in reason or second in reason
+    assert first != second or not composes("trades", first, second)
+
+
+@pytest.mark.parametrize(("base", "name"), ALONE)
+def test_claims_are_exactly_what_is_edited(
+    tiny_net: Net, stand_in_run: Callable[..., Any], base: str, name: str
+) -> None:
+    method, goal = acting(name), objective(base)
+    x = torch.rand(6, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    batch = Batch(x=x, y=torch.arange(6) % 3, index=torch.arange(6), seed=0, x_adv=x.flip(0))
+    run = stand_in_run(objective=goal, images=(x,))
+    state = method.at_epoch({}, run)
+    run = stand_in_run(objective=goal, images=(x,), epoch=1, hits=(1, 2, 3), count=(4, 4, 4))
+    state = method.at_epoch(state, run)
+    edited = set()
+    attack = goal.attack(batch)
+    if attack is not None:
+        after = method.attack(attack, batch, state)
+        names = [field.name for field in dataclasses.fields(attack)]
+        edited |= {f"attack.{n}" for n in names if getattr(after, n) is not getattr(attack, n)}
+    changed = method.examples(batch, state)
+    names = [field.name for field in dataclasses.fields(batch)]
+    edited |= {f"batch.{n}" for n in names if getattr(changed, n) is not getattr(batch, n)}
+    loss = goal(tiny_net(), batch)
+    weighed = method.loss(loss, batch, state)
+    edited |= {"loss.weight"} if weighed.weight is not loss.weight else set()
+    edited |= {
+        f"loss.{n}"
+        for n in weighed.terms
+        if weighed.terms[n] is not loss.terms.get(n) or weighed.coef[n] is not loss.coef.get(n)
+    }
+    state = method.after_step(state, batch, loss, run)
+    edited |= {f"export.{n}" for n in method.export(state, run)}
+    assert edited == {claim for claim in method.claims if not claim.startswith(UNSEEN_FROM_EDITS)}
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert not any(value.requires_grad for value in state.values())
+
+
+@pytest.mark.parametrize(("base", "first", "second"), PAIRS)
+def test_order_does_not_matter(
+    tiny_net: Net, tiny_data: Data, differences: Differences, base: str, first: str, second: str
+) -> None:
+    one = train(tiny_net, tiny_data, base, [acting(first), acting(second)])
+    two = train(tiny_net, tiny_data, base, [acting(second), acting(first)])
+    assert differences(one.state, two.state) == []
+
+
+@pytest.mark.parametrize(("base", "name"), ALONE)
+def test_it_acts_repeats_and_resumes(
+    tiny_net: Net, tiny_data: Data, differences: Differences, base: str, name: str
+) -> None:
+    states: list[TrainState] = []
+    whole = train(tiny_net, tiny_data, base, [acting(name)], save=states.append)
+    assert differences(whole.state, train(tiny_net, tiny_data, base, [acting(name)]).state) == []
+    assert differences(whole.state, train(tiny_net, tiny_data, base, []).state) != [], f"{name} did nothing"
+    assert [state.epoch for state in states] == [1, 2]
+    for state in states:
+        resumed = train(tiny_net, tiny_data, base, [acting(name)], resume=state)
+        assert differences(whole.state, resumed.state) == []
+        assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("base", "name"), [(base, name) for base, name in ALONE if composes(base, name, "ema")])
+def test_an_average_beside_it_moves_no_weight(tiny_net: Net, tiny_data: Data, base: str, name: str) -> None:
+    for ema in (EMA(decay=0.5), EMA(per="epoch", buffers="average"), EMA(buffers="reestimate")):
+        alone = train(tiny_net, tiny_data, base, [acting(name)], select="last").state
+        beside = train(tiny_net, tiny_data, base, [acting(name), ema], select="last").state
+        assert all(torch.equal(tensor, beside.weights[key]) for key, tensor in alone.weights.items())
+        assert all(torch.equal(v, beside.methods[name][key]) for key, v in alone.methods[name].items())

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robustfair.config import (
+    RobustFairWarning,
+    Term,
+    build,
+    format_eps,
+    format_value,
+    parse_composition,
+    parse_eps,
+    parse_norm,
+    read_value,
+)
+from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.methods import CCM, CCR, EMA
+from robustfair.objectives import PGDAT, Trades
+from robustfair.training import Schedule
+
+NAMES = st.from_regex(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", fullmatch=True)
+KEYS = st.from_regex(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", fullmatch=True)
+TEXTS = st.text(st.characters(exclude_characters="\"'", exclude_categories=["Cs", "Cc"]), max_size=12)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+DECIMALS = NUMBERS.filter(lambda value: (value * 255) % 1 != 0)
+VALUES = st.one_of(st.integers(-1000, 1000), DECIMALS, st.booleans(), st.none(), TEXTS)
+
+
+@given(st.lists(st.builds(Term, NAMES, st.dictionaries(KEYS, VALUES, max_size=3)), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_what_is_printed_reads_back(terms: list[Term]) -> None:
+    assert parse_composition(" + ".join(str(term) for term in terms)) == terms
+
+
+@given(NUMBERS)
+@settings(max_examples=100, deadline=None)
+def test_any_number_reads_back(value: float) -> None:
+    (term,) = parse_composition(f"a(b={format_value(value)})")
+    read = term.args["b"]
+    assert float(read) == value if "/" not in str(read) else parse_eps(str(read)) == value
+
+
+@given(st.integers(1, 254))
+@settings(max_examples=60, deadline=None)
+def test_radii_in_grey_levels_survive_exactly(levels: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RobustFairWarning)
+        assert parse_eps(format_eps(levels / 255)) == levels / 255
+        assert parse_eps(f"{levels}/255") == levels / 255
+
+
+@pytest.mark.parametrize("text", ["trades(beta=6) + ccm", " TRADES( beta = 6 ,)+CCM() ", "trades(beta=6)+\nccm"])
+def test_spelling_and_spaces_do_not_matter(text: str) -> None:
+    assert [str(term) for term in parse_composition(text)] == ["trades(beta=6)", "ccm"]
+
+
+def test_values_and_keys_are_read_by_their_form() -> None:
+    (term,) = parse_composition("fat-tat/x(step-size=2/255, a=-1, b=1e-3, c=TRUE, d=None, e=\"8\", f='a + b')")
+    assert term.name == "fat-tat/x"
+    assert term.args == {"step_size": "2/255", "a": -1, "b": 0.001, "c": True, "d": None, "e": "8", "f": "a + b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "position 1: expected a name"),
+        ("trades +", "expected a name"),
+        ("+ trades", "position 1: expected a name"),
+        ("trades ccm", "position 8: expected '\\+'"),
+        ("trades(beta", "expected '='"),
+        ("trades(beta=", "expected a value"),
+        ("trades(beta=6", "expected ',' or '\\)'"),
+        ("trades(beta=6 7)", "expected ',' or '\\)'"),
+        ("trades(=6)", "expected a key"),
+        ("trades)", "expected '\\+'"),
+        ("trades(a=1, a=2)", "a is given twice"),
+        ("trades(step-size=1, step_size=2)", "step_size is given twice"),
+        ("trades(a='x)", "quotation mark is not closed"),
+    ],
+)
+def test_bad_compositions_name_the_place(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_composition(text)
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_read_or_refused_and_never_run(text: str) -> None:
+    with contextlib.suppress(RecipeError):
+        assert all(term.name for term in parse_composition(text))
+
+
+def test_a_call_is_only_text() -> None:
+    with pytest.raises(RecipeError):
+        parse_composition("trades(beta=__import__('os').getcwd())")
+    assert read_value("__import__") == "__import__"
+
+
+@pytest.mark.parametrize("value", ["8", 8, "255", "-1/255", "-0.1", "1.5", "1/0", "eps", "", "nan", "inf", True, None])
+def test_bad_radii_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="8/255"):
+        parse_eps(value)
+
+
+@pytest.mark.parametrize("value", ["8", "nan", "inf", "-1"])
+def test_bad_l2_radii_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_eps(value, norm="l2")
+
+
+def test_a_bare_8_is_answered_with_the_fraction() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 8/255\?"):
+        parse_eps("8")
+
+
+def test_the_almost_8_over_255_is_warned_about() -> None:
+    with pytest.warns(RobustFairWarning, match="not 8/255"):
+        assert parse_eps("0.031") == 0.031
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse_eps("8/255"), parse_eps("0.2"), parse_eps("1.5", norm="l2")
+
+
+@pytest.mark.parametrize(("text", "norm"), [("Linf", "linf"), ("l_inf", "linf"), ("L-inf", "linf"), ("L2", "l2")])
+def test_norms(text: str, norm: str) -> None:
+    assert parse_norm(text) == norm
+
+
+@pytest.mark.parametrize("text", ["l1", "", "inf", "8"])
+def test_unknown_norms(text: str) -> None:
+    with pytest.raises(ConfigError, match="linf or l2"):
+        parse_norm(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    eps: float = 0.1
+    step_size: float | None = None
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = 10
+    lam: float | None = None
+    flag: bool = False
+    milestones: tuple[float, ...] = ()
+
+
+def test_build_reads_plain_values() -> None:
+    built = build(
+        Example, {"eps": "8/255", "alpha": "2/255", "norm": "L_2", "milestones": [0.5], "lam": 1}, owner="example"
+    )
+    assert built == Example(eps=8 / 255, step_size=2 / 255, norm="l2", milestones=(0.5,), lam=1.0)
+    assert build(Example, {"step-size": 0.1}, owner="example").step_size == 0.1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 2.5),
+        ("steps", "10"),
+        ("steps", True),
+        ("steps", None),
+        ("lam", "0.5"),
+        ("lam", True),
+        ("flag", 1),
+        ("flag", "yes"),
+        ("norm", "l1"),
+        ("eps", "8"),
+        ("milestones", 0.5),
+        ("milestones", ["half"]),
+    ],
+)
+def test_build_coerces_nothing(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"example: {key} must be|norm must be"):
+        build(Example, {key: value}, owner="example")
+
+
+def test_build_shows_the_nearest_key() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown key of example 'stepz': did you mean steps"):
+        build(Example, {"stepz": 1}, owner="example")
+
+
+@pytest.mark.parametrize("args", [{"step_size": 0.1, "alpha": 0.2}, {"step_size": 0.1, "step-size": 0.2}])
+def test_build_refuses_one_field_under_two_keys(args: dict[str, float]) -> None:
+    with pytest.raises((ConfigError, RecipeError)):
+        build(Example, args, owner="example")
+
+
+@pytest.mark.parametrize(
+    ("cls", "args"),
+    [
+        (Trades, {"beta": -1.0}),
+        (Trades, {"beta": math.nan}),
+        (Trades, {"beta": math.inf}),
+        (PGDAT, {"steps": -1}),
+        (PGDAT, {"eps": 8.0}),
+        (PGDAT, {"eps": math.nan}),
+        (PGDAT, {"eps": math.inf, "norm": "l2"}),
+        (PGDAT, {"step_size": -0.1}),
+        (PGDAT, {"step_size": math.inf}),
+        (CCM, {"lam": -0.1}),
+        (CCM, {"lam": math.inf}),
+        (CCM, {"begin": 0}),
+        (CCR, {"lam": math.nan}),
+        (CCR, {"begin": 0}),
+        (EMA, {"decay": 1.1}),
+        (EMA, {"decay": math.nan}),
+        (EMA, {"begin": -1}),
+        (Schedule, {"epochs": 0}),
+        (Schedule, {"lr": math.nan}),
+        (Schedule, {"lr": -0.1}),
+        (Schedule, {"gamma": math.nan}),
+        (Schedule, {"gamma": -0.1}),
+        (Schedule, {"milestones": (1.5,)}),
+        (Schedule, {"warmup": 0.0}),
+        (Schedule, {"batch_size": 0}),
+        (Schedule, {"momentum": 0.0, "nesterov": True}),
+        (Schedule, {"weight_decay": math.inf}),
+    ],
+    ids=lambda v: v.__name__ if isinstance(v, type) else str(v),
+)
+def test_numbers_without_a_meaning_are_refused(cls: type, args: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        cls(**args)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from robustfair.errors import UnknownNameError
+from robustfair.registry import METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
+
+
+def filled() -> Registry[int]:
+    registry: Registry[int] = Registry("fruit", ())
+    registry.register("red-apple")(1)
+    registry.register("pear")(2)
+    return registry
+
+
+@pytest.mark.parametrize("name", ["red-apple", "Red_Apple", " RED apple ", "red apple"])
+def test_any_spelling_finds_the_entry(name: str) -> None:
+    assert filled().get(name) == 1
+    assert name in filled()
+
+
+@pytest.mark.parametrize("name", ["PreAct_ResNet18", "PGD AT", "  trades "])
+def test_canonical_names_are_fixed_points(name: str) -> None:
+    assert canonical(canonical(name)) == canonical(name)
+
+
+def test_an_unknown_name_shows_the_nearest_or_else_all() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown fruit 'peer': did you mean pear\?"):
+        filled().get("peer")
+    with pytest.raises(UnknownNameError, match=r"unknown fruit 'zzz': known: pear, red-apple"):
+        filled().get("zzz")
+
+
+def test_iteration_is_sorted() -> None:
+    assert list(filled()) == ["pear", "red-apple"]
+
+
+@pytest.mark.parametrize("name", ["Pear", "red_apple", "pear"])
+def test_a_second_or_misspelt_entry_is_a_defect(name: str) -> None:
+    with pytest.raises(AssertionError):
+        filled().register(name)(3)
+
+
+def test_modules_are_imported_on_first_use_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "fills_a_registry.py").write_text("LOADED = True\n")
+    registry: Registry[int] = Registry("fruit", ("fills_a_registry",))
+    assert "fills_a_registry" not in sys.modules
+    assert "pear" not in registry
+    assert sys.modules.pop("fills_a_registry").LOADED
+    assert list(registry) == []
+    assert "fills_a_registry" not in sys.modules
+
+
+def test_what_ships_is_there() -> None:
+    assert {"standard", "pgd-at", "trades"} <= set(OBJECTIVES)
+    assert {"ccm", "ccr", "ema"} <= set(METHODS)
+    assert {"small-cnn", "resnet9", "preact-resnet18"} <= set(MODELS)
+    assert "hwnwb" in REPAIRS
+
+
+@pytest.mark.parametrize("registry", [OBJECTIVES, METHODS, REPAIRS], ids=lambda r: r.kind)
+def test_entries_bear_the_name_they_are_filed_under(registry: Registry[type]) -> None:
+    assert all(registry.get(name).name == name for name in registry)
