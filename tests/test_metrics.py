@@ -466,3 +466,11 @@ def test_textbook_bootstraps_do_not_cover_the_worst_of_tied_classes():
     assert held["bias-corrected", "10-ties"] <= 25
     assert held["basic", "10-faal"] < 90
     assert max(held[kind, "100-ties"] for kind in ("percentile", "basic", "bias-corrected")) <= 40
+
+
+def test_a_class_of_few_images_bounds_the_worst_class_although_it_measures_perfect() -> None:
+    scarce = metrics.bootstrap_statistic(torch.tensor([40, 40, 2]), torch.tensor([40, 40, 2]), "worst")
+    ample = metrics.bootstrap_statistic(torch.tensor([40, 40, 40]), torch.tensor([40, 40, 40]), "worst")
+    alone, _ = metrics.wilson(2, 2)
+    assert scarce.lower <= float(alone)
+    assert ample.lower > 0.8

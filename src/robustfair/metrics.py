@@ -27,6 +27,9 @@ from robustfair.errors import ConfigError
 
 Array = Tensor | np.ndarray
 
+FEW_IMAGES = 30
+"""A class with fewer images is too small to be left out of a worst-class bound by its measured accuracy."""
+
 _NAN = float("nan")
 _FLAT = 1e-6  # relative spread below which a vector counts as constant: rounding of float32 norms stays under it
 
@@ -420,6 +423,9 @@ def bootstrap_statistic(
     is cautious. The tests measure the coverage with ties, clusters and a clear worst class, for 10 classes of 1000
     images and 100 of 100.
 
+    A class with fewer than `FEW_IMAGES` images may be the worst whatever it measures: its own simultaneous Wilson bound
+    then pulls the lower end of "worst" down.
+
     Args:
         correct: (C,) hits per class.
         n: (C,) images per class; a class with none is left out.
@@ -453,10 +459,11 @@ def bootstrap_statistic(
     bias = float(np.mean(measure(resample(acc)))) - estimate
 
     low, high = np.quantile(np.stack([separate_error, tied_error]), [tail, 1 - tail], axis=1)
+    lower = _unit(estimate - max(0.0, float(high.max())))
     return Interval(
         estimate=estimate,
         corrected=_unit(estimate - bias),
-        lower=_unit(estimate - max(0.0, float(high.max()))),
+        lower=min(lower, _scarce_floor(k, m, level)) if statistic == "worst" else lower,
         upper=_unit(estimate - min(0.0, float(low.min()))),
         level=level,
     )
@@ -586,6 +593,13 @@ def _tied(correct: np.ndarray, n: np.ndarray, level: float) -> np.ndarray:
     if bottom > top:
         bottom = top = correct.sum() / n.sum()
     return np.clip(correct / n, bottom, top)
+
+
+def _scarce_floor(correct: np.ndarray, n: np.ndarray, level: float) -> float:
+    """Lowest simultaneous lower bound among the classes with few images; 1 if no class has few."""
+    z = NormalDist().inv_cdf(level ** (1 / len(n)))
+    lower, _ = _wilson(correct, n, z)
+    return float(min(lower.numpy()[n < FEW_IMAGES], default=1.0))
 
 
 def _unit(value: float) -> float:

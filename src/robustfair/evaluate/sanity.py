@@ -23,6 +23,7 @@ from torch import Tensor
 from robustfair.attacks.named import CROSS_ENTROPY
 from robustfair.errors import DataError
 from robustfair.evaluate.audit import CLEAN, Audit
+from robustfair.metrics import FEW_IMAGES
 
 FLATTERY_NOTED = 0.01
 """Difference between two attacks, as a fraction of all images, from which it is noted (beyond chance)."""
@@ -32,7 +33,6 @@ CONFIRMED_SHARE = 0.5
 """A gain counts as confirmed if the stronger attack shows at least this share of it."""
 LEAST_SKILL = 0.1
 """Clean accuracy above chance, as a share of what is possible above chance, below which a model looks untrained."""
-FEW_IMAGES = 30
 EQUAL_NORMS = 1.01
 
 _Z95 = 1.959963984540054

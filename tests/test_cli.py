@@ -1,0 +1,1066 @@
+"""The command line as a user meets it: what it prints, how it exits, and which files it touches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reference.layouts import IMAGE, cells, class_label, pixels, write_images, write_parquet
+from reference.runs import CFA, TINY, changes, cut_in_half, history, tensors, tree
+from robustfair import runner
+from robustfair.cli import app, main
+from robustfair.data import load_dataset
+from robustfair.listing import listing
+from robustfair.models import create_model
+from robustfair.recipe import Recipe, read_recipe
+
+TEN = tuple("0123456789")
+FACTORIES = """
+import torch
+from robustfair import create_model
+
+def tiny(num_classes=10):
+    return create_model("small-cnn", num_classes=num_classes, in_channels=1, width=4)
+
+def seven():
+    return tiny(7)
+
+def nothing():
+    return None
+
+def broken():
+    raise OSError("no weights\\nanywhere")
+
+def needs(argument):
+    return argument
+
+class NotFinite(torch.nn.Module):
+    def forward(self, x):
+        return torch.full((len(x), 10), float("nan"))
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict[str, Any]:
+        """The one line of JSON on stdout."""
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1
+        return json.loads(self.out, parse_constant=pytest.fail)
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command in this process; warnings reach stderr as they do in a fresh interpreter."""
+
+    def run(*argv: object) -> Outcome:
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            for quiet in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", quiet)
+            warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: sys.stderr.write(
+                warnings.formatwarning(message, category, filename, lineno, line)
+            )
+            code = main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+def training(composition: str = "pgd-at", **keys: Any) -> list[str]:
+    """The words that train a tiny run into the folder `new`; None leaves a key out."""
+    given = {key: value for key, value in ({"out": "new"} | TINY | keys).items() if value is not None}
+    return ["train", composition, *(word for key, value in given.items() for word in (flag(key), str(value)))]
+
+
+def flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs, weight files, images and recipes, good and bad; tests work on copies."""
+    root = tmp_path_factory.mktemp("stock")
+    with contextlib.chdir(root):
+        assert main([*training(CFA, out="run"), "--quiet"]) == 0
+        assert (
+            main(["audit", "run", "--attacks", "clean", "--limit-per-class", "2", "--out", "baseline", "--quiet"]) == 0
+        )
+        assert main(["repair", "run", "--out", "repaired"]) == 0
+        (root / "run" / "report.html").unlink()
+        _stock_weights(root)
+        _stock_images(root)
+        _stock_recipes(root)
+        (root / "zoo_of_test.py").write_text(FACTORIES)
+        (root / "zoo_that_fails.py").write_text("raise ZeroDivisionError('at import')\n")
+        (root / "notes").mkdir()
+        (root / "notes" / "plan.txt").write_text("keep")
+    return root
+
+
+def _stock_weights(root: Path) -> None:
+    weights = create_model("small-cnn", in_channels=1, width=4).state_dict()
+    save_file(weights, root / "good.safetensors")
+    save_file(create_model("small-cnn", in_channels=1, width=4, num_classes=7).state_dict(), root / "seven.safetensors")
+    torch.save(weights, root / "good.pt")
+    torch.save({"state_dict": weights, "hook": _Runs("pwned")}, root / "code.pt")
+    (root / "pickle.pt").write_bytes(pickle.dumps(_Runs("pwned")))
+    for name in ("good.safetensors", "good.pt"):
+        shutil.copy(root / name, root / f"cut-{name}")
+        cut_in_half(root / f"cut-{name}")
+    (root / "empty.pt").write_bytes(b"")
+
+
+class _Runs:
+    """An object whose pickle leaves a file where it is loaded."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.name,)
+
+
+def _stock_images(root: Path) -> None:
+    images, labels = pixels(20, channels=1), np.arange(20) % 10
+    wrong, negative = labels.copy(), labels.copy()
+    wrong[3], negative[3] = 12, -1
+    np.savez(root / "good.npz", images=images, labels=labels)
+    np.savez(root / "high.npz", images=images, labels=wrong, class_names=np.array(TEN))
+    np.savez(root / "negative.npz", images=images, labels=negative)
+    np.savez(root / "seven.npz", images=images, labels=labels % 7)
+    np.savez(root / "letters.npz", images=images, labels=labels, class_names=np.array(tuple("abcdefghij")))
+    np.savez(root / "float.npz", images=images / 255, labels=labels)
+    np.savez(root / "none.npz", images=images[:0], labels=labels[:0])
+    shutil.copy(root / "good.npz", root / "cut.npz")
+    cut_in_half(root / "cut.npz")
+    columns = {"image": cells(images), "label": labels.tolist()}
+    features = {"image": IMAGE, "label": class_label(TEN)}
+    write_parquet(root / "table" / "train-0.parquet", columns, features)
+    write_parquet(root / "table-high" / "train-0.parquet", columns | {"label": wrong.tolist()}, features)
+    write_parquet(root / "table-cut" / "train-0.parquet", columns, features)
+    cut_in_half(root / "table-cut" / "train-0.parquet")
+    write_images(root / "pictures-bad", {name: pixels(2, channels=1) for name in "ab"})
+    (root / "pictures-bad" / "b" / "001.png").write_bytes(b"no picture")
+    (root / "pictures-none" / "a").mkdir(parents=True)
+    (root / "nothing").mkdir()
+
+
+def _stock_recipes(root: Path) -> None:
+    texts = {
+        "broken": "train: [trades\ndata: }",
+        "list": "- trades\n- digits\n",
+        "empty": "",
+        "unknown": "train: trades\ndata: digits\nmomentun: 0.9\n",
+        "type": "train: trades\ndata: digits\nepochs: three\n",
+        "number-as-text": "train: trades\ndata: digits\nepochs: '3'\n",
+        "schema": "schema: robustfair.recipe/9\ntrain: trades\ndata: digits\n",
+        "eps": "train: trades\ndata: digits\neps: 8\n",
+        "eps-text": "train: trades\ndata: digits\neps: '8'\n",
+        "no-train": "data: digits\n",
+        "number-key": "train: trades\ndata: digits\n3: 4\n",
+        "code": "train: !!python/object/apply:os.mkdir [pwned]\ndata: digits\n",
+    }
+    for name, text in texts.items():
+        (root / f"{name}.yaml").write_text(text)
+    (root / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+
+
+@pytest.fixture
+def place(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the stock, as the working folder; no data but what it holds, decoded images kept elsewhere."""
+    root = tmp_path / "place"
+    shutil.copytree(stock, root)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("ROBUSTFAIR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ROBUSTFAIR_DATA", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in ("zoo_of_test", "zoo_that_fails"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return root
+
+
+# Wrong use: one line, exit 2, nothing written
+
+AUDIT = ("--attacks", "clean", "--limit-per-class", "1")
+WEIGHTS = ("--arch", "small-cnn", "--width", "4", "--data", "digits", *AUDIT)
+
+
+def case(argv: list[str] | str, *fragments: str) -> Any:
+    words = shlex.split(argv) if isinstance(argv, str) else argv
+    return pytest.param(words, fragments, id=" ".join(words).removesuffix(" ".join(AUDIT)).strip()[:90])
+
+
+UNKNOWN_NAMES = [
+    case("trian trades --data digits --out new", "did you mean", "train"),
+    case(training("tradez"), "unknown objective or method 'tradez'", "trades"),
+    case(training("trades + ccn"), "unknown objective or method 'ccn'", "ccr"),
+    case(training("trades(betta=6)"), "unknown key of trades 'betta'", "beta"),
+    case(training("trades + ccm(lamb=1)"), "unknown key of ccm 'lamb'", "lam"),
+    case([*training(), "--epoks", "3"], "--epoks", "--epochs"),
+    case("audit run --atacks clean", "--atacks", "--attacks"),
+    case(training(model="smal-cnn"), "unknown model 'smal-cnn'", "small-cnn"),
+    case(training(data="digit"), "unknown data set 'digit'", "digits"),
+    case(training(augment="crop-flop"), "unknown augmentation 'crop-flop'", "crop-flip"),
+    case(training(repair="hwnb"), "unknown repair 'hwnb'", "hwnwb"),
+    case("train demmo/x --data digits --out new", "unknown recipe 'demmo/x'", "demo"),
+    case("train unknown.yaml --out new", "unknown key of recipe 'momentun'", "momentum"),
+    case("audit run --attacks clean,pdg-20", "unknown attack 'pdg-20'", "pgd-20"),
+    case("audit run --attacks pgd-2(restart=2)", "unknown option of pgd-2 'restart'", "restarts"),
+    case("audit run --checkpoint bset", "unknown checkpoint of run 'bset'", "best"),
+    case(["audit", "good.safetensors", "--arch", "smal-cnn", "--data", "digits"], "unknown model", "small-cnn"),
+    case("repair run --out new --method hwnb", "unknown repair 'hwnb'", "hwnwb"),
+    case("repair run --out new --method hwnwb(target=mean)", "unknown key of hwnwb 'target'", "target_norm"),
+    case("repair run --out new --checkpoint lst", "unknown checkpoint of run 'lst'", "last"),
+    case("explain trades+cmm", "unknown objective or method 'cmm'", "ccm"),
+    case("list recipe", "unknown kind of entry 'recipe'", "recipes"),
+    case("demo --epocs 2", "--epocs", "--epochs"),
+]
+
+COMPOSITIONS = [
+    case(training(""), "expected a name"),
+    case(training("trades(beta="), "position 13", "expected a value"),
+    case(training("ccm + ccr"), "exactly one objective", "found none"),
+    case(training("trades + pgd-at"), "exactly one objective", "found trades and pgd-at"),
+    case(training("trades + ccm + ccm"), "ccm is listed twice"),
+    case(training("pgd-at + ccr"), "ccr needs the loss term 'consistency'", "pgd-at"),
+    case(training("standard + ccm"), "ccm sets attack.eps", "standard trains without an attack"),
+    case(["explain", "pgd-at + ccr"], "ccr needs the loss term 'consistency'"),
+    case(training(repair="hwnwb + hwnwb"), "names 2 repairs"),
+    case(training("trades + ema(decay=2)"), "ema: decay must be in [0, 1], got 2"),
+]
+
+RADII = [
+    case(training(eps="8"), "eps must be", "Did you mean 8/255?"),
+    case(training("trades(eps=8)", eps=None), "eps must be", "Did you mean 8/255?"),
+    case(training("trades(eps='8')", eps=None), "eps must be", "Did you mean 8/255?"),
+    case("train eps.yaml --out new", "eps must be", "Did you mean 8/255?"),
+    case("train eps-text.yaml --out new", "eps must be", "Did you mean 8/255?"),
+    case("audit run --eps 8", "eps must be", "Did you mean 8/255?"),
+    case("audit run --eps 8/0", "eps must be", "'8/0'"),
+    case(["audit", "run", "--eps", "", *AUDIT], "eps must be", "''"),
+    case("repair run --out new --attacks clean --eps 8", "eps must be", "Did you mean 8/255?"),
+    case(training(step_size="2"), "step_size must be", "Did you mean 2/255?"),
+    case(training("trades(eps=8/255)", eps="0.2"), "eps is 8/255 in trades(eps=8/255) and 0.2 beside it"),
+    case(training("trades(steps=3)", steps=4), "steps is 3", "4 beside it"),
+    case(training("trades(step_size=0.1)", step_size="0.2"), "step_size is 0.1", "0.2 beside it"),
+    case(training("trades(alpha=0.1)", alpha="0.2"), "0.1", "0.2 beside it"),
+    case(training("trades(norm=linf)", norm="l2"), "norm is linf", "l2 beside it"),
+    case(training("trades(norm=l2)", norm="linf"), "norm is l2", "linf beside it"),
+]
+
+VALUES = [
+    case(training(epochs=0), "epochs must be >= 1, got 0"),
+    case(training(batch_size=0), "batch_size must be >= 1, got 0"),
+    case(training(limit_per_class=0), "limit_per_class must be", "got 0"),
+    case(training(seed="x"), "--seed", '"x"'),
+    case(training(lr="nan"), "lr must be", "got nan"),
+    case(training(gamma="nan"), "gamma must be", "got nan"),
+    case(training(gamma="-1"), "gamma must be", "got -1"),
+    case(training(momentum="-1"), "momentum must be", "got -1"),
+    case(training(steps="-1"), "steps must be", "got -1"),
+    case(training(width=0), "width must be", "got 0"),
+    case(training(image_size=0), "image_size must be", "got 0"),
+    case(training(precision="fp16"), "--precision", "fp32"),
+    case(training(select="first"), "--select", "worst"),
+    case(training(schedule="step"), "--schedule", "multistep"),
+    case(training(norm="l1"), "norm", "linf"),
+    case(training(validation=0), "validation must be", "select='last'"),
+    case(training(validation=1.5), "1.5"),
+    case(training(validation=-0.1), "-0.1"),
+    case(training(validation="nan"), "nan"),
+    case(training(device="gpu"), "device must be", "'gpu'"),
+    case(training(augment="crop", image_size=4), "padding must be", "got 4"),
+    case(["audit", "run", "--batch-size", "0", *AUDIT], "batch_size must be", "got 0"),
+    case("audit run --limit-per-class 0", "limit_per_class must be", "got 0"),
+    case(["audit", "run", "--image-size", "0", *AUDIT], "image_size must be", "got 0"),
+    case(["audit", "run", "--precision", "fp16", *AUDIT], "precision must be fp32 or bf16"),
+    case(["audit", "run", "--norm", "l1", *AUDIT], "norm must be linf or l2"),
+    case(["audit", "run", "--device", "gpu", *AUDIT], "device must be", "'gpu'"),
+    case("demo --epochs 0 --out new", "epochs must be >= 1, got 0"),
+    case("demo --seed x --out new", "--seed", '"x"'),
+]
+
+DATA = [
+    case(training(data="high.npz"), "labels outside the range 0 to 9, the first is 12 at index 3"),
+    case(training(data="negative.npz"), "labels outside the range 0 to 9, the first is -1 at index 3"),
+    case(training(data="table-high"), "labels outside the range 0 to 9, the first is 12 at index 3"),
+    case(["audit", "run", "--data", "high.npz"], "labels outside the range"),
+    case(training(data="nothing"), "nothing holds no images"),
+    case(training(data="pictures-none"), "no images", "pictures-none"),
+    case(training(data="none.npz"), "no images"),
+    case(training(data="pictures-bad"), "001.png", "cannot be decoded"),
+    case(training(data="cut.npz"), "cut.npz cannot be read"),
+    case(training(data="table-cut"), "train-0.parquet cannot be read"),
+    case(training(data="float.npz"), "uint8", "float64"),
+    case(training(data="notes/plan.txt"), "plan.txt"),
+    case(training(data="./absent"), "absent", "does not exist"),
+    case(training(data=""), "data"),
+    case(training(data=None), "--data"),
+    case(["audit", "run", "--data", ""], "data"),
+    case(["audit", "zoo_of_test:tiny", *AUDIT], "--data"),
+    case(["audit", "good.safetensors", "--arch", "small-cnn", "--width", "4", *AUDIT], "--data"),
+    case(["audit", "run", "--data", "seven.npz", *AUDIT], "run", "seven"),
+    case(["audit", "run", "--data", "letters.npz", *AUDIT], "run", "a, b, c, d", "labels would not mean the same"),
+    case("repair run --out new --attacks clean --data letters.npz", "labels would not mean the same"),
+    case(
+        ["audit", "run", "--baseline", "baseline/clean_linf-0.1_best_20-images.json", *AUDIT], "not of the same images"
+    ),
+    case(["audit", "run", "--baseline", "absent.json", *AUDIT], "absent.json does not exist"),
+    case(["audit", "run", "--baseline", "run/manifest.json", *AUDIT], "run/manifest"),
+]
+
+MODELS = [
+    case(["audit", "zoo_of_test:seven", "--data", "digits", *AUDIT], "7 outputs", "10 classes"),
+    case(["audit", "seven.safetensors", *WEIGHTS], "7 outputs", "10"),
+    case(["audit", "zoo_of_test:tiny", "--weights", "seven.safetensors", "--data", "digits"], "7 outputs", "10"),
+    case(["audit", "zoo_of_test:NotFinite", "--data", "digits", *AUDIT], "logits that are not finite"),
+    case(["audit", "zoo_of_test:broken", "--data", "digits"], "OSError: no weights anywhere"),
+    case(["audit", "zoo_of_test:nothing", "--data", "digits"], "must return a torch.nn.Module, got NoneType"),
+    case(["audit", "zoo_of_test:needs", "--data", "digits"], "TypeError", "argument"),
+    case(["audit", "zoo_of_test:absent", "--data", "digits"], "cannot import it", "package.module:factory"),
+    case(["audit", "absent_zoo:tiny", "--data", "digits"], "cannot import it", "absent_zoo"),
+    case(["audit", "zoo_that_fails:tiny", "--data", "digits"], "zoo_that_fails", "ZeroDivisionError", "at import"),
+    case(["audit", "good.safetensors", "--data", "digits"], "add --arch"),
+    case(["audit", "good.safetensors", "--arch", "resnet9", "--data", "digits"], "do not fit"),
+    case(["audit", "good.safetensors", "--arch", "small-cnn", "--data", "digits"], "width"),
+    case(["audit", "cut-good.safetensors", *WEIGHTS], "cut-good.safetensors: cut, corrupt or not a weight file"),
+    case(["audit", "cut-good.pt", *WEIGHTS], "cut-good.pt: cut, corrupt or not a weight file"),
+    case(["audit", "empty.pt", *WEIGHTS], "empty.pt: cut, corrupt or not a weight file"),
+    case(["audit", "code.pt", *WEIGHTS], "code.pt: holds the Python object", "run code"),
+    case(["audit", "pickle.pt", *WEIGHTS], "pickle.pt"),
+    case(["audit", "absent.pt", *WEIGHTS], "absent.pt: no such file"),
+    case(["audit", "absent", "--data", "digits"], "no run folder, weight file", "package.module:factory"),
+    case(["audit", "notes", "--data", "digits"], "notes holds no run"),
+    case(["audit", "good.pt", "--checkpoint", "best", *WEIGHTS], "--checkpoint", "good.pt is none"),
+    case("repair good.pt --out new", "good.pt"),
+    case("repair zoo_of_test:tiny --out new", "no run folder"),
+    case("repair repaired --out new", "repaired already", "run"),
+]
+
+ATTACKS = [
+    case(["audit", "run", "--attacks", ""], "names like clean,pgd-20"),
+    case(["audit", "run", "--attacks", " , "], "names like clean,pgd-20"),
+    case("audit run --attacks pgd-2,PGD_2", "each attack once", "pgd-2"),
+    case("audit run --attacks clean,clean", "each attack once", "clean"),
+    case(["audit", "run", "--attacks", "clean pgd-2"], "cannot read 'clean pgd-2'"),
+    case("audit run --attacks clean+pgd-2", "separated by commas"),
+    case("audit run --attacks pgd", "unknown attack 'pgd'", "pgd-20"),
+    case("audit run --attacks pgd-0", "steps must be >= 1, got 0"),
+    case("audit run --attacks pgd-2(restarts=0)", "restarts must be >= 1, got 0"),
+    case("audit run --attacks pgd-2(restarts=2", "cannot read"),
+    case("audit run --attacks clean(restarts=2)", "clean: options must be none"),
+    case("repair run --out new --attacks pgd", "unknown attack 'pgd'"),
+]
+
+FOLDERS = [
+    case(training(out="run"), "run already holds a run", "--resume"),
+    case(training(out="notes"), "notes is not empty", "another folder"),
+    case(training(out="notes/plan.txt"), "plan.txt is a file"),
+    case(training(out="notes/plan.txt/run"), "notes/plan.txt"),
+    case(training(out=None), "--out"),
+    case("repair run --out repaired", "repaired already holds a run"),
+    case("repair run --out run", "run already holds a run"),
+    case("repair run --out notes", "notes is not empty"),
+    case("repair run --out notes/plan.txt/run", "notes/plan.txt"),
+    case("repair run", "--out"),
+    case("demo --out notes", "notes is not empty"),
+    case("demo --out notes/plan.txt/run", "notes/plan.txt"),
+    case(["audit", "run", "--report", "notes", *AUDIT], "notes", "file name"),
+    case(["audit", "run", "--report", "notes/plan.txt/report.html", *AUDIT], "notes/plan.txt"),
+    case(["audit", "run", "--out", "notes/plan.txt", *AUDIT], "notes/plan.txt"),
+]
+
+RESUMING = [
+    case("train --out new --resume", "new holds no run"),
+    case("train --out notes --resume", "notes holds no run"),
+    case("train --out notes/plan.txt --resume", "plan.txt holds no run"),
+    case("train --out new", "name a composition"),
+    case("train --out run --resume --seed 1", "seed is 1", "begun with 0"),
+    case("train --out run --resume --epochs 9", "epochs is 9", "begun with 2"),
+    case("train --out run --resume --limit_per_class 9", "limit_per_class is 9", "begun with 20"),
+    case([*training("trades", out="run"), "--resume"], "train is trades", "ccm"),
+    case("train --out repaired --resume --seed 1", "repaired"),
+]
+
+RECIPES = [
+    case("train broken.yaml --out new", "broken.yaml is not YAML at line"),
+    case("train binary.yaml --out new", "binary.yaml"),
+    case("train list.yaml --out new", "list.yaml holds no keys"),
+    case("train empty.yaml --out new", "empty.yaml holds no keys"),
+    case("train type.yaml --out new", "epochs must be", "'three'"),
+    case("train number-as-text.yaml --out new", "epochs must be", "'3'"),
+    case("train schema.yaml --out new", "schema must be 'robustfair.recipe/1', got 'robustfair.recipe/9'"),
+    case("train no-train.yaml --out new", "train"),
+    case("train number-key.yaml --out new", "3"),
+    case("train code.yaml --out new", "code.yaml is not YAML"),
+    case("train absent.yaml --out new", "absent.yaml does not exist"),
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        *UNKNOWN_NAMES,
+        *COMPOSITIONS,
+        *RADII,
+        *VALUES,
+        *DATA,
+        *MODELS,
+        *ATTACKS,
+        *FOLDERS,
+        *RESUMING,
+        *RECIPES,
+    ],
+)
+def test_wrong_use_is_one_line_and_changes_nothing(
+    place: Path, command: Command, argv: list[str], fragments: tuple[str, ...]
+) -> None:
+    before = tree(place)
+    outcome = command(*argv)
+    assert outcome.code == 2
+    assert changes(before, tree(place)) == []
+    assert outcome.out == ""
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("robustfair: ")
+    for fragment in fragments:
+        assert fragment.lower() in outcome.err.lower()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        training(device="cuda"),
+        ["audit", "run", "--device", "cuda", *AUDIT],
+        shlex.split("repair run --out new --attacks clean --device cuda"),
+    ],
+    ids=["train", "audit", "repair"],
+)
+def test_a_gpu_that_is_not_there(place: Path, command: Command, argv: list[str]) -> None:
+    before = tree(place)
+    outcome = command(*argv)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.fullmatch(r"robustfair: .*device must be auto, cpu, or .* got 'cuda'\n", outcome.err)
+    assert changes(before, tree(place)) == []
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "damage", [cut_in_half, lambda path: path.write_bytes(b""), Path.unlink], ids=["cut", "empty", "gone"]
+)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["audit", "run", "--checkpoint", "best", *AUDIT],
+        ["audit", "run", "--checkpoint", "last", *AUDIT],
+        ["repair", "run", "--out", "new", "--checkpoint", "best"],
+        ["train", "--out", "run", "--resume"],
+    ],
+    ids=["audit best", "audit last", "repair", "resume"],
+)
+def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(
+    place: Path, command: Command, argv: list[str], name: str, damage: Callable[[Path], Any]
+) -> None:
+    for checkpoint in ("best", "last"):
+        damage(place / "run" / "checkpoints" / checkpoint / name)
+    before = tree(place)
+    outcome = command(*argv)
+    assert changes(before, tree(place)) == []
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.fullmatch(r"robustfair: .*(best|last).*\n", outcome.err)
+
+
+@pytest.mark.parametrize(
+    ("name", "argv"),
+    [
+        ("manifest.json", ["train", "--out", "run", "--resume"]),
+        ("manifest.json", ["repair", "run", "--out", "new"]),
+        ("recipe.yaml", ["train", "--out", "run", "--resume"]),
+        ("recipe.yaml", ["audit", "run", *AUDIT]),
+        ("recipe.yaml", ["repair", "run", "--out", "new"]),
+        ("history.jsonl", ["train", "--out", "run", "--resume"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_damaged_run_folder_is_refused_and_left_as_it_is(
+    place: Path, command: Command, name: str, argv: list[str]
+) -> None:
+    cut_in_half(place / "run" / name)
+    before = tree(place)
+    outcome = command(*argv)
+    assert changes(before, tree(place)) == []
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.fullmatch(r"robustfair: .+\n", outcome.err)
+
+
+# Training
+
+
+def test_train_says_on_stderr_what_runs_and_on_stdout_where_it_is(place: Path, command: Command) -> None:
+    outcome = command(*training("trades + ema"))
+    assert outcome.code == 0
+    first, *epochs = outcome.err.splitlines()
+    assert first.startswith("trades + ema on 200 images of digits, small-cnn with 1,674 parameters, 2 epochs")
+    assert [line.split()[:2] for line in epochs] == [["epoch", "1"], ["epoch", "2"]]
+    result, following = outcome.out.splitlines()
+    assert result.startswith("new: 2 epochs; the model is '")
+    assert following.startswith("next: robustfair audit new ")
+
+
+def test_quiet_json_prints_one_line_of_json_and_nothing_else(place: Path, command: Command) -> None:
+    outcome = command(*training("trades + ema"), "--json", "--quiet")
+    assert outcome.err == ""
+    selected = json.loads((place / "new" / "manifest.json").read_text())["selected"]
+    assert outcome.json() == {
+        "out": "new",
+        "candidate": selected["candidate"],
+        "epoch": selected["epoch"],
+        "epochs": 2,
+    }
+
+
+def test_the_stored_recipe_repeats_the_run_bit_for_bit(place: Path, command: Command) -> None:
+    assert command("train", "run/recipe.yaml", "--out", "new").code == 0
+    assert tensors(place / "new") == tensors(place / "run")
+    assert history(place / "new") == history(place / "run")
+    assert (place / "new" / "recipe.yaml").read_bytes() == (place / "run" / "recipe.yaml").read_bytes()
+
+
+def test_a_flag_overrides_a_recipe_file(place: Path, command: Command) -> None:
+    assert command("train", "run/recipe.yaml", "--out", "new", "--seed", 3).code == 0
+    begun, other = (read_recipe(str(place / name / "recipe.yaml"), {}) for name in ("run", "new"))
+    assert other == dataclasses.replace(begun, seed=3)
+    assert tensors(place / "new") != tensors(place / "run")
+
+
+def sample(hint: Any) -> tuple[list[str], Any]:
+    """Words for a flag of this type, and the value they mean."""
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return [choices[-1]], choices[-1]
+    if typing.get_origin(hint) is tuple:
+        word, value = sample(choices[0])
+        return word, (value,)
+    if type(None) in choices:
+        return sample(choices[0])
+    return {int: (["3"], 3), float: (["0.25"], 0.25), str: (["word"], "word"), bool: ([], True)}[hint]
+
+
+KEYS = [(key, hint) for key, hint in typing.get_type_hints(Recipe).items() if key != "train"]
+
+
+@pytest.mark.parametrize("spelling", [flag, lambda key: f"--{key}"], ids=["hyphens", "underscores"])
+@pytest.mark.parametrize(("key", "hint"), KEYS, ids=[key for key, _ in KEYS])
+def test_every_key_of_a_recipe_is_a_flag(key: str, hint: Any, spelling: Callable[[str], str]) -> None:
+    words, value = sample(hint)
+    argv = ["train", "trades", "--out", "new", spelling(key), *words]
+    given = vars(bound(argv)["flags"])
+    assert {name for name, found in given.items() if found is not None} == {key}
+    assert getattr(read_recipe("trades", {"data": "digits", key: given[key]}), key) == value
+
+
+def bound(argv: list[str]) -> dict[str, Any]:
+    """The arguments of the command that `argv` names, read and not run."""
+    return app.parse_args(argv, exit_on_error=False, print_error=False)[1].arguments
+
+
+def test_step_size_has_the_alias_alpha() -> None:
+    argv = ["train", "trades", "--out", "new", "--alpha", "2/255"]
+    assert bound(argv)["flags"].step_size == "2/255"
+    assert bound(["audit", "run", "--alpha", "2/255"])["step_size"] == "2/255"
+
+
+@pytest.mark.parametrize(("norm", "stored"), [("Linf", "linf"), ("l_inf", "linf"), ("L2", "l2"), ("L_2", "l2")])
+def test_norms_in_any_usual_spelling(place: Path, command: Command, norm: str, stored: str) -> None:
+    outcome = command(*training(norm=norm, epochs=1, limit_per_class=5), "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((place / "new" / "manifest.json").read_text())["threat"]["norm"] == stored
+    assert command("audit", "new", "--norm", norm, *AUDIT, "--json").json()["threat"]["norm"] == stored
+
+
+def test_a_radius_given_twice_may_agree(place: Path, command: Command) -> None:
+    composition = "trades(eps=51/255, alpha=0.1, steps=2, norm=l2)"
+    assert command(*training(composition, eps="0.2", step_size="0.1", steps=2, norm="l2", epochs=1)).code == 0
+    assert json.loads((place / "new" / "manifest.json").read_text())["threat"]["eps"] == 0.2
+
+
+def test_what_a_composition_says_reaches_the_attack(place: Path, command: Command) -> None:
+    assert command(*training("pgd-at(eps=0.2)", eps=None, epochs=1)).code == 0
+    assert json.loads((place / "new" / "manifest.json").read_text())["threat"] == {
+        "norm": "linf",
+        "eps": 0.2,
+        "step_size": 0.05,
+    }
+    assert history(place / "new")[0]["per_class"]["eps"] == pytest.approx([0.2] * 10)
+
+
+def test_warnings_are_one_line_each(place: Path, command: Command) -> None:
+    outcome = command(*training("trades + ccm", eps="0.031", epochs=1), "--quiet")
+    assert outcome.code == 0
+    lines = outcome.err.splitlines()
+    assert all(line.startswith("warning: ") for line in lines)
+    assert any("0.031 is 7.91/255, not 8/255" in line for line in lines)
+    assert sum("ccm begins at epoch 10" in line for line in lines) == 1
+
+
+def test_a_flag_that_the_objective_would_ignore_is_not_taken_in_silence(place: Path, command: Command) -> None:
+    outcome = command(*training("standard", eps="0.2", steps=None, epochs=1), "--quiet")
+    assert "eps" in outcome.err
+
+
+# Runs that stop
+
+
+@pytest.mark.parametrize("words", [["--resume"], ["--resume", "--json"], ["--resume", "--epochs", "2"]])
+def test_resuming_a_finished_run_changes_nothing(place: Path, command: Command, words: list[str]) -> None:
+    before = tree(place)
+    outcome = command("train", "--out", "run", *words)
+    assert outcome.code == 0, outcome.err
+    assert changes(before, tree(place)) == []
+    assert "Traceback" not in outcome.err
+
+
+def test_resuming_with_the_recipe_it_was_begun_with(place: Path, command: Command) -> None:
+    before = tree(place)
+    assert command(*training(CFA, out="run"), "--resume").code == 0
+    assert command("train", "run/recipe.yaml", "--out", "run", "--resume").code == 0
+    assert changes(before, tree(place)) == []
+
+
+def test_a_run_that_diverges_at_once_says_where(place: Path, command: Command) -> None:
+    outcome = command(*training(lr="1e9"))
+    assert outcome.code == 1
+    assert outcome.out == ""
+    said = [line for line in outcome.err.splitlines() if line.startswith("robustfair: ")]
+    assert outcome.err.splitlines()[-1:] == said
+    assert "Traceback" not in outcome.err
+    report = json.loads((place / "new" / "diverged.json").read_text(), parse_constant=pytest.fail)
+    assert f"epoch {report['epoch']}, step {report['step']} (lr 1e+09)" in said[0]
+    assert "the last checkpoint" not in said[0]
+    assert json.loads((place / "new" / "manifest.json").read_text())["status"] == "diverged"
+    refused = command("audit", "new", *AUDIT)
+    assert refused.code == 2
+    assert "Traceback" not in refused.err
+
+
+def test_a_run_that_diverges_later_keeps_the_epochs_before(place: Path, command: Command) -> None:
+    keys = {"lr": "0.1", "gamma": "1e12", "milestones": 0.5, "schedule": "multistep"}
+    outcome = command(*training("trades + ccm(begin=1) + ema", **keys))
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1].startswith("robustfair: the loss is not finite")
+    report = json.loads((place / "new" / "diverged.json").read_text(), parse_constant=pytest.fail)
+    assert {"epoch", "step", "lr", "class_state", "per_class", "train"} <= report.keys()
+    seen = history(place / "new")
+    assert [record["epoch"] for record in seen] == [1]
+    robust, count = seen[0]["train"]["robust"], seen[0]["train"]["count"]
+    expected = [0.3 + hits / n for hits, n in zip(robust, count, strict=True)]
+    assert report["class_state"]["ccm"]["scale"] == pytest.approx(expected)
+    manifest = json.loads((place / "new" / "manifest.json").read_text())
+    assert (manifest["status"], manifest["epochs_done"]) == ("diverged", 1)
+    for checkpoint in ("best", "last", "ema"):
+        assert command("audit", "new", "--checkpoint", checkpoint, *AUDIT).code == 0
+    files = tree(place / "new" / "checkpoints")
+    again = command("train", "--out", "new", "--resume")
+    assert again.code == 1
+    assert changes(files, tree(place / "new" / "checkpoints")) == []
+
+
+def test_control_c_is_one_line_and_exit_130(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any, **keys: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "fit", interrupt)
+    outcome = command(*training(), "--quiet")
+    assert outcome.code == 130
+    assert re.fullmatch(r"robustfair: interrupted; .*--resume\n", outcome.err)
+
+
+def test_a_run_interrupted_by_a_signal_goes_on_with_resume(place: Path, command: Command) -> None:
+    argv = training(CFA, epochs=400, limit_per_class=4)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "robustfair.cli", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until = time.monotonic() + 60
+        while not (place / "new" / "checkpoints" / "last").exists() and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "robustfair: interrupted; a training run goes on with --resume"
+    assert json.loads((place / "new" / "manifest.json").read_text())["status"] == "running"
+    assert 0 < len(history(place / "new")) < 400
+    assert command("audit", "new", *AUDIT).code == 0
+
+
+# Auditing
+
+
+def test_an_audit_is_printed_as_the_json_it_stores(place: Path, command: Command) -> None:
+    outcome = command("audit", "run", "--attacks", "clean,pgd-2", "--limit-per-class", 3, "--json")
+    printed = outcome.json()
+    (stored,) = (place / "run" / "audit").glob("*.json")
+    assert printed == json.loads(stored.read_text())
+    assert printed["schema"] == "robustfair.audit/1"
+    assert list(printed["attacks"]) == ["clean", "pgd-2"]
+    arrays = np.load(stored.with_suffix(".npz"))
+    assert set(arrays.files) == {"index", "labels", "clean", "pgd-2"}
+    for attack, found in printed["attacks"].items():
+        confusion = np.zeros((10, 10), dtype=int)
+        np.add.at(confusion, (arrays[attack], arrays["labels"]), 1)
+        assert found["confusion_pred_true"] == confusion.tolist()
+        assert found["correct"] == confusion.diagonal().tolist()
+
+
+def test_an_audit_takes_data_and_threat_from_the_run(place: Path, command: Command) -> None:
+    found = command("audit", "run", "--attacks", "clean,pgd-2", "--json").json()
+    test = load_dataset("digits").test
+    assert found["data"] | {"split": ""} == {
+        "name": "digits",
+        "fingerprint": test.fingerprint,
+        "images": len(test),
+        "split": "",
+    }
+    assert found["threat"] == {"norm": "linf", "eps": 0.1, "step_size": 0.025}
+    assert found["attacks"]["pgd-2"]["settings"]["eps"] == 0.1
+
+
+def test_an_audit_takes_norm_and_image_size_from_the_run(place: Path, command: Command) -> None:
+    assert command(*training(norm="l2", eps="0.5", image_size=10, epochs=1)).code == 0
+    found = command("audit", "new", "--attacks", "clean,fgsm", "--json").json()
+    assert (found["threat"]["norm"], found["threat"]["eps"]) == ("l2", 0.5)
+    assert found["data"]["fingerprint"] == load_dataset("digits", image_size=10).test.fingerprint
+
+
+def test_flags_of_an_audit_go_before_what_the_run_says(place: Path, command: Command) -> None:
+    words = ["--eps", "8/255", "--step-size", "1/255", "--data", "good.npz", "--seed", 5]
+    found = command("audit", "run", "--attacks", "clean,pgd-2", *words, "--json").json()
+    assert found["threat"] == {"norm": "linf", "eps": 8 / 255, "step_size": 1 / 255}
+    assert found["data"]["images"] == 20
+    assert found["provenance"]["seed"] == 5
+
+
+def test_another_norm_does_not_take_the_radius_of_the_run(place: Path, command: Command) -> None:
+    found = command("audit", "run", "--norm", "l2", *AUDIT, "--json").json()
+    assert (found["threat"]["norm"], found["threat"]["eps"]) == ("l2", 8 / 255)
+
+
+def test_training_images_are_not_recorded_as_test_images(place: Path, command: Command) -> None:
+    assert command(*training(data="good.npz", limit_per_class=None, epochs=1)).code == 0
+    assert command("audit", "new", "--attacks", "clean", "--json").json()["data"]["split"] == "train"
+
+
+def test_images_that_changed_since_the_run_are_refused(place: Path, command: Command) -> None:
+    assert command(*training(data="good.npz", limit_per_class=None, epochs=1)).code == 0
+    np.savez(place / "good.npz", images=pixels(20, channels=1, seed=1), labels=np.arange(20) % 10)
+    before = tree(place)
+    for argv in (["audit", "new", *AUDIT], ["train", "--out", "new", "--resume"]):
+        outcome = command(*argv)
+        assert outcome.code == 2, argv[0]
+        assert "changed" in outcome.err
+    assert changes(before, tree(place)) == []
+
+
+def test_a_weight_file_audits_as_the_run_it_came_from(place: Path, command: Command) -> None:
+    words = ["--attacks", "clean,pgd-2", "--limit-per-class", 9, "--json"]
+    of_run = command("audit", "run", "--checkpoint", "last", *words).json()
+    file = "run/checkpoints/last/weights.safetensors"
+    given = ["--data", "digits", "--eps", "0.1", *words]
+    of_file = command("audit", file, "--arch", "small-cnn", "--width", 4, *given).json()
+    of_factory = command("audit", "zoo_of_test:tiny", "--weights", file, *given).json()
+    for other in (of_file, of_factory):
+        for key in ("attacks", "robust", "threat", "data", "class_names", "head_norms", "count"):
+            assert other[key] == of_run[key]
+    assert len(set(np.array(of_run["attacks"]["clean"]["confusion_pred_true"]).sum(1))) > 2
+    assert (of_file["model"], of_factory["model"]) == (file, "zoo_of_test:tiny")
+
+
+def test_a_pt_file_without_code_is_read(place: Path, command: Command) -> None:
+    safetensors, pt = (command("audit", name, *WEIGHTS, "--json").json() for name in ("good.safetensors", "good.pt"))
+    assert pt["count"] == safetensors["count"]
+    assert torch.load("good.pt", weights_only=True).keys() == load_file("good.safetensors").keys()
+
+
+def test_a_model_from_elsewhere_leaves_files_only_where_it_is_told(place: Path, command: Command) -> None:
+    before = tree(place)
+    assert command("audit", "good.safetensors", *WEIGHTS).code == 0
+    assert changes(before, tree(place)) == []
+    assert (
+        command("audit", "good.safetensors", *WEIGHTS, "--out", "deep/audits", "--report", "deep/page.html").code == 0
+    )
+    written = changes(before, tree(place))
+    assert {Path(path).suffix for path in written} == {"", ".json", ".npz", ".html"}
+    assert all(path.startswith("deep") for path in written)
+
+
+def test_checkpoints_are_audited_by_name(place: Path, command: Command) -> None:
+    found = {
+        name: command("audit", "run", "--checkpoint", name, "--attacks", "clean", "--json").json()
+        for name in ("best", "last", "ema")
+    }
+    confusions = {name: json.dumps(audit["attacks"]["clean"]["confusion_pred_true"]) for name, audit in found.items()}
+    assert len(set(confusions.values())) == 3
+    selected = json.loads((place / "run" / "manifest.json").read_text())["selected"]
+    assert found["best"]["model"] == f"run (best: {selected['candidate']}, epoch {selected['epoch']})"
+    assert found["last"]["model"] == "run (last: model, epoch 2)"
+    assert found["ema"]["model"] == "run (ema: ema, epoch 2)"
+    plain = command("audit", "run", "--attacks", "clean", "--json").json()
+    assert plain["attacks"] == found["best"]["attacks"]
+
+
+def test_the_same_audit_replaces_itself_and_no_other(place: Path, command: Command) -> None:
+    def files() -> set[str]:
+        return {path.name for path in (place / "run" / "audit").glob("*.json")}
+
+    first = ["audit", "run", "--attacks", "clean,pgd-2", "--limit-per-class", 2]
+    assert command(*first).code == 0
+    seen = files()
+    assert command(*first).code == 0
+    assert files() == seen
+    for other in (
+        ["--data", "good.npz"],
+        ["--checkpoint", "last"],
+        ["--seed", 1],
+        ["--eps", "0.2"],
+        ["--norm", "l2"],
+        ["--alpha", "0.05"],
+        ["--precision", "bf16"],
+    ):
+        assert command(*first, *other).code == 0
+        assert len(files()) == len(seen) + 1, other
+        seen = files()
+
+
+def test_two_models_may_share_a_folder_of_audits(place: Path, command: Command) -> None:
+    for name in ("good.safetensors", "run/checkpoints/last/weights.safetensors"):
+        assert command("audit", name, *WEIGHTS, "--out", "audits").code == 0
+    assert len(list((place / "audits").glob("*.json"))) == 2
+
+
+def test_an_audit_beside_a_baseline_shows_both(place: Path, command: Command) -> None:
+    outcome = command(
+        *("audit", "repaired", "--attacks", "clean", "--limit-per-class", 2),
+        *("--baseline", "baseline/clean_linf-0.1_best_20-images.json", "--report", "page.html"),
+    )
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    for part in ("before", "after"):
+        assert any(line.startswith(f"{part}  ") and "clean" in line and "average" in line for line in lines)
+    for name in TEN:
+        assert sum(line.split()[:2] == [name, "2"] for line in lines) == 1
+    assert "before" in (place / "page.html").read_text(encoding="utf-8").lower()
+
+
+def test_an_audit_prints_a_line_per_class_and_what_it_wrote(place: Path, command: Command) -> None:
+    outcome = command("audit", "run", "--attacks", "clean,pgd-2", "--limit-per-class", 3)
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    for name in TEN:
+        assert sum(line.split()[:2] == [name, "3"] for line in lines) == 1
+    wrote = [Path(line.removeprefix("wrote ")) for line in lines if line.startswith("wrote ")]
+    assert [path.suffix for path in wrote] == [".json", ".npz", ".html"]
+    assert all(path.is_file() for path in wrote)
+
+
+# Repairing
+
+
+def test_a_repair_writes_a_new_run_and_leaves_the_old_one(place: Path, command: Command) -> None:
+    before = tree(place)
+    outcome = command("repair", "run", "--out", "new")
+    assert outcome.code == 0
+    assert outcome.out.startswith("hwnwb: head norms ")
+    assert all(path == "new" or path.startswith("new/") for path in changes(before, tree(place)))
+    old = load_file("run/checkpoints/best/weights.safetensors")
+    new = load_file("new/checkpoints/repaired/weights.safetensors")
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {"head.weight"}
+    torch.testing.assert_close(new["head.weight"].norm(dim=1), torch.ones(10))
+    manifest = json.loads((place / "new" / "manifest.json").read_text())
+    assert manifest["repaired_from"] == {"run": "run", "checkpoint": "best"}
+    assert manifest["repair"] == "hwnwb"
+    assert manifest["status"] == "complete"
+    assert command("audit", "new", *AUDIT, "--json").json()["threat"]["eps"] == 0.1
+
+
+def test_train_with_a_repair_gives_the_weights_of_train_then_repair(place: Path, command: Command) -> None:
+    assert command(*training(CFA, repair="hwnwb")).code == 0
+    weights = "checkpoints/repaired/weights.safetensors"
+    assert (place / "new" / weights).read_bytes() == (place / "repaired" / weights).read_bytes()
+    trained = {name: content for name, content in tensors(place / "new").items() if not name.startswith("repaired")}
+    assert trained == tensors(place / "run")
+    assert "(repaired: " in command("audit", "new", *AUDIT, "--json").json()["model"]
+    stored = [read_recipe(str(place / name / "recipe.yaml"), {}) for name in ("new", "repaired")]
+    assert stored[0] == stored[1]
+    before = tree(place)
+    assert command("train", "--out", "new", "--resume").code == 0
+    assert changes(before, tree(place)) == ["new/audit"][1:]
+
+
+@pytest.mark.parametrize("checkpoint", ["last", "ema"])
+def test_another_checkpoint_can_be_repaired(place: Path, command: Command, checkpoint: str) -> None:
+    outcome = command(
+        "repair", "run", "--out", "new", "--checkpoint", checkpoint, "--method", "hwnwb(target_norm=mean)"
+    )
+    assert outcome.code == 0
+    old = load_file(f"run/checkpoints/{checkpoint}/weights.safetensors")
+    new = load_file("new/checkpoints/repaired/weights.safetensors")
+    assert torch.equal(old["conv1.weight"], new["conv1.weight"])
+    norms = old["head.weight"].norm(dim=1)
+    torch.testing.assert_close(new["head.weight"].norm(dim=1), norms.mean().expand(10))
+
+
+def test_a_repair_can_show_before_and_after(place: Path, command: Command) -> None:
+    outcome = command("repair", "run", "--out", "new", "--attacks", "clean,pgd-2", "--limit-per-class", 3)
+    assert outcome.code == 0
+    wrote = [Path(line.removeprefix("wrote ")) for line in outcome.out.splitlines() if line.startswith("wrote ")]
+    assert {path.parts[0] for path in wrote} == {"run", "new"}
+    assert Path("new/report.html") in wrote
+    for name in TEN:
+        assert sum(line.split()[:2] == [name, "3"] for line in outcome.out.splitlines()) == 1
+
+
+# The other commands
+
+
+def test_explain_says_who_edits_what(command: Command) -> None:
+    outcome = command("explain", "trades(eps=8/255) + ccm + ema", "--epochs", 5)
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert "  attack: 10 steps of 2/255 in linf" in lines
+    assert lines[lines.index("  sets: attack.eps") - 1] == "  acts in: attack, at_epoch"
+    assert any(line.startswith("  note: ccm begins at epoch 10") for line in lines)
+
+
+def test_explain_runs_nothing(place: Path, command: Command) -> None:
+    before = tree(place)
+    assert command("explain", CFA).code == 0
+    assert command("explain", "demo").code == 0
+    assert changes(before, tree(place)) == []
+
+
+KINDS = ["recipes", "objectives", "methods", "models", "datasets", "attacks", "repairs"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_list_prints_a_line_per_entry(command: Command, kind: str) -> None:
+    entries = dict(listing(kind))
+    lines = command("list", kind).out.splitlines()
+    assert [line.split()[0] for line in lines] == list(entries)
+    assert command("list", kind, "--json").json() == entries
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--help"], *([name, "--help"] for name in ["train", "audit", "repair", "explain", "list", "demo"])]
+)
+def test_help_goes_to_stdout_and_exits_0(command: Command, argv: list[str]) -> None:
+    outcome = command(*argv)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Usage: robustfair" in outcome.out
+
+
+def test_the_help_of_train_tells_every_key(command: Command) -> None:
+    text = command("train", "--help").out
+    for field in dataclasses.fields(Recipe):
+        if field.name != "train":
+            assert flag(field.name) in text
+
+
+def test_the_version_is_that_of_the_package(command: Command) -> None:
+    from importlib.metadata import version
+
+    assert command("--version").out.strip() == version("robustfair")
+
+
+def test_demo_trains_audits_repairs_and_reports(place: Path, command: Command) -> None:
+    (place / "runs" / "demo").mkdir(parents=True)
+    outcome = command("demo", "--epochs", 2)
+    assert outcome.code == 0, outcome.err
+    base = place / "runs" / "demo-2"
+    assert {path.name for path in base.iterdir()} == {"trained", "repaired"}
+    for name in ("trained", "repaired"):
+        assert (base / name / "manifest.json").is_file()
+        assert (base / name / "report.html").stat().st_size > 10_000
+        (stored,) = (base / name / "audit").glob("*.json")
+        attacks = json.loads(stored.read_text())["attacks"]
+        assert list(attacks) == ["clean", "pgd-20", "cw-50(restarts=5)"]
+    lines = outcome.out.splitlines()
+    for name in TEN:
+        assert sum(line.split()[:1] == [name] for line in lines) == 1
+    assert any(line.startswith("before  ") and "cw-50" in line for line in lines)
+    assert any(line.startswith("after   ") and "cw-50" in line for line in lines)
+    assert "Traceback" not in outcome.err
+    assert changes({}, tree(place / "runs" / "demo")) == []
+
+
+def test_images_in_folders_with_odd_names_go_all_the_way(place: Path, command: Command) -> None:
+    names = ("Äpfel, rot", "b c+(d)=e", "<b>&\"'")
+    write_images(place / "meine Bilder", {name: pixels(8, seed=row) for row, name in enumerate(names)})
+    keys = {"data": "meine Bilder", "out": "läufe/a b+c", "limit_per_class": None, "epochs": 1}
+    assert command(*training("trades", **keys)).code == 0
+    found = command("audit", "läufe/a b+c", "--attacks", "clean,fgsm", "--json").json()
+    assert found["class_names"] == sorted(names)
+    outcome = command("repair", "läufe/a b+c", "--out", "läufe/ü", "--attacks", "clean")
+    assert outcome.code == 0, outcome.err
+    page = (place / "läufe" / "ü" / "report.html").read_text(encoding="utf-8")
+    assert "<b>&\"'" not in page
+
+
+# Real processes
+
+
+def process(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "robustfair.cli", *argv], cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_process_reports_wrong_use_in_one_line(tmp_path: Path) -> None:
+    done = process("train", "trades + ccm", "--dta", "digits", "--out", "new", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"robustfair: .*--dta.*--data.*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "robustfair.cli", "list", "models"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""
