@@ -104,7 +104,7 @@ def train(
         print(json.dumps(result))
     else:
         print(f"{out}: {fitted.state.epoch} epochs; the model is '{chosen.candidate}' of epoch {chosen.epoch}")
-        print(f"next: robustfair audit {out} --attacks clean,pgd-20,cw-20")
+        print(f'next: robustfair audit {out} --attacks "clean,pgd-20,cw-50(restarts=5)"')
     return 0
 
 
@@ -270,7 +270,7 @@ def repair(
     before, after, text = repair_run(target, method, out, checkpoint)
     print(text)
     if attacks is None:
-        print(f"next: robustfair repair {target} --method {method} --out NEW --attacks clean,pgd-20,cw-50(restarts=5)")
+        print(f'next: robustfair audit {out} --attacks "clean,pgd-20,cw-50(restarts=5)"')
         return 0
     request = AuditRequest(
         attacks=attacks,
