@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from robustfair.errors import DivergedError, RecipeError, RobustFairError
+from robustfair.errors import DataError, DivergedError, RecipeError, RobustFairError
 from robustfair.recipe import Recipe, read_recipe
 
 app = App(
@@ -25,6 +25,7 @@ app = App(
     help="Train, audit and repair image classifiers that stay robust in every class.",
     help_format="plaintext",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -40,7 +41,7 @@ def _recipe_flags() -> type:
             about += f" Default: {field.default}."
         names = ("--step-size", "--alpha") if field.name == "step_size" else None
         flag = Parameter(name=names, help=about, negative=())
-        text_first = str if field.name in ("eps", "step_size") else hint
+        text_first = str if field.name in ("norm", "eps", "step_size") else hint
         fields.append((field.name, Annotated[text_first | None, flag], dataclasses.field(default=None)))
     # cyclopts reads no fields of a class that claims to come from the standard library, as a made one does.
     return dataclasses.make_dataclass("RecipeFlags", fields, kw_only=True, namespace={"__module__": __name__})
@@ -183,7 +184,14 @@ def audit(
     """
     from robustfair.evaluate.audit import load_audit
     from robustfair.loading import load_target
-    from robustfair.workflows import AuditRequest, audit_lines, audit_target, before_after_lines, write_outputs
+    from robustfair.workflows import (
+        AuditRequest,
+        audit_lines,
+        audit_target,
+        before_after_lines,
+        require_outputs,
+        write_outputs,
+    )
 
     request = AuditRequest(
         attacks=attacks,
@@ -199,7 +207,9 @@ def audit(
         device=device,
     )
     before = None if baseline is None else load_audit(baseline)
-    images = None if data is None else request.images()
+    if data is None and not Path(target).is_dir():
+        raise DataError(f"audit: {target} does not say what data it is for: add --data with a name or a path")
+    images = None if data is None else request.images()[0]
     found = load_target(
         target,
         checkpoint=checkpoint,
@@ -209,6 +219,7 @@ def audit(
         num_classes=images.num_classes if images else None,
         in_channels=images.images.shape[1] if images else None,
     )
+    require_outputs(found, out=out, report=report)
     result = audit_target(found, request, quiet=quiet)
     written = write_outputs(found, result, baseline=before, out=out, report=report)
     if json_:
@@ -265,11 +276,13 @@ def repair(
     quiet
         No progress bar.
     """
+    from robustfair.loading import load_target
+    from robustfair.rundir import RunFolder
+    from robustfair.runner import read_repair
     from robustfair.workflows import AuditRequest, audit_target, before_after_lines, repair_run, write_outputs
 
-    before, after, text = repair_run(target, method, out, checkpoint)
-    print(text)
     if attacks is None:
+        print(repair_run(target, method, out, checkpoint)[-1])
         print(f'next: robustfair audit {out} --attacks "clean,pgd-20,cw-50(restarts=5)"')
         return 0
     request = AuditRequest(
@@ -281,7 +294,12 @@ def repair(
         batch_size=batch_size,
         device=device,
     )
+    read_repair(method)
+    RunFolder(out).require_free()
+    before = load_target(target, checkpoint=checkpoint)
     first = audit_target(before, request, quiet=quiet)
+    after, text = repair_run(target, method, out, checkpoint)
+    print(text)
     second = audit_target(after, request, quiet=quiet)
     written = [*write_outputs(before, first, html=False), *write_outputs(after, second, baseline=first)]
     print(*before_after_lines(first, second, _width()), *(f"wrote {path}" for path in written), sep="\n")

@@ -173,7 +173,7 @@ def parse_eps(value: str | float, *, norm: str = "linf", owner: str = "attack", 
     if not inside or (eps > 1 and re.fullmatch(r"\d+", text)):
         hint = f"Did you mean {text}/255?" if re.fullmatch(r"\d{1,3}", text) else ""
         raise ConfigError(owner, field, allowed=allowed, got=value, hint=hint)
-    if text in ("0.031", "0.0314", "0.03", "0.0313"):
+    if isinstance(value, str) and text in ("0.031", "0.0314", "0.03", "0.0313"):
         warnings.warn(
             f"{owner}: {field} {text} is {eps * 255:.2f}/255, not 8/255; numbers at the two are not comparable",
             RobustFairWarning,
@@ -227,11 +227,11 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
         if key in values:
             raise RecipeError(f"{owner}: {key} is given twice, also as {given}: give it once")
         values[key] = value
-    if "norm" in values:
+    if values.get("norm") is not None:
         values["norm"] = parse_norm(values["norm"])
     for key in ("eps", "step_size"):
         if values.get(key) is not None:
-            norm = str(values.get("norm", "l2" if key == "step_size" and "norm" not in known else "linf"))
+            norm = values.get("norm") or ("l2" if key == "step_size" and "norm" not in known else "linf")
             values[key] = parse_eps(values[key], norm=norm, owner=owner, field=key)
     types = get_type_hints(cls)
     for key, value in values.items():

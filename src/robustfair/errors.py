@@ -63,6 +63,7 @@ class DivergedError(RobustFairError):
     def __init__(self, report: Mapping[str, Any]) -> None:
         self.report = dict(report)
         super().__init__(
-            f"the loss is not finite at epoch {report['epoch']}, step {report['step']} (lr {report['lr']:.3g}): "
-            "lower the learning rate or the radius; the last checkpoint is whole"
+            f"the loss is not finite at epoch {report['epoch']}, step {report['step']}, counted from 0 "
+            f"(lr {report['lr']:.3g}): lower the learning rate or the radius"
+            f"{'; the last checkpoint is whole' if report['epoch'] else ''}"
         )

@@ -90,13 +90,14 @@ def _from_factory(what: str) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(f"{what}: cannot import it ({error}); the form is package.module:factory") from None
+    except (Exception, SystemExit) as error:  # importing runs the user's code
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{what}: cannot import it ({reason}); the form is package.module:factory") from None
     try:
         model = factory()
     except RobustFairError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{what}: the factory failed with {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{what}: the factory must return a torch.nn.Module, got {type(model).__name__}")

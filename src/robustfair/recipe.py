@@ -7,6 +7,7 @@ strict: an unknown key shows the nearest one, and everything is checked and buil
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from robustfair.config import Norm, Precision, Select, build, format_value
+from robustfair.config import Norm, Precision, Select, build, canonical_key, format_value
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 
 SCHEMA = "robustfair.recipe/1"
@@ -31,7 +32,7 @@ class Recipe:
     limit_per_class: Annotated[int | None, "Train on the first N images of each class only."] = None
     model: Annotated[str, "Architecture by name."] = "preact-resnet18"
     width: Annotated[int | None, "Width of the architecture; its own if not given."] = None
-    norm: Annotated[Norm, "Norm of the attack: linf or l2."] = "linf"
+    norm: Annotated[Norm | None, "Norm of the attack: linf or l2 (the objective's default)."] = None
     eps: Annotated[float | None, "Radius of the attack in pixel units, like 8/255 (the objective's default)."] = None
     step_size: Annotated[float | None, "Length of one attack step; eps/4 under linf if not given. Alias: --alpha."] = (
         None
@@ -77,7 +78,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """YAML that reads back as this recipe."""
-        return yaml.safe_dump({"schema": SCHEMA, **self.values()}, sort_keys=False, allow_unicode=True)
+        return yaml.dump({"schema": SCHEMA, **self.values()}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
@@ -95,12 +96,18 @@ def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
         path = Path(what)
         if not path.is_file():
             raise RecipeError(f"recipe {what} does not exist: give a YAML file or a composition such as 'trades + ccm'")
-        values = _from_yaml(path.read_text(encoding="utf-8"), f"recipe {what}")
+        try:
+            values = _from_yaml(path.read_text(encoding="utf-8"), f"recipe {what}")
+        except UnicodeDecodeError:
+            raise RecipeError(f"recipe {what} is not text in UTF-8") from None
     elif "/" in what.split("(")[0]:
         raise UnknownNameError("recipe", what, shipped)
     else:
         values = {"train": what}
-    values |= overrides
+    replaced = {canonical_key(key) for key in overrides} | ({"alpha"} if "step_size" in overrides else set())
+    values = {key: value for key, value in values.items() if canonical_key(key) not in replaced} | dict(overrides)
+    if "train" not in values:
+        raise RecipeError(f"recipe {what}: train is missing: add a composition such as 'trades + ccm'")
     if "data" not in values:
         raise RecipeError("recipe: data is missing: add --data with a name (cifar10, digits, ...) or a path")
     return build(Recipe, values, owner="recipe")
@@ -122,9 +129,32 @@ def shipped_recipes() -> dict[str, Any]:
     return dict(sorted(walk(root, "").items()))
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 5e-4 as the number it is, and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise RecipeError(f"recipe: key {key!r} is no word")
+            if keys.count(key) > 1:
+                raise RecipeError(f"recipe: {key} stands twice: keep one")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that quotes what `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
 def _from_yaml(text: str, owner: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         at = f" at line {place.line + 1}" if place else ""

@@ -81,14 +81,16 @@ class RunFolder:
 
     def create(self, recipe: str, manifest: Mapping[str, Any]) -> None:
         """Begin a run: the folder appears whole, with recipe and manifest, in place of an empty one or none."""
+        if self.path.exists():
+            write_text(self.recipe, recipe)
+            write_json(self.path / "manifest.json", {"schema": SCHEMA, **manifest})
+            return
         new = RunFolder(self.path.with_name(f".{self.path.name}.new"))
         try:
             shutil.rmtree(new.path, ignore_errors=True)
             new.path.mkdir(parents=True)
             write_text(new.recipe, recipe)
             write_json(new.path / "manifest.json", {"schema": SCHEMA, **manifest})
-            if self.path.exists():
-                self.path.rmdir()
             new.path.rename(self.path)
         except OSError as error:
             raise CheckpointError(
@@ -129,10 +131,17 @@ class RunFolder:
     def resume_state(self) -> TrainState | None:
         """Where to go on: the last whole epoch, with history cut back to it; None before the first."""
         self.require_run()
+        for name in ("last", "best"):
+            if (self.checkpoints / name).exists() and not has_checkpoint(self.checkpoints / name):
+                raise CheckpointError(f"checkpoint {self.checkpoints / name} is damaged: state.json is missing")
         if not has_checkpoint(self.checkpoints / "last"):
+            if self.manifest().get("status") == "complete":
+                raise CheckpointError(f"{self.path} is complete and holds no training state: nothing to go on with")
             write_text(self.path / "history.jsonl", "")
             return None
         state = read_state(self.checkpoints, self.history())
+        if len(state.history) < state.epoch:
+            raise CheckpointError(f"{self.path / 'history.jsonl'} is damaged: it lacks epochs that the checkpoint has")
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in state.history)
         write_text(self.path / "history.jsonl", lines)
         return state
@@ -160,7 +169,12 @@ class RunFolder:
             raise UnknownNameError(f"checkpoint of {self.path}", name, known)
         checkpoint = read_checkpoint(self.checkpoints / name)
         model = build_model(checkpoint.meta["model"])
-        model.load_state_dict(dict(checkpoint.weights))
+        try:
+            model.load_state_dict(dict(checkpoint.weights))
+        except RuntimeError:
+            raise CheckpointError(
+                f"checkpoint {self.checkpoints / name}: the weights do not fit the model it describes"
+            ) from None
         return model.eval(), checkpoint, name
 
 

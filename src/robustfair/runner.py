@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustfair.checkpoint import Checkpoint, write_checkpoint
 from robustfair.config import RobustFairWarning, Term, build, format_value, parse_composition, parse_norm
-from robustfair.data import ImageDataset, Splits, load_dataset
+from robustfair.data import ImageDataset, Splits, load_dataset, split_hash
 from robustfair.data.augment import Augmentation, parse_augmentation
-from robustfair.errors import ConfigError, DivergedError, RecipeError, UnknownNameError
+from robustfair.errors import ConfigError, DivergedError, ModelError, RecipeError, UnknownNameError
 from robustfair.methods.base import Method, Plan, compose
 from robustfair.models.build import create_model, describe_model
 from robustfair.objectives.base import AdversarialObjective, Objective
@@ -25,7 +25,7 @@ from robustfair.recipe import Recipe, read_recipe, shipped_recipes
 from robustfair.registry import METHODS, OBJECTIVES, REPAIRS
 from robustfair.repairs import Repair
 from robustfair.rundir import RunFolder, environment
-from robustfair.training.fit import Fitted, fit
+from robustfair.training.fit import Fitted, fit, held_out, require_validation
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import TrainState
 from robustfair.values import derive_seed
@@ -61,8 +61,11 @@ def plan_of(what: str, allow: Iterable[str]) -> Plan:
 
 def _plan(recipe: Recipe) -> Plan:
     given = {"norm": recipe.norm, "eps": recipe.eps, "step_size": recipe.step_size, "steps": recipe.steps}
-    chosen = {key: value for key, value in given.items() if value is not None and (key, value) != ("norm", "linf")}
+    chosen = {key: value for key, value in given.items() if value is not None}
     objective, methods = read_composition(recipe.train, chosen)
+    if chosen and not isinstance(objective, AdversarialObjective):
+        ignored = ", ".join(chosen)
+        warnings.warn(f"{objective.name} trains without an attack: {ignored} will not act", RobustFairWarning, 2)
     return compose(objective, methods, allow=frozenset(recipe.allow))
 
 
@@ -95,6 +98,7 @@ class Prepared:
     plan: Plan
     splits: Splits
     train: ImageDataset
+    held: Tensor | None
     model: nn.Module
     schedule: Schedule
     augment: Augmentation
@@ -120,12 +124,17 @@ def prepare(recipe: Recipe) -> Prepared:
         train = train.limit_per_class(recipe.limit_per_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "init"))
-        model = create_model(
-            recipe.model, num_classes=train.num_classes, in_channels=train.images.shape[1], width=recipe.width
-        )
+        classes, channels = train.num_classes, train.images.shape[1]
+        try:
+            model = create_model(recipe.model, num_classes=classes, in_channels=channels, width=recipe.width)
+        except (RuntimeError, MemoryError):
+            raise ModelError(f"{recipe.model} of width {recipe.width} does not fit in memory: lower --width") from None
     augment = parse_augmentation(train.augment if recipe.augment is None else recipe.augment)
+    augment(train.images[:1], torch.Generator().manual_seed(0))
+    require_validation(recipe.validation, recipe.select)
+    held = None if recipe.validation == 0 else held_out(train.labels, recipe.validation)[1]
     repair = None if recipe.repair is None else read_repair(recipe.repair)
-    return Prepared(recipe, plan, splits, train, model, schedule, augment, device, repair)
+    return Prepared(recipe, plan, splits, train, held, model, schedule, augment, device, repair)
 
 
 def resolve_device(name: str) -> str:
@@ -170,7 +179,12 @@ def train(
     about = {
         "model": describe_model(ready.model),
         "class_names": list(ready.train.class_names),
-        "data": {"name": recipe.data, "fingerprint": ready.splits.train.fingerprint},
+        "data": {
+            "name": _from_anywhere(recipe.data),
+            "fingerprint": ready.splits.train.fingerprint,
+            "image_size": recipe.image_size,
+        },
+        "split_hash": None if ready.held is None else split_hash(ready.held),
         "recipe": recipe.train,
         "threat": _threat(ready.plan.objective),
     }
@@ -242,6 +256,12 @@ def _require_same(recipe: Recipe, folder: RunFolder) -> None:
                 f"--resume: {field.name} is {format_value(new)}, but {folder.path} was begun with {format_value(old)}: "
                 "leave it out to go on, or start a new run"
             )
+
+
+def _from_anywhere(data: str) -> str:
+    """The name of a data set, or the absolute form of a path, which holds in another working folder too."""
+    path = Path(data)
+    return str(path.resolve()) if path.exists() else data
 
 
 def _threat(objective: Objective) -> dict[str, Any] | None:

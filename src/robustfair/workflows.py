@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from robustfair.checkpoint import Checkpoint, write_checkpoint
-from robustfair.config import build, format_eps, parse_norm
+from robustfair.config import build, format_eps, parse_norm, require
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import CheckpointError, DataError, ModelError
 from robustfair.evaluate.audit import Audit, audit
@@ -19,7 +20,7 @@ from robustfair.models.head import head_norms
 from robustfair.progress import AuditProgress, TrainingProgress
 from robustfair.recipe import Recipe, read_recipe
 from robustfair.report.html import write_report
-from robustfair.report.table import before_after_table, class_table, render, summary_lines
+from robustfair.report.table import before_after_table, check_comparable, class_table, render, summary_lines
 from robustfair.rundir import RunFolder, environment
 from robustfair.runner import read_repair, resolve_device, train
 
@@ -50,19 +51,43 @@ class AuditRequest:
     precision: str = "fp32"
     device: str = "auto"
 
-    def images(self, default: dict[str, Any] | None = None) -> ImageDataset:
-        """The images to audit on; `default` is the run's own data, as in its checkpoints.
+    def images(self, default: Mapping[str, Any] | None = None) -> tuple[ImageDataset, str]:
+        """The images to audit on and which part of the data they are; `default` is the run's own data.
 
         Raises:
             DataError: none is named, or the run's images changed since.
         """
-        name = self.data or (default or {}).get("name")
+        known = default or {}
+        name = known.get("name") if self.data is None else self.data
         if name is None:
             raise DataError("audit: this model does not say what data it is for: add --data with a name or a path")
-        size = self.image_size or (default or {}).get("image_size")
+        size = known.get("image_size") if self.image_size is None else self.image_size
         splits = load_dataset(name, image_size=size)
-        data = splits.test if "test" in splits.parts else splits.only
-        return data if self.limit_per_class is None else data.limit_per_class(self.limit_per_class)
+        same = (name, size) == (known.get("name"), known.get("image_size"))
+        if same and splits.train.fingerprint != known.get("fingerprint"):
+            raise DataError(f"audit: the images of {name} changed since the run: name others with --data")
+        part = "test" if "test" in splits.parts else next(iter(splits.parts))
+        data = splits.test if part == "test" else splits.only
+        return data if self.limit_per_class is None else data.limit_per_class(self.limit_per_class), part
+
+
+def require_outputs(target: Target, *, out: Path | None = None, report: Path | None = None) -> None:
+    """Refuse, before an audit runs, places that its files could not be written to.
+
+    Raises:
+        ConfigError: `report` is a folder, `out` is a file, or a file stands above them.
+        RecipeError: the recipe of the run is damaged.
+    """
+    if report is not None:
+        hint = f"Try {report}/report.html"
+        require(not report.is_dir(), "report", "path", allowed="a file name", got=str(report), hint=hint)
+    for path in (out, None if report is None else report.parent):
+        above = path
+        while above is not None and not above.exists():
+            above = above.parent
+        require(above is None or above.is_dir(), "audit", "output", allowed="in a folder", got=str(path))
+    if target.folder is not None:
+        read_recipe(str(target.folder.recipe), {})
 
 
 def audit_target(target: Target, request: AuditRequest, *, quiet: bool = False) -> Audit:
@@ -71,7 +96,7 @@ def audit_target(target: Target, request: AuditRequest, *, quiet: bool = False) 
     Raises:
         DataError: the images' classes are not those the model was trained on.
     """
-    data = request.images(target.meta.get("data"))
+    data, part = request.images(target.meta.get("data"))
     trained_on = tuple(target.meta.get("class_names", data.class_names))
     if trained_on != data.class_names:
         raise DataError(
@@ -79,21 +104,22 @@ def audit_target(target: Target, request: AuditRequest, *, quiet: bool = False) 
             f"{', '.join(data.class_names[:4])}, ...: labels would not mean the same; choose the model's own data"
         )
     trained_for = target.meta.get("threat") or {}
-    norm = request.norm or trained_for.get("norm", "linf")
-    same_norm = parse_norm(norm) == trained_for.get("norm")
+    norm = trained_for.get("norm", "linf") if request.norm is None else request.norm
+    usual = trained_for["eps"] if parse_norm(norm) == trained_for.get("norm") else 8 / 255
     with AuditProgress(quiet=quiet) as progress:
         return audit(
             target.model,
             data,
             attacks=request.attacks,
             norm=norm,
-            eps=request.eps or (trained_for["eps"] if same_norm else 8 / 255),
+            eps=usual if request.eps is None else request.eps,
             step_size=request.step_size,
             batch_size=request.batch_size,
             seed=request.seed,
             precision=request.precision,  # type: ignore[arg-type]
             device=resolve_device(request.device),
             label=target.label,
+            split=part,
             on_progress=progress,
         )
 
@@ -112,6 +138,8 @@ def write_outputs(
     A file name tells attacks, threat, checkpoint, images and seed, so that only the same audit replaces itself.
     """
     folder = target.folder
+    if baseline is not None:
+        check_comparable(baseline, result)
     written: list[Path] = []
     audits = out or (folder.audits if folder else None)
     if audits is not None:
@@ -128,14 +156,16 @@ def _stem(target: Target, result: Audit) -> str:
     parts = [",".join(result.attacks), f"{result.threat.norm}-{format_eps(result.threat.eps)}", target.checkpoint]
     seed = result.provenance["seed"]
     parts += [f"{len(result.labels)}-images", f"seed-{seed}" if seed else None]
+    identity = [result.fingerprint, result.threat.step_size, result.provenance["precision"]]
+    parts.append(hashlib.sha256(repr([*identity, None if target.folder else target.label]).encode()).hexdigest()[:8])
     return re.sub(r"[^\w.,=+-]+", "-", "_".join(part for part in parts if part))
 
 
-def repair_run(source: str, method: str, out: Path, checkpoint: str | None = None) -> tuple[Target, Target, str]:
+def repair_run(source: str, method: str, out: Path, checkpoint: str | None = None) -> tuple[Target, str]:
     """Repair a run's weights into the new run folder `out`.
 
     Returns:
-        The model before and after, and a sentence for the user.
+        The repaired model, and a sentence for the user.
 
     Raises:
         CheckpointError: `source` is no run, or `out` holds something already.
@@ -163,7 +193,7 @@ def repair_run(source: str, method: str, out: Path, checkpoint: str | None = Non
         f"{method}: head norms {old.min():.3f} to {old.max():.3f} (ratio {old.max() / old.min():.2f}) became "
         f"{new.min():.3f} to {new.max():.3f}; {source} is unchanged, the repaired run is {out}"
     )
-    return before, load_target(str(out)), text
+    return load_target(str(out)), text
 
 
 def _origin(folder: RunFolder) -> str:
@@ -180,7 +210,8 @@ def run_demo(
     RunFolder(base).require_free()
     with TrainingProgress(quiet=quiet) as progress:
         train(recipe, trained, on_start=progress.start, on_step=progress.step, on_epoch=progress.epoch)
-    before, after, text = repair_run(str(trained), "hwnwb", repaired)
+    before = load_target(str(trained))
+    after, text = repair_run(str(trained), "hwnwb", repaired)
     request = AuditRequest(attacks=DEMO_ATTACKS)
     first = audit_target(before, request, quiet=quiet)
     second = audit_target(after, request, quiet=quiet)

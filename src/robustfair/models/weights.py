@@ -10,6 +10,7 @@ Sources of the public names: the WideResNet file shared by TRADES, MART, AWP and
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,9 @@ def _read(path: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _branch(checkpoint: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:

@@ -39,6 +39,7 @@ def explain_plan(plan: Plan, epochs: int | None = None) -> str:
 
 def summary(entry: Any) -> str:
     """First sentence of an entry's docstring."""
+    entry = getattr(entry, "func", entry)
     text = " ".join((entry.__doc__ or "").split())
     return re.split(r"\.(?: (?=[A-Z])|$)", text)[0]
 

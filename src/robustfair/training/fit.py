@@ -100,7 +100,8 @@ def fit(
     schedule = schedule or Schedule()
     plan = compose(objective, methods, allow=allow)
     device = torch.device(device)
-    train, held = _with_validation(train, validation, select)
+    require_validation(validation, select)
+    train, held = _with_validation(train, validation)
     train, held = train.to(device), None if held is None else held.to(device)
     model.to(device)
     if train.images.shape[1] >= 3:
@@ -332,19 +333,26 @@ def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
     }
 
 
-def _with_validation(
-    train: ImageDataset, validation: float | ImageDataset, select: Select
-) -> tuple[ImageDataset, ImageDataset | None]:
+def require_validation(validation: float | ImageDataset, select: Select) -> None:
+    """Refuse a selection rule that has no images to measure it on."""
+    selects = "a share of each class, or a data set"
+    require(
+        select == "last" or validation != 0, "fit", "validation", allowed=selects, got=0, hint="Or select='last'"
+    )
+
+
+def held_out(labels: Tensor, validation: float) -> tuple[Tensor, Tensor]:
+    """Indices kept for training and held out for validation; the same for every run on these labels."""
+    return stratified_split(labels, validation, seed=SPLIT_SEED)
+
+
+def _with_validation(train: ImageDataset, validation: float | ImageDataset) -> tuple[ImageDataset, ImageDataset | None]:
     """Training and validation images."""
     if isinstance(validation, ImageDataset):
         return train, validation
     if validation == 0:
-        needed = "a share of each class, or a data set"
-        require(
-            select == "last", "fit", "validation", allowed=needed, got=0, hint="Selection needs it: or select='last'"
-        )
         return train, None
-    kept, held = stratified_split(train.labels, validation, seed=SPLIT_SEED)
+    kept, held = held_out(train.labels, validation)
     return train.subset(kept), train.subset(held)
 
 
