@@ -689,7 +689,7 @@ def test_a_run_that_diverges_at_once_says_where(place: Path, command: Command) -
     assert outcome.err.splitlines()[-1:] == said
     assert "Traceback" not in outcome.err
     report = json.loads((place / "new" / "diverged.json").read_text(), parse_constant=pytest.fail)
-    assert f"epoch {report['epoch']}, step {report['step']} (lr 1e+09)" in said[0]
+    assert f"epoch {report['epoch']}, step {report['step']}, counted from 0 (lr 1e+09)" in said[0]
     assert "the last checkpoint" not in said[0]
     assert json.loads((place / "new" / "manifest.json").read_text())["status"] == "diverged"
     refused = command("audit", "new", *AUDIT)
