@@ -804,7 +804,7 @@ def test_flags_of_an_audit_go_before_what_the_run_says(place: Path, command: Com
 
 def test_another_norm_does_not_take_the_radius_of_the_run(place: Path, command: Command) -> None:
     found = command("audit", "run", "--norm", "l2", *AUDIT, "--json").json()
-    assert (found["threat"]["norm"], found["threat"]["eps"]) == ("l2", 8 / 255)
+    assert (found["threat"]["norm"], found["threat"]["eps"]) == ("l2", 128 / 255)
 
 
 def test_training_images_are_not_recorded_as_test_images(place: Path, command: Command) -> None:

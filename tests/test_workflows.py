@@ -102,7 +102,7 @@ def test_what_is_asked_goes_before_what_the_run_says(run: Path) -> None:
     found = audit_target(target, replace(QUICK, eps="8/255", step_size="1/255", seed=4, norm="L_inf"), quiet=True)
     assert (found.threat.norm, found.threat.eps, found.threat.step_size) == ("linf", 8 / 255, 1 / 255)
     assert found.provenance["seed"] == 4
-    assert audit_target(target, replace(QUICK, norm="L2"), quiet=True).threat.eps == 8 / 255
+    assert audit_target(target, replace(QUICK, norm="L2"), quiet=True).threat.eps == 128 / 255
     assert audit_target(target, replace(QUICK, norm="Linf"), quiet=True).threat.eps == 0.1
 
 
@@ -262,7 +262,7 @@ def test_the_repair_of_a_repair_names_the_run_it_came_from(run: Path, tmp_path: 
         ("run", "hwnwb", "run", CheckpointError),
         ("run", "hwnwb", "run/manifest.json", CheckpointError),
         ("run", "hwnwb", "run/manifest.json/new", CheckpointError),
-        ("absent", "hwnwb", "new", ModelError),
+        ("absent", "hwnwb", "new", CheckpointError),
         ("cache", "hwnwb", "new", CheckpointError),
     ],
 )

@@ -40,7 +40,8 @@ def _recipe_flags() -> type:
         if field.default not in (None, dataclasses.MISSING, ()):
             about += f" Default: {field.default}."
         names = ("--step-size", "--alpha") if field.name == "step_size" else None
-        flag = Parameter(name=names, help=about, negative=())
+        many = typing.get_origin(hint) is tuple
+        flag = Parameter(name=names, help=about, negative=(), consume_multiple=many)
         text_first = str if field.name in ("norm", "eps", "step_size") else hint
         fields.append((field.name, Annotated[text_first | None, flag], dataclasses.field(default=None)))
     # cyclopts reads no fields of a class that claims to come from the standard library, as a made one does.
@@ -123,6 +124,7 @@ def audit(
     arch: str | None = None,
     weights: str | None = None,
     width: int | None = None,
+    normalise: str = "auto",
     image_size: int | None = None,
     limit_per_class: int | None = None,
     batch_size: int | None = None,
@@ -159,6 +161,8 @@ def audit(
         Weight file for a factory's model.
     width
         Width of the architecture of a weight file.
+    normalise
+        Input statistics of a weight file that has none: auto, none or cifar10.
     image_size
         Resize images to squares of this side.
     limit_per_class
@@ -216,9 +220,12 @@ def audit(
         arch=arch,
         weights=weights,
         width=width,
+        normalise=normalise,
         num_classes=images.num_classes if images else None,
         in_channels=images.images.shape[1] if images else None,
     )
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
     require_outputs(found, out=out, report=report)
     result = audit_target(found, request, quiet=quiet)
     written = write_outputs(found, result, baseline=before, out=out, report=report)
@@ -404,6 +411,8 @@ def main(argv: list[str] | None = None) -> int:
             return _fail("interrupted; a training run goes on with --resume", 130)
         except BrokenPipeError:
             return 141
+        except OSError as error:
+            return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
     return result if isinstance(result, int) else 0
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 from robustfair.registry import canonical
@@ -74,7 +74,7 @@ def parse_composition(text: str, example: str = "trades(beta=6) + ccm") -> list[
         if peek("("):
             at += 1
             while not peek(")"):
-                key = take("w", "a key or ')'").replace("-", "_")
+                key = canonical_key(take("w", "a key or ')'"))
                 if not peek("="):
                     raise fail("'='")
                 at += 1
@@ -244,6 +244,18 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
     return cls(**values)
 
 
+def require_literals(config: Any) -> None:
+    """Raise ConfigError where a field of a config dataclass holds a word that its Literal type does not list.
+
+    For `__post_init__`: a config built in Python is then read as strictly as one from a recipe.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            owner = getattr(config, "name", type(config).__name__.lower())
+            raise ConfigError(owner, name, allowed=" or ".join(map(repr, get_args(hint))), got=value)
+
+
 def canonical_key(key: str) -> str:
-    """`batch-size` is `batch_size`."""
-    return key.replace("-", "_")
+    """`Batch-Size` is `batch_size`."""
+    return key.lower().replace("-", "_")

@@ -45,6 +45,7 @@ def load_target(
     arch: str | None = None,
     weights: str | None = None,
     width: int | None = None,
+    normalise: str = "auto",
     num_classes: int | None = None,
     in_channels: int | None = None,
 ) -> Target:
@@ -53,7 +54,7 @@ def load_target(
     Args:
         what: `runs/x`; a `.safetensors`, `.pt` or `.pth` file (with `arch`); or `package.module:factory`.
         checkpoint: of a run: best, last, ema, ...
-        arch, width: architecture of a bare weight file.
+        arch, width, normalise: architecture of a bare weight file, and its input statistics where the file has none.
         weights: weight file for a factory's model.
         num_classes, in_channels: of the data, for a bare weight file.
 
@@ -62,6 +63,8 @@ def load_target(
     """
     path = Path(what)
     if path.is_dir():
+        if arch or weights or width:
+            raise ModelError(f"{what} is a run, which knows its own architecture: leave --arch, --weights, --width out")
         folder = RunFolder(path)
         model, found, name = folder.read(checkpoint)
         about = f"{found.meta['candidate']}, epoch {found.meta['epoch']}"
@@ -74,7 +77,9 @@ def load_target(
         if arch is None:
             raise ModelError(f"{what} holds weights only: add --arch with its architecture, such as preact-resnet18")
         state = read_weight_file(path)
-        model = create_model(arch, num_classes=num_classes or 10, in_channels=in_channels or 3, width=width)
+        model = create_model(
+            arch, num_classes=num_classes or 10, in_channels=in_channels or 3, width=width, normalise=normalise
+        )
         return Target(model=model.eval(), label=what, meta={}, notes=(str(load_weights(model, state)),))
     if ":" in what:
         model = _from_factory(what)

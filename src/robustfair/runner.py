@@ -21,7 +21,7 @@ from robustfair.errors import ConfigError, DivergedError, ModelError, RecipeErro
 from robustfair.methods.base import Method, Plan, compose
 from robustfair.models.build import create_model, describe_model
 from robustfair.objectives.base import AdversarialObjective, Objective
-from robustfair.recipe import Recipe, read_recipe, shipped_recipes
+from robustfair.recipe import Recipe, read_recipe
 from robustfair.registry import METHODS, OBJECTIVES, REPAIRS
 from robustfair.repairs import Repair
 from robustfair.rundir import RunFolder, environment
@@ -51,12 +51,9 @@ def read_composition(text: str, defaults: Mapping[str, Any] | None = None) -> tu
 
 
 def plan_of(what: str, allow: Iterable[str]) -> Plan:
-    """The plan of a composition string or of a shipped recipe, nothing else read or built."""
-    if what in shipped_recipes():
-        recipe = read_recipe(what, {})
-        return _plan(recipe)
-    objective, methods = read_composition(what)
-    return compose(objective, methods, allow=frozenset(allow))
+    """The plan of a composition string, a shipped recipe or a YAML file, nothing else read or built."""
+    recipe = read_recipe(what, {"data": "any", "allow": tuple(allow)} if allow else {"data": "any"})
+    return _plan(recipe)
 
 
 def _plan(recipe: Recipe) -> Plan:
@@ -146,9 +143,11 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        known = torch.empty(0, device=name).device.type in ("cpu", "cuda", "mps")
     except (RuntimeError, AssertionError):
-        raise ConfigError("device", "device", allowed="auto, cpu, or a GPU that torch sees", got=name) from None
+        known = False
+    if not known:
+        raise ConfigError("device", "device", allowed="auto, cpu, or a GPU that torch sees", got=name)
     return name
 
 
@@ -267,4 +266,4 @@ def _from_anywhere(data: str) -> str:
 def _threat(objective: Objective) -> dict[str, Any] | None:
     if not isinstance(objective, AdversarialObjective):
         return None
-    return {"norm": objective.norm, "eps": objective.eps, "step_size": objective.step}
+    return {"norm": objective.norm, "eps": objective.radius, "step_size": objective.step}

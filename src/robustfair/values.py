@@ -203,6 +203,16 @@ def _recall(counts_pred_true: Tensor | None, part: str) -> Tensor:
     return counts_pred_true.diagonal() / counts_pred_true.sum(0)
 
 
+def default_eps(norm: Norm) -> float:
+    """The radius that most papers train and test at: 8/255 for linf, 128/255 for l2."""
+    return 8 / 255 if norm == "linf" else 128 / 255
+
+
+def default_step(norm: Norm, eps: float) -> float:
+    """Step of PGD at a radius: eps/4 for linf (2/255 at 8/255), 15/128 eps for l2 (15/255 at 128/255, Rice et al.)."""
+    return eps / 4 if norm == "linf" else eps * 15 / 128
+
+
 @dataclass(frozen=True)
 class Threat:
     """The adversary a run or an audit is about: norm and radius in pixel units, and the step of its PGD."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from robustfair.checkpoint import Checkpoint, write_checkpoint
-from robustfair.config import build, format_eps, parse_norm, require
+from robustfair.config import RobustFairWarning, build, format_eps, parse_norm, require
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import CheckpointError, DataError, ModelError
 from robustfair.evaluate.audit import Audit, audit
@@ -97,6 +98,9 @@ def audit_target(target: Target, request: AuditRequest, *, quiet: bool = False) 
         DataError: the images' classes are not those the model was trained on.
     """
     data, part = request.images(target.meta.get("data"))
+    if part == "train" and data.fingerprint == target.meta.get("data", {}).get("fingerprint"):
+        text = f"{data.name} has no test part: this audits the images the model was trained on, which flatters it"
+        warnings.warn(text, RobustFairWarning, stacklevel=2)
     trained_on = tuple(target.meta.get("class_names", data.class_names))
     if trained_on != data.class_names:
         raise DataError(
@@ -105,7 +109,7 @@ def audit_target(target: Target, request: AuditRequest, *, quiet: bool = False) 
         )
     trained_for = target.meta.get("threat") or {}
     norm = trained_for.get("norm", "linf") if request.norm is None else request.norm
-    usual = trained_for["eps"] if parse_norm(norm) == trained_for.get("norm") else 8 / 255
+    usual = trained_for["eps"] if parse_norm(norm) == trained_for.get("norm") else None
     with AuditProgress(quiet=quiet) as progress:
         return audit(
             target.model,
@@ -153,10 +157,15 @@ def write_outputs(
 
 
 def _stem(target: Target, result: Audit) -> str:
-    parts = [",".join(result.attacks), f"{result.threat.norm}-{format_eps(result.threat.eps)}", target.checkpoint]
+    attacks = ",".join(result.attacks)
+    parts = [
+        attacks if len(attacks) <= 80 else f"{attacks[:80]}...",
+        f"{result.threat.norm}-{format_eps(result.threat.eps)}",
+        target.checkpoint,
+    ]
     seed = result.provenance["seed"]
     parts += [f"{len(result.labels)}-images", f"seed-{seed}" if seed else None]
-    identity = [result.fingerprint, result.threat.step_size, result.provenance["precision"]]
+    identity = [attacks, result.fingerprint, result.threat.step_size, result.provenance["precision"]]
     parts.append(hashlib.sha256(repr([*identity, None if target.folder else target.label]).encode()).hexdigest()[:8])
     return re.sub(r"[^\w.,=+-]+", "-", "_".join(part for part in parts if part))
 
@@ -173,9 +182,10 @@ def repair_run(source: str, method: str, out: Path, checkpoint: str | None = Non
     fix = read_repair(method)
     folder = RunFolder(out)
     folder.require_free()
-    before = load_target(source, checkpoint=checkpoint)
-    if before.folder is None:
+    if not Path(source).is_dir():
         raise CheckpointError(f"{source} is no run folder: repair works on what robustfair train wrote")
+    before = load_target(source, checkpoint=checkpoint)
+    assert before.folder is not None
     if before.checkpoint == "repaired":
         raise ModelError(f"{source} is repaired already: repair the run it came from, {_origin(before.folder)}")
     repaired = fix(before.model)

@@ -36,7 +36,8 @@ def test_pgd_takes_step_and_radius_of_the_threat() -> None:
         "eval",
     )
     assert attack.goal == MaximiseCE()
-    assert attack.stop == FreezeFooled()
+    assert attack.stop is None
+    assert only("cw-20").on(BATCH, THREAT).stop == FreezeFooled()
 
 
 def test_cw_is_the_same_loop_on_the_margin() -> None:
@@ -86,8 +87,8 @@ def test_settings_hold_everything_as_json_values() -> None:
         ("PGD_20", "pgd-20"),
         ("pgd-20()", "pgd-20"),
         ("pgd-020", "pgd-20"),
-        ("pgd-20(restarts=1, start=uniform, freeze=true)", "pgd-20"),
-        ("pgd-20(freeze=false, restarts=3)", "pgd-20(restarts=3, freeze=false)"),
+        ("pgd-20(restarts=1, start=uniform, freeze=false)", "pgd-20"),
+        ("pgd-20(freeze=true, restarts=3)", "pgd-20(restarts=3, freeze=true)"),
         ("pgd-20(alpha=2/255)", "pgd-20(step_size=2/255)"),
         ("pgd-20(step-size=0.01)", "pgd-20(step_size=0.01)"),
         ("fgsm(start=zero)", "fgsm"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from reference import attacks as reference
 from robustfair.attacks.pgd import STARTS, FreezeFooled, attacking, pgd
-from robustfair.errors import ConfigError
+from robustfair.errors import ConfigError, ModelError
 from robustfair.losses import MaximiseCE, MaximiseKL, MaximiseMargin, Targeted, cross_entropy, margin
 from robustfair.values import Attack, Goal
 
@@ -505,3 +506,34 @@ def test_the_margin_attack_ends_above_where_it_began(tiny_net: Net) -> None:
     with torch.no_grad():
         x_adv = pgd(model, x, y, settings_for(x, 0.1, goal=MaximiseMargin(), steps=10), stream(), x_init=x)
         assert bool((margin(model(x_adv), y) > margin(model(x), y)).all())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_is_not_a_number_moves_nothing(norm: str) -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, :2].clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return torch.full((3, 1, 2, 2), torch.nan)
+
+    x = torch.rand(3, 1, 2, 2)
+    attack = Attack(
+        eps=torch.full((3,), 0.1), step_size=torch.full((3,), 0.05), steps=3, goal=MaximiseCE(), norm=norm, start="zero"
+    )
+    found = pgd(Broken.apply, x, torch.zeros(3, dtype=torch.long), attack, torch.Generator())
+    torch.testing.assert_close(found, x)
+
+
+def test_a_model_without_a_gradient_is_refused() -> None:
+    attack = Attack(eps=torch.ones(1), step_size=torch.ones(1), steps=1, goal=MaximiseCE())
+    with pytest.raises(ModelError, match="no gradient"):
+        pgd(
+            lambda x: x.detach().flatten(1),
+            torch.rand(1, 1, 2, 2),
+            torch.zeros(1, dtype=torch.long),
+            attack,
+            torch.Generator(),
+        )

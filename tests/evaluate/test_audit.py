@@ -73,7 +73,16 @@ def closed_form(model: Linear, data: ImageDataset, eps: float, norm: str) -> lis
 
 
 @pytest.mark.parametrize(
-    "attack", ["fgsm", "pgd-20", "cw-20", "pgd-20(restarts=3)", "cw-20(restarts=2, freeze=false)", "pgd-20(keep=best)"]
+    "attack",
+    [
+        "fgsm",
+        "pgd-20",
+        "cw-20",
+        "pgd-20(restarts=3)",
+        "cw-20(restarts=2, freeze=false)",
+        "pgd-20(freeze=true)",
+        "pgd-20(keep=best)",
+    ],
 )
 def test_linf_hits_are_the_closed_form_for_two_classes(attack: str) -> None:
     model, data = two_classes()
@@ -137,7 +146,7 @@ def test_numbers_follow_the_seed() -> None:
 
 def test_two_attacks_draw_from_streams_of_their_own() -> None:
     model, data = block_classes()
-    names = ("pgd-1", "pgd-1(freeze=false)")  # one step each, so that only the start differs
+    names = ("pgd-1", "pgd-1(freeze=true)")  # one step each, so that only the start differs
     found = audit(model, data, attacks=names, eps=EPS, step_size=0.001)
     assert not torch.equal(found.hits(names[0]), found.hits(names[1]))
 
@@ -170,8 +179,9 @@ def test_a_restart_takes_only_the_images_that_are_left() -> None:
         lambda module, inputs, output: seen.append(len(output)) if output.requires_grad else None
     )
     calls: list[tuple[str, int, int]] = []
-    name = "pgd-1(restarts=3)"
+    name = "pgd-1(restarts=3, freeze=true)"
     found = audit(model, data, attacks=name, eps=0.032, step_size=0.005, on_progress=lambda *call: calls.append(call))
+    seen = seen[1:]  # the first pass looks for masked gradients
     assert seen[0] == 200 > seen[1] > seen[2] > int(found.hits(name).sum()) > 0
     assert [call for call in calls if call[0] == name] == [(name, done, 600) for done in (200, 400, 600)]
 

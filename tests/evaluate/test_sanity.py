@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from robustfair.data import ImageDataset
 from robustfair.errors import DataError
-from robustfair.evaluate.audit import Audit
+from robustfair.evaluate.audit import Audit, audit
 from robustfair.evaluate.sanity import compare_findings, findings, paired_difference
 from robustfair.values import Threat
 
@@ -207,3 +208,23 @@ def test_paired_difference_against_its_formula_and_its_coverage() -> None:
         _, lower, upper = paired_difference(cell <= 1, (cell == 0) | (cell == 2))
         covered += lower <= 0.08 <= upper
     assert 0.92 < covered / 400 < 0.98
+
+
+def test_a_model_that_rounds_its_gradient_away_is_called_masked() -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((x * 16).round().flatten(1))
+
+    torch.manual_seed(0)
+    model = Rounded()
+    images = torch.randint(0, 256, (60, 1, 2, 2), dtype=torch.uint8)
+    labels = model(images / 255).argmax(1)
+    data = ImageDataset(images=images, labels=labels, class_names=("a", "b"))
+    masked = audit(model, data, attacks="clean,pgd-5", eps=0.3)
+    plain = audit(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), data, attacks="clean,pgd-5", eps=0.3)
+    assert "masked-gradient" in {finding.code for finding in findings(masked)}
+    assert "masked-gradient" not in {finding.code for finding in findings(plain)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustfair.errors import ConfigError
+from robustfair.errors import ConfigError, ModelError
 from robustfair.values import Attack, Mode, Model
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -67,7 +67,7 @@ def _ascend(
         with torch.enable_grad():
             logits = model(x_adv)
             value = attack.goal(logits, clean, y)
-            (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+            gradient = input_gradient(value, x_adv)
         x_adv = x_adv.detach()
         if attack.keep == "best":
             best = best.update(x_adv, value.detach(), logits, y, attack)
@@ -81,6 +81,19 @@ def _ascend(
             logits = model(x_adv)
             best = best.update(x_adv, attack.goal(logits, clean, y), logits, y, attack)
     return x_adv, best
+
+
+def input_gradient(value: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a goal (B,) with respect to the images alone.
+
+    Raises:
+        ModelError: the model cut the graph between its input and its output.
+    """
+    if not value.requires_grad:
+        raise ModelError(
+            "the model gives no gradient to its input: it runs under no_grad, or detaches what it is given"
+        )
+    return torch.autograd.grad(value.sum(), x)[0]
 
 
 def _compares(attack: Attack) -> bool:
@@ -111,7 +124,8 @@ class _Best:
 
 
 def _move(x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Tensor, eps: Tensor, attack: Attack) -> Tensor:
-    """One step uphill, back into the ball and the box. A zero gradient moves nothing."""
+    """One step uphill, back into the ball and the box. Where the gradient is zero or nan nothing moves."""
+    gradient = gradient.nan_to_num(0.0)
     if attack.norm == "linf":
         direction = gradient.sign()
     elif attack.box_first:

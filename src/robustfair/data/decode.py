@@ -138,6 +138,8 @@ def _decode(picture: Picture, image_size: int | None) -> np.ndarray:
     try:
         with Image.open(source) as image:
             ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"it has {image.mode} pixels; save it with 8 bits a channel")
             plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
             array = np.asarray(plain if image_size is None else _fit(plain, image_size))
     except Exception as error:  # the decoders raise whatever their format stumbles on

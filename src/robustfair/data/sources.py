@@ -73,6 +73,8 @@ def find_source(name_or_path: str | Path) -> Source:
         UnknownNameError: neither a name nor an existing path, but written like a name; shows the nearest ones.
         DataError: the path does not exist or holds no images.
     """
+    if not str(name_or_path).strip():
+        raise DataError("data: the name is empty: give a name such as cifar10, or a path")
     head, *rest = str(name_or_path).split("/")
     entry = CATALOG.get(canonical(head)) if isinstance(name_or_path, str) else None
     if entry is not None and (not rest or (entry.selectors and rest != [""])):

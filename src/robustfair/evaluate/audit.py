@@ -27,16 +27,17 @@ from torch import Tensor, nn
 
 from robustfair import metrics
 from robustfair.attacks.named import NamedAttack, parse_attacks
-from robustfair.attacks.pgd import attacking
+from robustfair.attacks.pgd import attacking, input_gradient
 from robustfair.attacks.sweep import predict
 from robustfair.checkpoint import read_json, write_json
-from robustfair.config import parse_eps, parse_norm, require
+from robustfair.config import Norm, parse_eps, parse_norm, require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.errors import CheckpointError, DataError, ModelError, RobustFairError, UnknownNameError
+from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
+from robustfair.losses import cross_entropy
 from robustfair.models.head import check_outputs, head_norms, unwrap
 from robustfair.registry import canonical
 from robustfair.training.precision import InPrecision, Precision
-from robustfair.values import Model, Threat, derive_seed
+from robustfair.values import Model, Threat, default_eps, default_step, derive_seed
 
 SCHEMA = "robustfair.audit/1"
 CLEAN, ROBUST = "clean", "robust"
@@ -66,7 +67,7 @@ class Audit:
         model: what reports call the model.
         data: name of the data set.
         class_names: (C,).
-        index: (N,) rows of the data set.
+        index: (N,) positions of the images in the audited data set.
         labels: (N,) true classes.
         predictions: attack -> (N,) predicted classes, "clean" first; wrong when clean is wrong under all.
         settings: attack -> its settings as JSON values, see `NamedAttack.settings`.
@@ -274,8 +275,8 @@ class Audit:
         }
 
 
-def threat(norm: str = "linf", eps: float | str = 8 / 255, step_size: float | str | None = None) -> Threat:
-    """The threat of an audit. Without `step_size` the step follows the radius: eps/4 for linf, 15/128 eps for l2.
+def threat(norm: str = "linf", eps: float | str | None = None, step_size: float | str | None = None) -> Threat:
+    """The threat of an audit; radius and step default as for training, see `values.default_eps` and `default_step`.
 
     >>> threat("Linf", "8/255").step_size == 2 / 255
     True
@@ -283,13 +284,10 @@ def threat(norm: str = "linf", eps: float | str = 8 / 255, step_size: float | st
     Raises:
         ConfigError: an unknown norm, or a length that is none in pixel units (`8` for `8/255`).
     """
-    norm = parse_norm(norm)
-    radius = parse_eps(eps, norm=norm)
-    if step_size is None:
-        step = radius / 4 if norm == "linf" else radius * 15 / 128
-    else:
-        step = parse_eps(step_size, norm=norm, field="step_size")
-    return Threat(norm="linf" if norm == "linf" else "l2", eps=radius, step_size=step)
+    kind: Norm = "linf" if parse_norm(norm) == "linf" else "l2"
+    radius = default_eps(kind) if eps is None else parse_eps(eps, norm=kind)
+    step = default_step(kind, radius) if step_size is None else parse_eps(step_size, norm=kind, field="step_size")
+    return Threat(norm=kind, eps=radius, step_size=step)
 
 
 def audit(
@@ -297,7 +295,7 @@ def audit(
     dataset: ImageDataset,
     *,
     attacks: str | Sequence[str] = (CLEAN, "pgd-20"),
-    eps: float | str = 8 / 255,
+    eps: float | str | None = None,
     norm: str = "linf",
     step_size: float | str | None = None,
     batch_size: int | None = None,
@@ -318,7 +316,7 @@ def audit(
         model: (B, C, H, W) in [0, 1] -> logits (B, K).
         dataset: the images; never those that a checkpoint was selected on.
         attacks: names, see `robustfair.attacks.named`; `clean` is always part of an audit and comes first.
-        eps: radius in pixel units, also as "8/255".
+        eps: radius in pixel units, also as "8/255"; None is 8/255 under linf and 128/255 under l2.
         norm: "linf" or "l2".
         step_size: of pgd-K and cw-K; None follows the radius, see `threat`.
         batch_size: images at a time; None is 250.
@@ -333,6 +331,9 @@ def audit(
         DataError: no images.
         ModelError: outputs that do not fit the classes.
     """
+    if not isinstance(dataset, ImageDataset):
+        got = type(dataset).__name__
+        raise ConfigError("audit", "dataset", allowed="an ImageDataset", got=got, hint="Of splits, pass data.test")
     suite = _suite(attacks)
     limits = threat(norm, eps, step_size)
     allowed = get_args(Precision)
@@ -352,7 +353,7 @@ def audit(
         on_progress=on_progress,
     )
     with attacking(model, "eval"):
-        predictions, seconds = sweeper.all(data, suite)
+        predictions, seconds, gradients = sweeper.all(data, suite)
     return Audit(
         model=label or type(unwrap(model)).__name__,
         data=dataset.name,
@@ -373,6 +374,7 @@ def audit(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "batch_size": sweeper.batch_size,
             "seconds": seconds,
+            "input_gradients": gradients,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
@@ -428,10 +430,13 @@ class _Sweeper:
     seed: int
     on_progress: Progress | None
 
-    def all(self, data: ImageDataset, suite: Sequence[NamedAttack]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Predictions (N,) on the CPU and seconds, per attack; `suite` begins with clean."""
+    def all(
+        self, data: ImageDataset, suite: Sequence[NamedAttack]
+    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, int] | None]:
+        """Predictions (N,) on the CPU and seconds, per attack, and `_gradients`; `suite` begins with clean."""
         predictions: dict[str, Tensor] = {}
         seconds: dict[str, float] = {}
+        gradients = None
         survivors, rows = data, torch.arange(len(data))
         for attack in suite:
             began = time.perf_counter()
@@ -442,8 +447,20 @@ class _Sweeper:
             else:
                 rows = (column == data.labels.cpu()).nonzero().squeeze(1)
                 survivors = data.subset(rows.to(data.device))
+                gradients = self._gradients(survivors) if len(suite) > 1 else None
             predictions[attack.name] = column
-        return predictions, seconds
+        return predictions, seconds, gradients
+
+    def _gradients(self, data: ImageDataset) -> dict[str, int]:
+        """How many images give the cross-entropy a gradient that no attack can follow: all zero, or not finite."""
+        found = {"images": len(data), "zero": 0, "not_finite": 0}
+        for batch in evaluation_batches(data, self.batch_size):
+            x = batch.x.detach().requires_grad_(True)
+            with torch.enable_grad():
+                gradient = input_gradient(cross_entropy(self.model(x), batch.y), x).flatten(1)
+            found["zero"] += int((gradient == 0).all(1).sum())
+            found["not_finite"] += int((~gradient.isfinite()).any(1).sum())
+        return found
 
     def _restarts(self, data: ImageDataset, attack: NamedAttack) -> Tensor:
         """Predictions (N,) under `attack`. Where fooled images stay so, a restart takes only those that are left."""

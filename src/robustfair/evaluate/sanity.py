@@ -31,6 +31,8 @@ FLATTERY_WARNED = 0.05
 """The same for a warning: published adversarially trained models differ by 3 to 5 points from PGD-20 to AutoAttack."""
 CONFIRMED_SHARE = 0.5
 """A gain counts as confirmed if the stronger attack shows at least this share of it."""
+MASKED_SHARE = 0.05
+"""Share of images without a usable gradient from which an audit is called masked."""
 LEAST_SKILL = 0.1
 """Clean accuracy above chance, as a share of what is possible above chance, below which a model looks untrained."""
 EQUAL_NORMS = 1.01
@@ -45,7 +47,8 @@ class Finding:
 
     Attributes:
         code: what it is about, stable: "flattered-attack", "unconfirmed-gain", "gain-unchecked", "clean-near-chance",
-            "no-images", "few-images", "weak-attacks".
+            "no-images", "few-images", "weak-attacks",
+            "masked-gradient".
         severity: "warn" where a number misleads, "note" where it needs care.
         text: what was found, with the numbers.
         advice: what to do.
@@ -61,7 +64,14 @@ def findings(audit: Audit) -> tuple[Finding, ...]:
     """All findings on one audit, warnings first."""
     for attack in audit.attacks:
         assert bool((audit.correct(attack) <= audit.correct(CLEAN)).all()), f"{attack} beats clean in a class"
-    found = (*_near_chance(audit), *_flattered(audit), *_no_images(audit), *_few_images(audit), *_weak_attacks(audit))
+    found = (
+        *_masked(audit),
+        *_near_chance(audit),
+        *_flattered(audit),
+        *_no_images(audit),
+        *_few_images(audit),
+        *_weak_attacks(audit),
+    )
     return tuple(sorted(found, key=lambda finding: finding.severity != "warn"))
 
 
@@ -146,6 +156,24 @@ def _flattered(audit: Audit) -> list[Finding]:
             )
         )
     return found
+
+
+def _masked(audit: Audit) -> list[Finding]:
+    """Images on which a gradient attack cannot move, whatever their robustness."""
+    gradients = audit.provenance.get("input_gradients") or {"images": 0}
+    for kind, words in (("zero", "zero"), ("not_finite", "not a finite number")):
+        if gradients["images"] and gradients[kind] > MASKED_SHARE * gradients["images"]:
+            share = _percent(gradients[kind] / gradients["images"])
+            return [
+                Finding(
+                    code="masked-gradient",
+                    severity="warn",
+                    text=f"On {share} of the images that are right when clean the gradient at the input is {words}: "
+                    "gradient attacks cannot move there, and their figures say nothing of robustness.",
+                    advice="Attack the model without the masking part (rounding, saturated logits), or by queries.",
+                )
+            ]
+    return []
 
 
 def _near_chance(audit: Audit) -> list[Finding]:

@@ -4,8 +4,11 @@ theta_bar <- d theta_bar + (1 - d) theta, after every optimizer step or after ev
 into training. Forms in use differ in three choices, all named here: the period, the start, and what becomes of batch
 norm's running statistics. CFA's own baseline is `ema(decay=0.85, per=epoch, begin=50, buffers=average)`.
 
-Departure from the official codes: the first update copies the weights (one repository starts from an independent random
-initialisation), and integer counters are copied, never averaged.
+Departures from the official codes: the first update copies the weights (one repository starts from an independent
+random initialisation); integer counters are copied, never averaged; and batch norm is re-estimated by default.
+Averaged weights of a net with batch norm are shorter than the current ones while training still moves, so the current
+running statistics do not fit them: on CIFAR-10 (preact-resnet18 of width 16, ten epochs) the average with copied
+statistics stayed at chance to the end, and with re-estimated ones came near the raw weights.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import require
+from robustfair.config import require, require_literals
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
 from robustfair.values import Batch, Loss, State, StateDict
@@ -44,9 +47,10 @@ class EMA(Method):
     decay: float = 0.999
     per: Literal["step", "epoch"] = "step"
     begin: int = 0
-    buffers: Literal["copy", "average", "reestimate"] = "copy"
+    buffers: Literal["copy", "average", "reestimate"] = "reestimate"
 
     def __post_init__(self) -> None:
+        require_literals(self)
         require(0 <= self.decay <= 1, self.name, "decay", allowed="in [0, 1]", got=self.decay)
         require(self.begin >= 0, self.name, "begin", allowed=">= 0", got=self.begin)
 
@@ -89,13 +93,13 @@ class EMA(Method):
 
 @torch.no_grad()
 def reestimated(model: nn.Module, weights: StateDict, run: Run) -> dict[str, Tensor]:
-    """`weights` with batch norm's running statistics replaced by those of one pass over the training images.
+    """`weights` with the running statistics of batch norm, where it trains, from one pass over the training images.
 
     Per layer: the mean of the batch means and of the unbiased batch variances, weighted by batch size.
     """
     copy = deepcopy(model)
     copy.load_state_dict(dict(weights))
-    norms = [module for module in copy.modules() if isinstance(module, BATCH_NORM)]
+    norms = [module for module in copy.modules() if isinstance(module, BATCH_NORM) and module.training]
     copy.eval()
     for norm in norms:
         norm.train()

@@ -176,6 +176,7 @@ def _read(path: Path) -> Any:
 
 def _branch(checkpoint: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
     """Where the weights stand: the keys that lead there, the flat state dict, and other sets of weights left aside."""
+    checkpoint = {key: value for key, value in checkpoint.items() if isinstance(key, str)}
     nested = [key for key, value in checkpoint.items() if _holds_weights(value)]
     known = [key for key in BRANCHES if key in nested]
     is_flat = any(isinstance(value, Tensor) and ("." in key or not nested) for key, value in checkpoint.items())

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from robustfair.config import Norm, parse_norm, require, require_at_least
+from robustfair.config import Norm, parse_eps, parse_norm, require, require_at_least, require_literals
 from robustfair.losses import MaximiseCE
-from robustfair.values import Attack, Batch, Goal, Loss, Mode, Model
+from robustfair.values import Attack, Batch, Goal, Loss, Mode, Model, default_eps, default_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class AdversarialObjective(Objective):
 
     Attributes:
         norm: "linf" or "l2".
-        eps: radius in pixel units, at most 1 under linf.
+        eps: radius in pixel units, at most 1 under linf; None becomes 8/255 under linf and 128/255 under l2.
         step_size: length of an attack step; None takes the default of the norm (see `step`).
         steps: attack steps.
         attack_mode: batch norm during the attack. "eval" is what TRADES, MART, ARoW and FAAL use and what the
@@ -50,7 +50,7 @@ class AdversarialObjective(Objective):
     """
 
     norm: Norm = "linf"
-    eps: float = 8 / 255
+    eps: float | None = None
     step_size: float | None = None
     steps: int = 10
     attack_mode: Mode = "eval"
@@ -59,23 +59,31 @@ class AdversarialObjective(Objective):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", parse_norm(self.norm))
-        require_at_least(0, self.name, "eps", self.eps)
-        inside = self.norm == "l2" or self.eps <= 1
+        require_literals(self)
+        eps = default_eps(self.norm) if self.eps is None else self.eps
+        read = parse_eps(eps, norm=self.norm, owner=self.name) if isinstance(eps, str) else eps
+        object.__setattr__(self, "eps", read)
+        require_at_least(0, self.name, "eps", self.radius)
+        inside = self.norm == "l2" or self.radius <= 1
         require(inside, self.name, "eps", allowed="at most 1 under linf", got=self.eps, hint="Write 8/255, not 8")
         require_at_least(0, self.name, "step_size", self.step_size or 0)
         require_at_least(0, self.name, "steps", self.steps)
 
     @property
+    def radius(self) -> float:
+        """eps, resolved."""
+        assert self.eps is not None
+        return self.eps
+
+    @property
     def step(self) -> float:
         """Step in force: the given one, else eps/4 for linf (2/255 at 8/255) and 15/128 eps for l2 (Rice et al.)."""
-        if self.step_size is not None:
-            return self.step_size
-        return self.eps / 4 if self.norm == "linf" else self.eps * 15 / 128
+        return default_step(self.norm, self.radius) if self.step_size is None else self.step_size
 
     def attack_with(self, batch: Batch, goal: Goal, start: str, *, box_first: bool = False) -> Attack:
         """This threat model as an attack on `batch`."""
         return Attack(
-            eps=torch.full_like(batch.x[:, 0, 0, 0], self.eps),
+            eps=torch.full_like(batch.x[:, 0, 0, 0], self.radius),
             step_size=torch.full_like(batch.x[:, 0, 0, 0], self.step),
             steps=self.steps,
             goal=goal,
@@ -86,10 +94,13 @@ class AdversarialObjective(Objective):
         )
 
     def evaluation_attack(self, batch: Batch) -> Attack:
-        """PGD-10 on cross-entropy in this threat model, whatever the objective trains on: for the validation split."""
+        """PGD-10 on cross-entropy at this radius with the default step: for the validation split.
+
+        A training attack may be one long step; measured by that, overfitting to it would look like robustness.
+        """
         return Attack(
-            eps=torch.full_like(batch.x[:, 0, 0, 0], self.eps),
-            step_size=torch.full_like(batch.x[:, 0, 0, 0], self.step),
+            eps=torch.full_like(batch.x[:, 0, 0, 0], self.radius),
+            step_size=torch.full_like(batch.x[:, 0, 0, 0], default_step(self.norm, self.radius)),
             steps=10,
             goal=MaximiseCE(),
             norm=self.norm,

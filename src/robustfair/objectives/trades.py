@@ -42,7 +42,7 @@ class Trades(AdversarialObjective):
     @property
     def step(self) -> float:
         if self.norm == "l2" and self.l2_step == "two-eps-over-steps":
-            return 2 * self.eps / max(self.steps, 1)
+            return 2 * self.radius / max(self.steps, 1)
         return super().step
 
     def attack(self, batch: Batch) -> Attack:

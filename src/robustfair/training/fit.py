@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from robustfair.data import ImageDataset
 from robustfair.data.augment import Augmentation, parse_augmentation
 from robustfair.data.loader import Loader, evaluation_batches
 from robustfair.data.split import stratified_split
-from robustfair.errors import ConfigError, DivergedError, ModelError
+from robustfair.errors import ConfigError, DataError, DivergedError, ModelError
 from robustfair.methods.base import Method, Plan, compose
 from robustfair.models.head import check_outputs, head_norms
 from robustfair.objectives.base import AdversarialObjective, Objective
@@ -98,6 +98,11 @@ def fit(
         DivergedError: a loss that is not finite; carries epoch, step and class state.
     """
     schedule = schedule or Schedule()
+    if not isinstance(objective, Objective):
+        raise ConfigError("fit", "objective", allowed="an objective such as Trades()", got=objective)
+    require(select in get_args(Select), "fit", "select", allowed=f"one of {', '.join(get_args(Select))}", got=select)
+    if len(train) == 0:
+        raise DataError(f"{train.name}: no images to train on")
     plan = compose(objective, methods, allow=allow)
     device = torch.device(device)
     require_validation(validation, select)
@@ -336,19 +341,25 @@ def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
 def require_validation(validation: float | ImageDataset, select: Select) -> None:
     """Refuse a selection rule that has no images to measure it on."""
     selects = "a share of each class, or a data set"
-    require(
-        select == "last" or validation != 0, "fit", "validation", allowed=selects, got=0, hint="Or select='last'"
-    )
+    require(select == "last" or validation != 0, "fit", "validation", allowed=selects, got=0, hint="Or select='last'")
 
 
 def held_out(labels: Tensor, validation: float) -> tuple[Tensor, Tensor]:
     """Indices kept for training and held out for validation; the same for every run on these labels."""
-    return stratified_split(labels, validation, seed=SPLIT_SEED)
+    kept, held = stratified_split(labels, validation, seed=SPLIT_SEED)
+    needed = "a share that leaves an image to measure on"
+    require(len(held) > 0, "fit", "validation", allowed=needed, got=validation, hint="Or 0, with select='last'")
+    return kept, held
 
 
 def _with_validation(train: ImageDataset, validation: float | ImageDataset) -> tuple[ImageDataset, ImageDataset | None]:
     """Training and validation images."""
     if isinstance(validation, ImageDataset):
+        same = validation.class_names == train.class_names and validation.images.shape[1:] == train.images.shape[1:]
+        if not same or len(validation) == 0:
+            raise DataError(
+                f"{validation.name} cannot validate {train.name}: other classes, other image sizes, or empty"
+            )
         return train, validation
     if validation == 0:
         return train, None

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from robustfair.config import require, require_at_least
+from robustfair.config import require, require_at_least, require_literals
 from robustfair.errors import ConfigError
 
 
@@ -48,6 +48,7 @@ class Schedule:
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        require_literals(self)
         for field in ("epochs", "batch_size"):
             require_at_least(1, "schedule", field, getattr(self, field))
         for field in ("lr", "gamma", "momentum", "weight_decay"):
