@@ -173,7 +173,7 @@ def test_a_divergence_leaves_its_report_and_the_checkpoints(folder: RunFolder) -
 
 
 def test_what_is_read_without_a_name(folder: RunFolder) -> None:
-    for name in ("last", "swa", "best", "repaired"):
+    for name in ("last", "best", "repaired"):
         model = add(folder, name)
         read, checkpoint, found = folder.read()
         assert found == name

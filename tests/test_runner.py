@@ -30,7 +30,7 @@ from robustfair.methods import CCM, CCR, EMA
 from robustfair.objectives import PGDAT, Standard, Trades
 from robustfair.recipe import Recipe, read_recipe, shipped_recipes
 from robustfair.repairs import HWNwB
-from robustfair.runner import plan_of, prepare, read_composition, read_repair, resolve_device, train
+from robustfair.runner import RESOLVED, plan_of, prepare, read_composition, read_repair, resolve_device, train
 from robustfair.training.fit import SPLIT_SEED, Fitted
 from robustfair.training.state import TrainState
 
@@ -224,7 +224,9 @@ def test_a_run_holds_what_design_promises(finished: tuple[Path, Fitted, list[Tra
     out, _, _ = finished
     assert {path.name for path in out.iterdir()} == {"recipe.yaml", "manifest.json", "history.jsonl", "checkpoints"}
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"best", "last", "ema"}
-    assert read_recipe(str(out / "recipe.yaml"), {}) == recipe()
+    stored = read_recipe(str(out / "recipe.yaml"), {})
+    assert None not in {getattr(stored, key) for key in RESOLVED}
+    assert dataclasses.replace(stored, **{key: getattr(recipe(), key) for key in RESOLVED}) == recipe()
 
 
 def test_the_manifest_tells_what_ran_where(finished: tuple[Path, Fitted, list[TrainState]]) -> None:

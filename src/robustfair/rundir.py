@@ -151,7 +151,7 @@ class RunFolder:
         return checkpoint_names(self.checkpoints)
 
     def read(self, name: str | None = None) -> tuple[nn.Module, Checkpoint, str]:
-        """Rebuild a model of this run: "repaired" or "best" where there is one, else an export, else "last".
+        """Rebuild a model of this run: "repaired" or "best" where there is one, else what the last epoch left.
 
         Returns:
             The model in eval mode, its checkpoint, and the checkpoint's name.
@@ -163,8 +163,7 @@ class RunFolder:
         self.require_run()
         known = self.available()
         if name is None:
-            exports = [found for found in known if found not in ("repaired", "best", "last")]
-            name = next(n for n in ("repaired", "best", *exports, "last") if n in known or n == "last")
+            name = next((found for found in ("repaired", "best") if found in known), None) or self._as_left()
         elif name not in known:
             raise UnknownNameError(f"checkpoint of {self.path}", name, known)
         checkpoint = read_checkpoint(self.checkpoints / name)
@@ -176,6 +175,11 @@ class RunFolder:
                 f"checkpoint {self.checkpoints / name}: the weights do not fit the model it describes"
             ) from None
         return model.eval(), checkpoint, name
+
+    def _as_left(self) -> str:
+        """Without selection: the last method's export (an average), else the raw weights; as `fit` leaves the model."""
+        exports = read_checkpoint(self.checkpoints / "last").meta.get("exports") or ["last"]
+        return str(exports[-1])
 
 
 def environment() -> dict[str, Any]:

@@ -131,7 +131,21 @@ def prepare(recipe: Recipe) -> Prepared:
     require_validation(recipe.validation, recipe.select)
     held = None if recipe.validation == 0 else held_out(train.labels, recipe.validation)[1]
     repair = None if recipe.repair is None else read_repair(recipe.repair)
+    recipe = _resolved(recipe, plan.objective, describe_model(model)["width"], train.augment)
     return Prepared(recipe, plan, splits, train, held, model, schedule, augment, device, repair)
+
+
+RESOLVED = ("norm", "eps", "step_size", "steps", "width", "augment")
+"""Keys that a user may leave open: the run's own recipe.yaml holds what they came to."""
+
+
+def _resolved(recipe: Recipe, objective: Objective, width: int, augment: str) -> Recipe:
+    """The recipe with every default of its objective, model and data written out, so that it repeats the run."""
+    filled: dict[str, Any] = {"width": width, "augment": recipe.augment or augment}
+    if isinstance(objective, AdversarialObjective):
+        filled |= {"norm": objective.norm, "eps": objective.radius, "step_size": objective.step}
+        filled["steps"] = objective.steps
+    return dataclasses.replace(recipe, **filled)
 
 
 def resolve_device(name: str) -> str:
@@ -169,10 +183,11 @@ def train(
     folder = RunFolder(out)
     state = None
     if resume:
-        _require_same(recipe, folder)
+        recipe = _begun(recipe, folder)
     else:
         folder.require_free()
     ready = prepare(recipe)
+    recipe = ready.recipe
     for remark in ready.remarks:
         warnings.warn(remark, RobustFairWarning, stacklevel=2)
     about = {
@@ -244,17 +259,19 @@ def train(
     return fitted
 
 
-def _require_same(recipe: Recipe, folder: RunFolder) -> None:
-    """Resuming with other keys would not be the same run."""
+def _begun(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe that the run in `folder` was begun with; refuses a key that is given and differs."""
     folder.require_run()
     begun = read_recipe(str(folder.recipe), {})
     for field in dataclasses.fields(Recipe):
         old, new = getattr(begun, field.name), getattr(recipe, field.name)
-        if old != new and field.name != "device":
+        left_open = new is None and field.name in RESOLVED
+        if old != new and not left_open and field.name != "device":
             raise RecipeError(
                 f"--resume: {field.name} is {format_value(new)}, but {folder.path} was begun with {format_value(old)}: "
                 "leave it out to go on, or start a new run"
             )
+    return dataclasses.replace(begun, device=recipe.device)
 
 
 def _from_anywhere(data: str) -> str:
