@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -183,7 +185,7 @@ class RunFolder:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, as JSON values."""
+    """Date, versions, hardware and command, as JSON values."""
     versions = {"python": platform.python_version()}
     for package in ("robustfair", "torch", "numpy", "safetensors"):
         try:
@@ -193,7 +195,13 @@ def environment() -> dict[str, Any]:
     hardware = {"system": platform.platform(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
-    return {"versions": versions, "hardware": hardware, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {
+        "date": date,
+        "versions": versions,
+        "hardware": hardware,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def _cpu_name() -> str:
