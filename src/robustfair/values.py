@@ -13,7 +13,7 @@ from numbers import Integral
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustfair.config import Norm
 
@@ -21,6 +21,8 @@ State = Mapping[str, Tensor]
 StateDict = Mapping[str, Tensor]
 Model = Callable[[Tensor], Tensor]
 Mode = Literal["eval", "train", "train_frozen"]
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+"""Base of all batch-norm layers, whatever their dimension."""
 
 
 def derive_seed(*keys: object) -> int:

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.errors import ConfigError, ModelError
-from robustfair.values import Attack, Mode, Model
-
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
+from robustfair.values import BATCH_NORM, Attack, Mode, Model
 
 
 def pgd(

@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from robustfair.config import require, require_literals
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
-from robustfair.values import Batch, Loss, State, StateDict
-
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
+from robustfair.values import BATCH_NORM, Batch, Loss, State, StateDict
 
 
 @METHODS.register("ema")
