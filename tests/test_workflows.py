@@ -336,3 +336,10 @@ def test_the_demo_touches_nothing_that_is_there(tmp_path: Path, name: str, messa
     with pytest.raises(CheckpointError, match=message):
         list(run_demo(tmp_path / name, seed=0, epochs=1, quiet=True))
     assert changes(before, tree(tmp_path)) == []
+
+
+def test_a_repaired_run_keeps_the_history_of_its_training(run: Path, tmp_path: Path) -> None:
+    repair_run(str(run), "hwnwb", tmp_path / "repaired")
+    kept = RunFolder(tmp_path / "repaired").history()
+    assert kept == RunFolder(run).history()
+    assert len(kept) > 0

@@ -13,7 +13,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -130,6 +130,11 @@ class RunFolder:
                 break
         return records
 
+    def set_history(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Replace all records, atomically."""
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        write_text(self.path / "history.jsonl", lines)
+
     def resume_state(self) -> TrainState | None:
         """Where to go on: the last whole epoch, with history cut back to it; None before the first."""
         self.require_run()
@@ -139,13 +144,12 @@ class RunFolder:
         if not has_checkpoint(self.checkpoints / "last"):
             if self.manifest().get("status") == "complete":
                 raise CheckpointError(f"{self.path} is complete and holds no training state: nothing to go on with")
-            write_text(self.path / "history.jsonl", "")
+            self.set_history(())
             return None
         state = read_state(self.checkpoints, self.history())
         if len(state.history) < state.epoch:
             raise CheckpointError(f"{self.path / 'history.jsonl'} is damaged: it lacks epochs that the checkpoint has")
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in state.history)
-        write_text(self.path / "history.jsonl", lines)
+        self.set_history(state.history)
         return state
 
     def available(self) -> list[str]:

@@ -197,6 +197,7 @@ def repair_run(source: str, method: str, out: Path, checkpoint: str | None = Non
     kept = {key: known[key] for key in ("model", "class_names", "data", "recipe", "threat", "seed") if key in known}
     folder.create(recipe.to_yaml(), environment() | kept | {"repair": method, "repaired_from": origin})
     write_checkpoint(folder.checkpoints / "repaired", Checkpoint(repaired.state_dict(), {}, meta))
+    folder.set_history(before.folder.history())
     folder.update_manifest(status="complete")
     old, new = head_norms(before.model), head_norms(repaired)
     text = (

@@ -7,8 +7,8 @@ norm's running statistics. CFA's own baseline is `ema(decay=0.85, per=epoch, beg
 Departures from the official codes: the first update copies the weights (one repository starts from an independent
 random initialisation); integer counters are copied, never averaged; and batch norm is re-estimated by default.
 Averaged weights of a net with batch norm are shorter than the current ones while training still moves, so the current
-running statistics do not
-fit them: in the run under results/ the average with copied statistics stayed at chance to the end.
+running statistics do not fit them: in the run under results/ the average with copied statistics stayed at chance to
+the end.
 """
 
 from __future__ import annotations
