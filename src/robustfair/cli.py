@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from robustfair.errors import DataError, DivergedError, RecipeError, RobustFairError
+from robustfair.errors import DivergedError, RecipeError, RobustFairError
 from robustfair.recipe import Recipe, read_recipe
 
 app = App(
@@ -211,9 +211,7 @@ def audit(
         device=device,
     )
     before = None if baseline is None else load_audit(baseline)
-    if data is None and not Path(target).is_dir():
-        raise DataError(f"audit: {target} does not say what data it is for: add --data with a name or a path")
-    images = None if data is None else request.images()[0]
+    images = None if Path(target).is_dir() else request.images()
     found = load_target(
         target,
         checkpoint=checkpoint,
@@ -221,13 +219,13 @@ def audit(
         weights=weights,
         width=width,
         normalise=normalise,
-        num_classes=images.num_classes if images else None,
-        in_channels=images.images.shape[1] if images else None,
+        num_classes=images[0].num_classes if images else None,
+        in_channels=images[0].images.shape[1] if images else None,
     )
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     require_outputs(found, out=out, report=report)
-    result = audit_target(found, request, quiet=quiet)
+    result = audit_target(found, request, images=images, quiet=quiet)
     written = write_outputs(found, result, baseline=before, out=out, report=report)
     if json_:
         print(json.dumps(result.to_dict(), allow_nan=False))
@@ -283,10 +281,7 @@ def repair(
     quiet
         No progress bar.
     """
-    from robustfair.loading import load_target
-    from robustfair.rundir import RunFolder
-    from robustfair.runner import read_repair
-    from robustfair.workflows import AuditRequest, audit_target, before_after_lines, repair_run, write_outputs
+    from robustfair.workflows import AuditRequest, before_after_lines, repair_run, repair_with_audits, write_outputs
 
     if attacks is None:
         print(repair_run(target, method, out, checkpoint)[-1])
@@ -301,15 +296,11 @@ def repair(
         batch_size=batch_size,
         device=device,
     )
-    read_repair(method)
-    RunFolder(out).require_free()
-    before = load_target(target, checkpoint=checkpoint)
-    first = audit_target(before, request, quiet=quiet)
-    after, text = repair_run(target, method, out, checkpoint)
-    print(text)
-    second = audit_target(after, request, quiet=quiet)
-    written = [*write_outputs(before, first, html=False), *write_outputs(after, second, baseline=first)]
-    print(*before_after_lines(first, second, _width()), *(f"wrote {path}" for path in written), sep="\n")
+    done = repair_with_audits(target, method, out, request, checkpoint=checkpoint, quiet=quiet)
+    written = write_outputs(done.before, done.first, html=False)
+    written += write_outputs(done.after, done.second, baseline=done.first)
+    shown = before_after_lines(done.first, done.second, _width())
+    print(done.text, *shown, *(f"wrote {path}" for path in written), sep="\n")
     return 0
 
 

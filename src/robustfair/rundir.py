@@ -188,21 +188,26 @@ class RunFolder:
         return str(exports[-1])
 
 
-def environment() -> dict[str, Any]:
-    """Date, versions, hardware and command, as JSON values."""
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
     for package in ("robustfair", "torch", "numpy", "safetensors"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = "not installed"
+            found[package] = "not installed"
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Date, versions, hardware and command, as JSON values."""
     hardware = {"system": platform.platform(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "date": date,
-        "versions": versions,
+        "versions": versions(),
         "hardware": hardware,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -126,12 +126,12 @@ def prepare(recipe: Recipe) -> Prepared:
             model = create_model(recipe.model, num_classes=classes, in_channels=channels, width=recipe.width)
         except (RuntimeError, MemoryError):
             raise ModelError(f"{recipe.model} of width {recipe.width} does not fit in memory: lower --width") from None
-    augment = parse_augmentation(train.augment if recipe.augment is None else recipe.augment)
+    recipe = _resolved(recipe, plan.objective, describe_model(model)["width"], train.augment)
+    augment = parse_augmentation(str(recipe.augment))
     augment(train.images[:1], torch.Generator().manual_seed(0))
     require_validation(recipe.validation, recipe.select)
     held = None if recipe.validation == 0 else held_out(train.labels, recipe.validation)[1]
     repair = None if recipe.repair is None else read_repair(recipe.repair)
-    recipe = _resolved(recipe, plan.objective, describe_model(model)["width"], train.augment)
     return Prepared(recipe, plan, splits, train, held, model, schedule, augment, device, repair)
 
 
@@ -141,7 +141,7 @@ RESOLVED = ("norm", "eps", "step_size", "steps", "width", "augment")
 
 def _resolved(recipe: Recipe, objective: Objective, width: int, augment: str) -> Recipe:
     """The recipe with every default of its objective, model and data written out, so that it repeats the run."""
-    filled: dict[str, Any] = {"width": width, "augment": recipe.augment or augment}
+    filled: dict[str, Any] = {"width": width, "augment": augment if recipe.augment is None else recipe.augment}
     if isinstance(objective, AdversarialObjective):
         filled |= {"norm": objective.norm, "eps": objective.radius, "step_size": objective.step}
         filled["steps"] = objective.steps
@@ -149,7 +149,7 @@ def _resolved(recipe: Recipe, objective: Objective, width: int, augment: str) ->
 
 
 def resolve_device(name: str) -> str:
-    """ "auto" is a GPU where there is one.
+    """The device that a name means; for "auto" a GPU where there is one.
 
     Raises:
         ConfigError: no such device, or torch does not see it.

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from robustfair.checkpoint import Checkpoint, write_checkpoint
 from robustfair.config import RobustFairWarning, build, format_eps, parse_norm, require
@@ -91,13 +91,18 @@ def require_outputs(target: Target, *, out: Path | None = None, report: Path | N
         read_recipe(str(target.folder.recipe), {})
 
 
-def audit_target(target: Target, request: AuditRequest, *, quiet: bool = False) -> Audit:
+def audit_target(
+    target: Target, request: AuditRequest, *, images: tuple[ImageDataset, str] | None = None, quiet: bool = False
+) -> Audit:
     """Audit a loaded model on the images and the threat it was made for, or the requested ones.
+
+    Args:
+        images: what `request.images` gave, where the caller has loaded them already.
 
     Raises:
         DataError: the images' classes are not those the model was trained on.
     """
-    data, part = request.images(target.meta.get("data"))
+    data, part = request.images(target.meta.get("data")) if images is None else images
     if part == "train" and data.fingerprint == target.meta.get("data", {}).get("fingerprint"):
         text = f"{data.name} has no test part: this audits the images the model was trained on, which flatters it"
         warnings.warn(text, RobustFairWarning, stacklevel=2)
@@ -207,6 +212,28 @@ def repair_run(source: str, method: str, out: Path, checkpoint: str | None = Non
     return load_target(str(out)), text
 
 
+class RepairAudits(NamedTuple):
+    """A run and its repair, each with its audit, and a sentence on what the repair did."""
+
+    before: Target
+    after: Target
+    first: Audit
+    second: Audit
+    text: str
+
+
+def repair_with_audits(
+    source: str, method: str, out: Path, request: AuditRequest, *, checkpoint: str | None = None, quiet: bool = False
+) -> RepairAudits:
+    """Audit a run, repair it into `out`, and audit that too. A request that cannot be audited leaves no folder."""
+    read_repair(method)
+    RunFolder(out).require_free()
+    before = load_target(source, checkpoint=checkpoint)
+    first = audit_target(before, request, quiet=quiet)
+    after, text = repair_run(source, method, out, checkpoint)
+    return RepairAudits(before, after, first, audit_target(after, request, quiet=quiet), text)
+
+
 def _origin(folder: RunFolder) -> str:
     return str(folder.manifest().get("repaired_from", {}).get("run", "see its manifest.json"))
 
@@ -221,16 +248,12 @@ def run_demo(
     RunFolder(base).require_free()
     with TrainingProgress(quiet=quiet) as progress:
         train(recipe, trained, on_start=progress.start, on_step=progress.step, on_epoch=progress.epoch)
-    before = load_target(str(trained))
-    after, text = repair_run(str(trained), "hwnwb", repaired)
-    request = AuditRequest(attacks=DEMO_ATTACKS)
-    first = audit_target(before, request, quiet=quiet)
-    second = audit_target(after, request, quiet=quiet)
-    write_outputs(before, first)
-    written = write_outputs(after, second, baseline=first)
-    yield text
+    done = repair_with_audits(str(trained), "hwnwb", repaired, AuditRequest(attacks=DEMO_ATTACKS), quiet=quiet)
+    write_outputs(done.before, done.first)
+    written = write_outputs(done.after, done.second, baseline=done.first)
+    yield done.text
     yield ""
-    yield from before_after_lines(first, second, width)
+    yield from before_after_lines(done.first, done.second, width)
     yield ""
     yield from (f"wrote {path}" for path in written)
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 import io
 import math
 import os
-import platform
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -36,6 +34,7 @@ from robustfair.errors import CheckpointError, ConfigError, DataError, ModelErro
 from robustfair.losses import cross_entropy
 from robustfair.models.head import check_outputs, head_norms, unwrap
 from robustfair.registry import canonical
+from robustfair.rundir import versions
 from robustfair.training.precision import InPrecision, Precision
 from robustfair.values import Model, Threat, default_eps, default_step, derive_seed
 
@@ -368,7 +367,7 @@ def audit(
         head_norms=_head_norms(model, example),
         groups=dataset.groups,
         provenance={
-            "versions": _versions(),
+            "versions": versions(),
             "seed": seed,
             "precision": precision,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -498,14 +497,6 @@ def _head_norms(model: nn.Module, example: Tensor) -> list[float] | None:
         return head_norms(model, example).tolist()
     except ModelError:
         return None
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    try:
-        return {"robustfair": version("robustfair"), **versions}
-    except PackageNotFoundError:
-        return versions
 
 
 def _agrees(audit: Audit, attack: str, entry: Mapping[str, Any]) -> bool:

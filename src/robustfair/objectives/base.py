@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from robustfair.values import Attack, Batch, Goal, Loss, Mode, Model, default_ep
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(ABC):
     """Base of all objectives.
 
     Class attributes:
@@ -31,9 +32,9 @@ class Objective:
         """The attack to train on, before any method edits it; None trains on clean images."""
         return None
 
+    @abstractmethod
     def __call__(self, model: Model, batch: Batch) -> Loss:
         """The loss of a batch, per example and per term; `model` is in training mode."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
