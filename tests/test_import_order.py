@@ -16,6 +16,7 @@ ORDER = (
     "registry",
     "config",
     "values",
+    "memory",
     "losses",
     "metrics",
     "data",

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from robustfair.config import RobustFairWarning
+from robustfair.config import FAST_SCHEDULE, RobustFairWarning
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 from robustfair.recipe import SCHEMA, Recipe, read_recipe, shipped_recipes
 
@@ -56,6 +56,33 @@ def test_a_flag_overrides_a_key_in_any_spelling(tmp_path: Path, line: str, flags
     assert read_recipe(path, flags) == read_recipe("trades", {"data": "digits"} | flags)
 
 
+def test_fast_stands_for_its_keys_and_yields_to_those_beside_it(tmp_path: Path) -> None:
+    fast = read_recipe("pgd-at", {"data": "digits", "schedule": "fast"})
+    assert {key: getattr(fast, key) for key in FAST_SCHEDULE} == dict(FAST_SCHEDULE)
+    assert read_recipe(write(tmp_path, fast.to_yaml()), {}) == fast
+    given = {"data": "digits", "schedule": "fast", "epochs": 7, "batch_size": 64}
+    assert read_recipe("pgd-at", given) == dataclasses.replace(fast, epochs=7, batch_size=64)
+
+
+def test_fast_as_a_flag_replaces_the_keys_of_a_file_and_as_a_key_yields_to_flags(tmp_path: Path) -> None:
+    slow = write(tmp_path, "train: pgd-at\ndata: digits\nepochs: 200\nbatch-size: 16\n")
+    assert read_recipe(slow, {"schedule": "fast"}) == read_recipe("pgd-at", {"data": "digits", "schedule": "fast"})
+    quick = write(tmp_path, "train: pgd-at\ndata: digits\nschedule: fast\nbatch-size: 16\n")
+    recipe = read_recipe(quick, {"lr": 0.1})
+    assert (recipe.schedule, recipe.batch_size, recipe.lr) == (FAST_SCHEDULE["schedule"], 16, 0.1)
+    assert recipe.epochs == FAST_SCHEDULE["epochs"]
+
+
+def test_a_recipe_in_python_names_a_curve() -> None:
+    with pytest.raises(ConfigError, match="read_recipe"):
+        Recipe(train="pgd-at", data="digits", schedule="fast")
+
+
+def test_the_reference_path_is_not_compiled() -> None:
+    with pytest.raises(ConfigError, match="deterministic"):
+        Recipe(train="pgd-at", data="digits", compile=True, deterministic=True)
+
+
 def test_data_may_come_with_the_flags(tmp_path: Path) -> None:
     path = write(tmp_path, "train: trades\n")
     assert read_recipe(path, {"data": "digits"}).data == "digits"
@@ -95,7 +122,11 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 
 
 RECIPES = st.fixed_dictionaries({key: values_of(hint) for key, hint in get_type_hints(Recipe).items()}).map(
-    lambda values: Recipe(**values)
+    lambda values: Recipe(
+        **values
+        | {"compile": values["compile"] and not values["deterministic"]}
+        | {"schedule": values["schedule"].replace("fast", "cosine")}
+    )
 )
 
 

@@ -21,6 +21,16 @@ Value = int | float | str | bool | None
 Norm = Literal["linf", "l2"]
 Precision = Literal["fp32", "bf16"]
 Select = Literal["last", "average", "worst", "average+worst"]
+Curve = Literal["multistep", "cosine", "one-cycle", "constant"]
+FAST_SCHEDULE: Mapping[str, Any] = {
+    "schedule": "one-cycle",
+    "epochs": 30,
+    "lr": 0.3,
+    "warmup": 0.4,
+    "batch_size": 128,
+    "weight_decay": 5e-4,
+}
+"""What `schedule: fast` stands for, by recipe key: adversarial training in the fewest epochs, see recipes/fast/."""
 
 
 class RobustFairWarning(UserWarning):
@@ -242,6 +252,14 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
             allowed = error.errors()[0]["msg"].removeprefix("Input should be ")
             raise ConfigError(owner, key, allowed=allowed, got=value) from None
     return cls(**values)
+
+
+def require_one_way(owner: str, *, compile: bool, deterministic: bool) -> None:
+    """Refuse to compile the run that asks for the reference path."""
+    hint = "A deterministic run takes the reference path, uncompiled"
+    require(
+        not (compile and deterministic), owner, "compile", allowed="false beside deterministic", got=True, hint=hint
+    )
 
 
 def require_literals(config: Any) -> None:

@@ -16,7 +16,18 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from robustfair.config import Norm, Precision, Select, build, canonical_key, format_value
+from robustfair.config import (
+    FAST_SCHEDULE,
+    Curve,
+    Norm,
+    Precision,
+    Select,
+    build,
+    canonical_key,
+    format_value,
+    require,
+    require_one_way,
+)
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 
 SCHEMA = "robustfair.recipe/1"
@@ -41,9 +52,10 @@ class Recipe:
     epochs: Annotated[int, "Passes over the training images."] = 200
     batch_size: Annotated[int, "Images per step."] = 128
     lr: Annotated[float, "Largest learning rate."] = 0.1
-    schedule: Annotated[Literal["multistep", "cosine", "one-cycle", "constant"], "Learning rate over time."] = (
-        "multistep"
-    )
+    schedule: Annotated[
+        Literal[Curve, "fast"],
+        "Learning rate over time; fast also sets epochs, lr, warmup, batch size and weight decay where not given.",
+    ] = "multistep"
     milestones: Annotated[tuple[float, ...], "Parts of the run after which a multistep rate drops."] = (0.5, 0.75)
     gamma: Annotated[float, "Factor of a multistep drop."] = 0.1
     warmup: Annotated[float, "Part of the run on which a one-cycle rate rises."] = 0.4
@@ -58,13 +70,24 @@ class Recipe:
     )
     augment: Annotated[str | None, "none, crop or crop-flip; the data set's own if not given."] = None
     precision: Annotated[Precision, "Of forward and backward passes: fp32 or bf16."] = "fp32"
+    compile: Annotated[bool, "Compile attack and training pass: faster after a minute's start."] = False
+    deterministic: Annotated[bool, "The reference path: uncompiled, no TF32, every algorithm repeats exactly."] = False
     device: Annotated[str, "cpu, cuda, or auto."] = "auto"
     allow: Annotated[tuple[str, ...], "Claims that several methods may share, such as attack.eps."] = ()
     repair: Annotated[str | None, "Repair of the final weights after training, such as hwnwb."] = None
 
     def __post_init__(self) -> None:
+        hint = "read_recipe turns it into the keys it stands for"
+        require(self.schedule != "fast", "recipe", "schedule", allowed="a curve", got=self.schedule, hint=hint)
+        require_one_way("recipe", compile=self.compile, deterministic=self.deterministic)
         if self.limit_per_class is not None and self.limit_per_class < 1:
             raise ConfigError("recipe", "limit_per_class", allowed=">= 1", got=self.limit_per_class)
+
+    @property
+    def curve(self) -> Curve:
+        """The learning-rate curve by name."""
+        assert self.schedule != "fast", "refused when the recipe was made"
+        return self.schedule
 
     def values(self) -> dict[str, Any]:
         """Keys and values, as a YAML file has them: lists for tuples, radii as fractions of 255 where they are."""
@@ -104,6 +127,7 @@ def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
         raise UnknownNameError("recipe", what, shipped)
     else:
         values = {"train": what}
+    values, overrides = _with_fast(values), _with_fast(overrides)
     replaced = {canonical_key(key) for key in overrides} | ({"alpha"} if "step_size" in overrides else set())
     values = {key: value for key, value in values.items() if canonical_key(key) not in replaced} | dict(overrides)
     if "train" not in values:
@@ -111,6 +135,15 @@ def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
     if "data" not in values:
         raise RecipeError("recipe: data is missing: add --data with a name (cifar10, digits, ...) or a path")
     return build(Recipe, values, owner="recipe")
+
+
+def _with_fast(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with `schedule: fast` replaced by the keys it stands for, save for those given beside it."""
+    if values.get("schedule") != "fast":
+        return dict(values)
+    given = {canonical_key(key) for key in values}
+    left = {key: value for key, value in FAST_SCHEDULE.items() if key not in given}
+    return {**values, **left, "schedule": FAST_SCHEDULE["schedule"]}
 
 
 def shipped_recipes() -> dict[str, Any]:

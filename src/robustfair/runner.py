@@ -25,6 +25,7 @@ from robustfair.recipe import Recipe, read_recipe
 from robustfair.registry import METHODS, OBJECTIVES, REPAIRS
 from robustfair.repairs import Repair
 from robustfair.rundir import RunFolder, environment
+from robustfair.training.engine import require_compiler
 from robustfair.training.fit import Fitted, fit, held_out, require_validation
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import TrainState
@@ -113,8 +114,10 @@ def prepare(recipe: Recipe) -> Prepared:
     """Read data, build model, objective, methods and schedule; raises whatever is wrong with any of them."""
     plan = _plan(recipe)
     names = {field.name for field in dataclasses.fields(Schedule)} - {"kind", "only"}
-    schedule = Schedule(kind=recipe.schedule, **{name: getattr(recipe, name) for name in names})
+    schedule = Schedule(kind=recipe.curve, **{name: getattr(recipe, name) for name in names})
     device = resolve_device(recipe.device)
+    if recipe.compile:
+        require_compiler(torch.device(device).type)
     splits = load_dataset(recipe.data, image_size=recipe.image_size)
     train = splits.train
     if recipe.limit_per_class is not None:
@@ -233,6 +236,8 @@ def train(
             select=recipe.select,
             augment=ready.augment,
             precision=recipe.precision,
+            compile=recipe.compile,
+            deterministic=recipe.deterministic,
             device=ready.device,
             allow=ready.plan.allow,
             resume=state,

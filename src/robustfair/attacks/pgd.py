@@ -12,16 +12,59 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from robustfair.config import Norm
 from robustfair.errors import ConfigError, ModelError
-from robustfair.values import BATCH_NORM, Attack, Mode, Model
+from robustfair.values import BATCH_NORM, Attack, Goal, Mode, Model
+
+
+class Problem(NamedTuple):
+    """What an attack maximises and where: goal, images, labels, clean logits where the goal reads them, step and ball.
+
+    `step_size` and `eps` are (B, 1, ..., 1), to meet the pixels.
+    """
+
+    goal: Goal
+    x: Tensor
+    y: Tensor
+    clean: Tensor | None
+    step_size: Tensor
+    eps: Tensor
+    norm: Norm
+    box_first: bool
+
+    @staticmethod
+    def of(attack: Attack, x: Tensor, y: Tensor, clean: Tensor | None) -> Problem:
+        step_size, eps = per_pixel(attack.step_size, x), per_pixel(attack.eps, x)
+        return Problem(attack.goal, x, y, clean, step_size, eps, attack.norm, attack.box_first)
+
+
+Step = Callable[[Model, Tensor, Problem], tuple[Tensor, Tensor, Tensor]]
+"""One gradient step from `x_adv`: the moved images, and goal values (B,) and logits at `x_adv`, all detached."""
+
+
+class Ascent(Protocol):
+    """All steps of one restart, from the start `x_adv`: the last iterate and the best point where points compare."""
+
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, clean: Tensor | None, x_adv: Tensor, attack: Attack, best: Best
+    ) -> tuple[Tensor, Best]: ...
 
 
 def pgd(
-    model: Model, x: Tensor, y: Tensor, attack: Attack, rng: torch.Generator, *, x_init: Tensor | None = None
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    rng: torch.Generator,
+    *,
+    x_init: Tensor | None = None,
+    clean: Tensor | None = None,
+    ascent: Ascent | None = None,
 ) -> Tensor:
     """Attack `x` and return the attacked images, detached.
 
@@ -32,6 +75,8 @@ def pgd(
         attack: the settings; `eps` and `step_size` are per example.
         rng: stream of the random start, on the device of `x`.
         x_init: start here instead (first restart only); lets a reference share the start.
+        clean: logits at `x` in the attack's mode, detached, where the caller has them and the goal reads them.
+        ascent: how the steps are run; None runs them as they stand here.
 
     Returns:
         (B, C, H, W). With `keep="best"` or restarts, per example the point of the largest goal among those compared;
@@ -39,42 +84,65 @@ def pgd(
     """
     if attack.start not in STARTS:
         raise ConfigError("attack", "start", allowed=f"one of {', '.join(STARTS)}", got=attack.start)
+    ascent = ascend if ascent is None else ascent
     with attacking(model, attack.mode):
-        clean = None
-        if attack.goal.needs_clean:
+        if clean is None and attack.goal.needs_clean:
             with torch.no_grad():
                 clean = model(x)
-        best = _Best.nothing(x)
+        best = Best.nothing(x)
         for restart in range(attack.restarts):
             start = x_init if x_init is not None and restart == 0 else STARTS[attack.start](x, attack, rng)
-            x_adv, best = _ascend(model, x, y, clean, start, attack, best)
-        return (best.x_adv if _compares(attack) else x_adv).clamp(0, 1).detach()
+            x_adv, best = ascent(model, x, y, clean, start.detach(), attack, best)
+        return (best.x_adv if compares(attack) else x_adv).clamp(0, 1).detach()
 
 
-def _ascend(
-    model: Model, x: Tensor, y: Tensor, clean: Tensor | None, x_adv: Tensor, attack: Attack, best: _Best
-) -> tuple[Tensor, _Best]:
-    """All steps of one restart: the last iterate, and the best point so far where the attack compares points."""
-    step_size, eps = _per_pixel(attack.step_size, x), _per_pixel(attack.eps, x)
+def eager_step(model: Model, x_adv: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """A `Step` operator by operator: the reference that every other way of running it is compared with."""
+    x_adv = x_adv.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = model(x_adv)
+        value = problem.goal(logits, problem.clean, problem.y)
+        gradient = input_gradient(value, x_adv)
+    return _move(x_adv.detach(), gradient, problem), value.detach(), logits.detach()
+
+
+def functional_step(model: Model, x_adv: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """A `Step` as one pure function, forward, backward and update, for a compiler to see whole."""
+
+    def total(z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        logits = model(z)
+        value = problem.goal(logits, problem.clean, problem.y)
+        return value.sum(), (value, logits)
+
+    gradient, (value, logits) = torch.func.grad(total, has_aux=True)(x_adv)
+    return _move(x_adv, gradient, problem), value, logits
+
+
+def ascend(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    clean: Tensor | None,
+    x_adv: Tensor,
+    attack: Attack,
+    best: Best,
+    *,
+    step: Step = eager_step,
+) -> tuple[Tensor, Best]:
+    """The `Ascent` that takes its steps one by one."""
+    problem = Problem.of(attack, x, y, clean)
     stop_state = attack.stop.start(y) if attack.stop else y
-    x_adv = x_adv.detach()
     if attack.steps and (attack.stop or attack.keep == "best"):
-        x_adv = _project(x_adv, x, eps, attack)  # only then may the start itself be returned
+        x_adv = _project(x_adv, problem)  # only then may the start itself be returned
     for _ in range(attack.steps):
-        x_adv.requires_grad_(True)
-        with torch.enable_grad():
-            logits = model(x_adv)
-            value = attack.goal(logits, clean, y)
-            gradient = input_gradient(value, x_adv)
-        x_adv = x_adv.detach()
+        moved, value, logits = step(model, x_adv, problem)
         if attack.keep == "best":
-            best = best.update(x_adv, value.detach(), logits, y, attack)
-        moved = _move(x_adv, gradient, x, step_size, eps, attack)
+            best = best.update(x_adv, value, logits, y, attack)
         if attack.stop:
-            stop_state, active = attack.stop(stop_state, logits.detach(), y)
-            moved = torch.where(_per_pixel(active, x), moved, x_adv)
+            stop_state, active = attack.stop(stop_state, logits, y)
+            moved = torch.where(per_pixel(active, x), moved, x_adv)
         x_adv = moved
-    if _compares(attack):
+    if compares(attack):
         with torch.no_grad():
             logits = model(x_adv)
             best = best.update(x_adv, attack.goal(logits, clean, y), logits, y, attack)
@@ -94,12 +162,24 @@ def input_gradient(value: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(value.sum(), x)[0]
 
 
-def _compares(attack: Attack) -> bool:
+def require_input_gradient(model: nn.Module, x: Tensor) -> None:
+    """Refuse a model that no gradient attack can move: compiled steps would see zeros where eager ones see an error.
+
+    Raises:
+        ModelError: as `input_gradient`.
+    """
+    with attacking(model, "eval"), torch.enable_grad():
+        z = x.detach().clone().requires_grad_(True)
+        input_gradient(model(z).sum(1), z)
+
+
+def compares(attack: Attack) -> bool:
+    """Whether the attack returns the best of several points rather than the last one."""
     return attack.keep == "best" or attack.restarts > 1
 
 
 @dataclass(frozen=True)
-class _Best:
+class Best:
     """The best point per example so far: its pixels, goal value (B,) and whether it is misclassified (B,)."""
 
     x_adv: Tensor
@@ -107,38 +187,39 @@ class _Best:
     fooled: Tensor
 
     @staticmethod
-    def nothing(x: Tensor) -> _Best:
+    def nothing(x: Tensor) -> Best:
         value = torch.full((x.shape[0],), -torch.inf, dtype=x.dtype, device=x.device)
-        return _Best(x, value, torch.zeros_like(value, dtype=torch.bool))
+        return Best(x, value, torch.zeros_like(value, dtype=torch.bool))
 
-    def update(self, x_adv: Tensor, value: Tensor, logits: Tensor, y: Tensor, attack: Attack) -> _Best:
+    def update(self, x_adv: Tensor, value: Tensor, logits: Tensor, y: Tensor, attack: Attack) -> Best:
         fooled = logits.argmax(1) != y if attack.stop else torch.zeros_like(self.fooled)
         better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (value >= self.value))
-        return _Best(
-            torch.where(_per_pixel(better, x_adv), x_adv, self.x_adv),
+        return Best(
+            torch.where(per_pixel(better, x_adv), x_adv, self.x_adv),
             torch.where(better, value.to(self.value.dtype), self.value),
             fooled | self.fooled,
         )
 
 
-def _move(x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Tensor, eps: Tensor, attack: Attack) -> Tensor:
+def _move(x_adv: Tensor, gradient: Tensor, problem: Problem) -> Tensor:
     """One step uphill, back into the ball and the box. Where the gradient is zero or nan nothing moves."""
     gradient = gradient.nan_to_num(0.0)
-    if attack.norm == "linf":
+    if problem.norm == "linf":
         direction = gradient.sign()
-    elif attack.box_first:
+    elif problem.box_first:
         norm = _l2(gradient)
         direction = torch.where(norm > 0, gradient / norm, gradient)
     else:
         direction = gradient / (_l2(gradient) + 1e-10)
-    return _project(x_adv + step_size * direction, x, eps, attack)
+    return _project(x_adv + problem.step_size * direction, problem)
 
 
-def _project(x_adv: Tensor, x: Tensor, eps: Tensor, attack: Attack) -> Tensor:
+def _project(x_adv: Tensor, problem: Problem) -> Tensor:
     """Into the ball and the box, in the attack's order."""
-    if attack.norm == "linf":
+    x, eps = problem.x, problem.eps
+    if problem.norm == "linf":
         return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
-    if attack.box_first:
+    if problem.box_first:
         return x + _into_l2_ball(x_adv.clamp(0, 1) - x, eps)
     return (x + _into_l2_ball(x_adv - x, eps)).clamp(0, 1)
 
@@ -154,7 +235,7 @@ def _l2(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
 
 
-def _per_pixel(value: Tensor, x: Tensor) -> Tensor:
+def per_pixel(value: Tensor, x: Tensor) -> Tensor:
     """(B,) -> (B, 1, ..., 1), to meet the pixels of `x`."""
     return value.view(-1, *[1] * (x.ndim - 1))
 
@@ -169,10 +250,10 @@ def _start_uniform(x: Tensor, attack: Attack, rng: torch.Generator) -> Tensor:
 
 def _start_uniform_unclipped(x: Tensor, attack: Attack, rng: torch.Generator) -> Tensor:
     if attack.norm == "linf":
-        return x + torch.empty_like(x).uniform_(-1, 1, generator=rng) * _per_pixel(attack.eps, x)
+        return x + torch.empty_like(x).uniform_(-1, 1, generator=rng) * per_pixel(attack.eps, x)
     direction = torch.empty_like(x).normal_(generator=rng)
     radius = torch.empty_like(attack.eps).uniform_(0, 1, generator=rng) * attack.eps
-    return x + direction * (_per_pixel(radius, x) / _l2(direction))
+    return x + direction * (per_pixel(radius, x) / _l2(direction))
 
 
 def _start_gauss(x: Tensor, attack: Attack, rng: torch.Generator) -> Tensor:

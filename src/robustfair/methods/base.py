@@ -158,6 +158,11 @@ class Plan:
     methods: tuple[Method, ...]
     allow: frozenset[str]
 
+    @property
+    def moves_weights(self) -> bool:
+        """Whether a method may move the weights between the attack and the loss."""
+        return any("around_gradient" in method.hooks() for method in self.methods)
+
     def attack(self, batch: Batch, states: Mapping[str, State]) -> Attack | None:
         """The training attack on `batch` after all edits; None if the objective trains on clean images."""
         attack = self.objective.attack(batch)

@@ -22,11 +22,13 @@ class Objective(ABC):
         terms: names of the loss terms it yields ("label", "consistency", ...).
         reads: fields of the batch its loss reads beyond x and y ("x_adv", "soft"). A method that writes what nobody
             reads is refused.
+        clean_pass: whether the loss runs the model on x itself; an attack that makes the same pass then shares it.
     """
 
     name: ClassVar[str]
     terms: ClassVar[frozenset[str]] = frozenset({"label"})
     reads: ClassVar[frozenset[str]] = frozenset()
+    clean_pass: ClassVar[bool] = False
 
     def attack(self, batch: Batch) -> Attack | None:
         """The attack to train on, before any method edits it; None trains on clean images."""

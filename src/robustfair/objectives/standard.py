@@ -17,6 +17,7 @@ class Standard(Objective):
     """Cross-entropy at x; equals PGD-AT with eps = 0 and TRADES with beta = 0."""
 
     name: ClassVar[str] = "standard"
+    clean_pass: ClassVar[bool] = True
 
     def __call__(self, model: Model, batch: Batch) -> Loss:
         clean = model(batch.x)

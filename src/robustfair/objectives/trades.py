@@ -31,6 +31,7 @@ class Trades(AdversarialObjective):
 
     name: ClassVar[str] = "trades"
     terms: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
+    clean_pass: ClassVar[bool] = True
     beta: float = 6.0
     detach_clean: bool = False
     l2_step: Literal["two-eps-over-steps", "given"] = "two-eps-over-steps"

@@ -17,18 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from robustfair import metrics
-from robustfair.attacks.pgd import pgd
+from robustfair.attacks.pgd import require_input_gradient
 from robustfair.attacks.sweep import sweep
-from robustfair.config import Precision, Select, require
+from robustfair.config import Precision, Select, require, require_one_way
 from robustfair.data import ImageDataset
 from robustfair.data.augment import Augmentation, parse_augmentation
 from robustfair.data.loader import Loader, evaluation_batches
 from robustfair.data.split import stratified_split
 from robustfair.errors import ConfigError, DataError, DivergedError, ModelError
+from robustfair.memory import kept_memory
 from robustfair.methods.base import Method, Plan, compose
 from robustfair.models.head import check_outputs, head_norms
 from robustfair.objectives.base import AdversarialObjective, Objective
-from robustfair.training.precision import InPrecision
+from robustfair.training.engine import Engine
+from robustfair.training.precision import numerics
 from robustfair.training.run import Meter, TrainingRun, finite_or_none
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import Chosen, TrainState
@@ -71,6 +73,8 @@ def fit(
     select: Select = "average+worst",
     augment: Augmentation | None = None,
     precision: Precision = "fp32",
+    compile: bool = False,
+    deterministic: bool = False,
     device: str | torch.device = "cpu",
     allow: frozenset[str] = frozenset(),
     resume: TrainState | None = None,
@@ -87,6 +91,10 @@ def fit(
             and epoch of best validation average, worst class, or their sum; robust accuracy, clean for `standard`.
         augment: None takes the data set's own.
         precision: of forward and backward passes; weights and losses are float32 either way.
+        compile: compile attack and training pass for batches of `schedule.batch_size`; the same mathematics with other
+            rounding. The first steps take a minute longer.
+        deterministic: the reference path: uncompiled, no TF32, only algorithms that repeat bit for bit. On a CPU in
+            float32 the default is the same path.
         allow: claims that several methods may share.
         resume: state of an earlier run with the same arguments; goes on from there.
         save: called with the state after every epoch.
@@ -101,6 +109,7 @@ def fit(
     if not isinstance(objective, Objective):
         raise ConfigError("fit", "objective", allowed="an objective such as Trades()", got=objective)
     require(select in get_args(Select), "fit", "select", allowed=f"one of {', '.join(get_args(Select))}", got=select)
+    require_one_way("fit", compile=compile, deterministic=deterministic)
     if len(train) == 0:
         raise DataError(f"{train.name}: no images to train on")
     plan = compose(objective, methods, allow=allow)
@@ -111,10 +120,13 @@ def fit(
     model.to(device)
     if train.images.shape[1] >= 3:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    check_outputs(model, train.num_classes, next(evaluation_batches(train, 2)).x)
+    first = next(evaluation_batches(train, 2)).x
+    check_outputs(model, train.num_classes, first)
+    if compile:
+        require_input_gradient(model, first)
     augmentation = parse_augmentation(train.augment) if augment is None else augment
     training = _Training(
-        engine=InPrecision(model, precision, device.type),
+        engine=Engine(model, precision=precision, device=device, compile=compile, batch_size=schedule.batch_size),
         plan=plan,
         schedule=schedule,
         loader=Loader(train, schedule.batch_size, augment=augmentation, seed=seed),
@@ -122,7 +134,12 @@ def fit(
         select=select,
         seed=seed,
     )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), training.frozen_rest():
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        kept_memory(device),
+        numerics(deterministic),
+        training.frozen_rest(),
+    ):
         training.begin(resume)
         while training.run.epoch < schedule.epochs:
             record = training.epoch(on_step)
@@ -141,7 +158,7 @@ class _Training:
     def __init__(
         self,
         *,
-        engine: InPrecision,
+        engine: Engine,
         plan: Plan,
         schedule: Schedule,
         loader: Loader,
@@ -153,6 +170,7 @@ class _Training:
         self.held, self.select, self.seed = held, select, seed
         self.model = engine.model
         self.device = loader.dataset.images.device
+        self.shares_clean = plan.objective.clean_pass and not plan.moves_weights
         self.trainable = schedule.trainable(self.model)
         self.optimizer = schedule.build_optimizer(self.trainable.values())
         self.run = TrainingRun(
@@ -226,7 +244,7 @@ class _Training:
         plan, states, run = self.plan, self.states, self.run
         attack = plan.attack(batch, states)
         if attack is not None:
-            batch = replace(batch, x_adv=pgd(self.engine, batch.x, batch.y, attack, batch.rng("attack")))
+            batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean_pass=self.shares_clean))
         batch = plan.examples(batch, states)
 
         def loss_at(model: Model) -> Loss:
@@ -279,7 +297,7 @@ class _Training:
         objective = self.plan.objective
         attack_on = objective.evaluation_attack if isinstance(objective, AdversarialObjective) else None
         batches = evaluation_batches(self.held, EVALUATION_BATCH)
-        return sweep(self.engine, batches, self.run.num_classes, attack_on)
+        return sweep(self.engine.eager, batches, self.run.num_classes, attack_on)
 
     def _measure_at(self, candidate: StateDict, current: StateDict) -> ClassTally:
         self.model.load_state_dict(dict(candidate))

@@ -1,6 +1,10 @@
-"""The one place where numerical precision is chosen: around the model's forward pass, nowhere else."""
+"""The one place where numerical precision is chosen: around the model's forward pass, and in torch's own switches."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,3 +31,28 @@ class InPrecision(nn.Module):
             return self.model(x)
         with torch.autocast(self.device_type, dtype=torch.bfloat16):
             return self.model(x).float()
+
+
+@contextmanager
+def numerics(deterministic: bool) -> Iterator[None]:
+    """Torch's switches for one run, restored on leaving: algorithms that repeat exactly, or the fastest ones found.
+
+    Deterministic also means float32 without TF32. Off, convolutions are timed once for each shape on CUDA.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    were_deterministic, only_warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        cudnn.benchmark = cudnn.allow_tf32 = matmul.allow_tf32 = False
+    else:
+        cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(were_deterministic, warn_only=only_warned)
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from robustfair.config import require, require_at_least, require_literals
+from robustfair.config import FAST_SCHEDULE, Curve, require, require_at_least, require_literals
 from robustfair.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ class Schedule:
 
     epochs: int = 200
     lr: float = 0.1
-    kind: Literal["multistep", "cosine", "one-cycle", "constant"] = "multistep"
+    kind: Curve = "multistep"
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     warmup: float = 0.4
@@ -59,8 +59,19 @@ class Schedule:
         no_momentum = self.nesterov and self.momentum == 0
         require(not no_momentum, "schedule", "nesterov", allowed="false where momentum is 0", got=self.nesterov)
 
+    @classmethod
+    def fast(cls, **changes: Any) -> Schedule:
+        """The schedule that a recipe calls `fast`, with some of its fields changed.
+
+        >>> Schedule.fast(epochs=15).kind
+        'one-cycle'
+        """
+        values = {"kind" if key == "schedule" else key: value for key, value in FAST_SCHEDULE.items()}
+        return cls(**values | changes)
+
     def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer on `parameters`, at the largest rate."""
+        """The optimizer on `parameters`, at the largest rate; SGD as one kernel on CUDA."""
+        parameters = list(parameters)
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
         return torch.optim.SGD(
@@ -69,6 +80,7 @@ class Schedule:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
+            fused=True if parameters and parameters[0].is_cuda else None,
         )
 
     def lr_at(self, epoch: int, step: int, steps_per_epoch: int) -> float:

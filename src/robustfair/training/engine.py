@@ -1,0 +1,101 @@
+"""How a training run executes its model: precision, compilation, attacks as one CUDA graph, shared clean logits.
+
+Nothing here changes what is computed, only how: `compile=False` in float32 is the reference path, and every other one
+is tested against it. What was tried, what it should have brought and what it brought is in benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from robustfair.attacks.pgd import Ascent, ascend, functional_step, pgd
+from robustfair.config import Precision
+from robustfair.errors import ConfigError
+from robustfair.training.capture import CapturedAscent
+from robustfair.training.precision import InPrecision
+from robustfair.values import Attack, Batch
+
+
+class Engine:
+    """A model as training runs it: `engine(x)` for its logits, `engine.attack` for attacked images.
+
+    Args:
+        model: shared, not copied: weights, modes and flags stay where they are.
+        precision: of forward and backward passes.
+        device: where the model and its images are.
+        compile: compile the training pass, and the attack step as one function; on CUDA also replay all steps of an
+            attack as one graph.
+        batch_size: what to compile for; batches of another size, such as the last of an epoch, run uncompiled. None
+            compiles for every size that comes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
+        compile: bool = False,
+        batch_size: int | None = None,
+    ) -> None:
+        device = torch.device(device)
+        self.model = model
+        self.eager = InPrecision(model, precision, device.type)
+        self.batch_size = batch_size
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._ascent: Ascent | None = None
+        self._clean: tuple[Tensor, Tensor] | None = None
+        if compile:
+            require_compiler(device.type)
+            self._compiled = torch.compile(self.eager.forward, dynamic=False)
+            steps = partial(ascend, step=torch.compile(functional_step, dynamic=False))
+            self._ascent = CapturedAscent(steps, model) if device.type == "cuda" else steps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, K), float32 at least, differentiable in the weights."""
+        known, self._clean = self._clean, None
+        if known is not None and known[0] is x:
+            return known[1]
+        if self._compiled is None or not self._fits(x) or not self.model.training:
+            return self.eager(x)
+        return self._compiled(x)
+
+    def attack(self, batch: Batch, attack: Attack, *, clean_pass: bool = False) -> Tensor:
+        """The attacked images of a batch, (B, C, H, W).
+
+        Args:
+            clean_pass: the next call of this engine with `batch.x` will be the loss's, in training mode and with these
+                weights. Where the attack would make the same pass, namely in mode "train_frozen" with a goal that
+                reads clean logits, it is made once, for both.
+        """
+        clean = None
+        if clean_pass and attack.goal.needs_clean and attack.mode == "train_frozen" and self.model.training:
+            logits = self(batch.x)
+            self._clean = batch.x, logits
+            clean = logits.detach()
+        compilable = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
+        ascent = self._ascent if compilable else None
+        return pgd(self.eager, batch.x, batch.y, attack, batch.rng("attack"), clean=clean, ascent=ascent)
+
+    def _fits(self, x: Tensor) -> bool:
+        return self.batch_size is None or x.shape[0] == self.batch_size
+
+
+@cache
+def require_compiler(device_type: str) -> None:
+    """Compile two operators, so that a machine that cannot compile says so before a run begins.
+
+    Raises:
+        ConfigError: with the compiler's own first line.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(8, device=device_type))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        needs = "a C++ compiler such as g++" if device_type == "cpu" else "Triton and a C compiler"
+        hint = f"torch.compile needs {needs} here and failed: {reason}"
+        raise ConfigError("fit", "compile", allowed="false on this machine", got=True, hint=hint) from None

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustfair.attacks.pgd import ascend, eager_step, functional_step, pgd
+from robustfair.data import ImageDataset
+from robustfair.errors import ConfigError, ModelError
+from robustfair.losses import MaximiseMargin, Targeted
+from robustfair.methods import CCM, CCR, EMA, Method
+from robustfair.objectives import PGDAT, AdversarialObjective, Trades
+from robustfair.training import Schedule, engine, fit
+from robustfair.training.capture import replayable
+from robustfair.training.engine import Engine
+from robustfair.values import Attack, Batch
+
+Net = Callable[..., nn.Module]
+Data = Callable[..., ImageDataset]
+
+OBJECTIVES = {
+    "ce, linf, uniform": PGDAT(eps=0.1, steps=4),
+    "ce, l2": PGDAT(norm="l2", eps=0.5, steps=4),
+    "kl, linf, gauss": Trades(eps=0.1, steps=4),
+    "kl, l2, box first": Trades(norm="l2", eps=0.5, steps=4),
+    "kl, batch statistics": Trades(eps=0.1, steps=4, attack_mode="train_frozen"),
+}
+
+
+def batch_of(count: int = 6, seed: int = 0) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.rand(count, 1, 6, 6, generator=rng, dtype=torch.float64)
+    y = torch.randint(0, 3, (count,), generator=rng)
+    return Batch(x=x, y=y, index=torch.arange(count), seed=seed)
+
+
+@contextmanager
+def counted_passes(model: nn.Module) -> Iterator[list[int]]:
+    """The batch sizes of all forward passes inside the scope."""
+    seen: list[int] = []
+    hook = model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+# The step as one function
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_the_functional_step_moves_as_the_eager_one(tiny_net: Net, objective: AdversarialObjective) -> None:
+    batch = batch_of()
+    attack = objective.attack(batch)
+
+    def attacked(step: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        def ascent(*args: object) -> object:
+            return ascend(*args, step=step)  # type: ignore[arg-type]
+
+        model = tiny_net(dtype=torch.float64)
+        return pgd(model, batch.x, batch.y, attack, batch.rng("attack"), ascent=ascent)  # type: ignore[arg-type]
+
+    torch.testing.assert_close(attacked(functional_step), attacked(eager_step), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "goal", [MaximiseMargin(), Targeted(torch.tensor([1, 2, 0, 1, 2, 0]))], ids=["margin", "target"]
+)
+def test_a_compiled_attack_takes_any_goal_and_a_compiled_pass_has_the_same_gradient(
+    tiny_net: Net, goal: object
+) -> None:
+    batch = batch_of()
+    attack = replace(PGDAT(eps=0.1, steps=3).attack(batch), goal=goal)
+    plain, fast = tiny_net(dtype=torch.float64), tiny_net(dtype=torch.float64)
+    compiled = Engine(fast, compile=True, batch_size=6)
+    x_adv = Engine(plain).attack(batch, attack)
+    torch.testing.assert_close(compiled.attack(batch, attack), x_adv, rtol=0, atol=1e-12)
+    Engine(plain)(x_adv).logsumexp(1).sum().backward()
+    compiled(x_adv).logsumexp(1).sum().backward()
+    for (name, one), two in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-9, atol=1e-12, msg=name)
+    for one, two in zip(plain.buffers(), fast.buffers(), strict=True):
+        torch.testing.assert_close(two, one)
+
+
+# Whole runs
+
+
+def test_a_compiled_run_equals_the_eager_one_up_to_rounding(tiny_net: Net, tiny_data: Data) -> None:
+    methods = (CCM(lam=0.3, begin=1), CCR(begin=1), EMA(decay=0.9))
+    schedule = Schedule(epochs=2, lr=0.05, batch_size=7)
+
+    def trained(*, compile: bool) -> dict[str, Tensor]:
+        model = tiny_net(dtype=torch.float64)
+        objective = Trades(eps=0.08, steps=3)
+        fitted = fit(model, tiny_data((10, 8, 6)), objective, methods=methods, schedule=schedule, compile=compile)
+        return dict(fitted.state.weights) | dict(fitted.state.exports["ema"])
+
+    eager, compiled = trained(compile=False), trained(compile=True)
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_deterministic_is_the_reference_path_and_restores_the_switches(tiny_net: Net, tiny_data: Data) -> None:
+    def trained(*, deterministic: bool) -> dict[str, Tensor]:
+        model = tiny_net()
+        schedule = Schedule(epochs=2, batch_size=7)
+        return dict(
+            fit(model, tiny_data(), PGDAT(steps=2), schedule=schedule, deterministic=deterministic).state.weights
+        )
+
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    default, reference = trained(deterministic=False), trained(deterministic=True)
+    assert all(torch.equal(default[name], reference[name]) for name in default)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_a_deterministic_run_is_not_compiled(tiny_net: Net, tiny_data: Data) -> None:
+    with pytest.raises(ConfigError, match="compile must be false beside deterministic"):
+        fit(tiny_net(), tiny_data(), PGDAT(), compile=True, deterministic=True)
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, tiny_net: Net) -> None:
+    def failing(*args: object, **kwargs: object) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            raise RuntimeError("no working C++ compiler\nand a long story")
+
+        return call
+
+    engine.require_compiler.cache_clear()
+    monkeypatch.setattr(torch, "compile", failing)
+    try:
+        with pytest.raises(ConfigError, match=r"compile must be false on this machine.*no working C\+\+ compiler$"):
+            Engine(tiny_net(), compile=True)
+    finally:
+        engine.require_compiler.cache_clear()
+
+
+def test_a_model_that_cuts_its_gradient_is_refused_before_a_compiled_step(tiny_data: Data) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(36, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x.detach().flatten(1))
+
+    with pytest.raises(ModelError, match="no gradient to its input"):
+        fit(Cut(), tiny_data(), PGDAT(), schedule=Schedule(epochs=1), compile=True)
+
+
+# Batches of another size
+
+
+def test_an_attack_that_writes_running_statistics_stays_eager(tiny_net: Net) -> None:
+    plain, fast = tiny_net(dtype=torch.float64).train(), tiny_net(dtype=torch.float64).train()
+    batch = batch_of()
+    attack = PGDAT(eps=0.1, steps=2, attack_mode="train").attack(batch)
+    x_adv = Engine(plain).attack(batch, attack)
+    assert torch.equal(Engine(fast, compile=True, batch_size=6).attack(batch, attack), x_adv)
+    assert torch.equal(fast.norm.running_mean, plain.norm.running_mean)  # type: ignore[union-attr]
+    assert fast.norm.num_batches_tracked == 2  # type: ignore[union-attr]
+
+
+def test_only_full_batches_are_compiled(tiny_net: Net) -> None:
+    model = tiny_net(dtype=torch.float64)
+    compiled = Engine(model, compile=True, batch_size=6)
+    full, rest = batch_of(6), batch_of(5)
+    with counted_passes(model) as seen:
+        compiled(rest.x)
+        compiled.attack(rest, PGDAT(steps=2).attack(rest))
+    assert seen == [5, 5, 5]
+    assert compiled(full.x).shape == (6, 3)
+
+
+# Clean logits that attack and loss share
+
+
+class Restless(Method):
+    """Moves the weights before the loss, as adversarial weight perturbation does."""
+
+    name = "restless"
+    claims = frozenset({"gradient"})
+
+    @contextmanager
+    def around_gradient(self, run, batch, loss_at, state):  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            run.model.head.weight.mul_(2)
+        yield
+        with torch.no_grad():
+            run.model.head.weight.div_(2)
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("eval", 5), ("train", 5), ("train_frozen", 4)])
+def test_one_clean_pass_serves_attack_and_loss_where_it_is_the_same(tiny_net: Net, mode: str, passes: int) -> None:
+    model, batch = tiny_net(dtype=torch.float64).train(), batch_of()
+    objective = Trades(steps=2, attack_mode=mode)  # type: ignore[arg-type]
+    shared = Engine(model)
+    with counted_passes(model) as seen:
+        attacked = replace(batch, x_adv=shared.attack(batch, objective.attack(batch), clean_pass=objective.clean_pass))
+        objective(shared, attacked)
+    assert len(seen) == passes  # clean for the goal, two steps, clean and attacked for the loss
+
+
+@pytest.mark.parametrize("methods", [(), (Restless(),)], ids=["plain", "weights move in between"])
+def test_sharing_the_clean_pass_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, tiny_net: Net, tiny_data: Data, methods: tuple[Method, ...]
+) -> None:
+    def trained() -> dict[str, Tensor]:
+        objective = Trades(eps=0.08, steps=2, attack_mode="train_frozen")
+        schedule = Schedule(epochs=2, batch_size=7)
+        return dict(fit(tiny_net(), tiny_data(), objective, methods=methods, schedule=schedule).state.weights)
+
+    shared = trained()
+    monkeypatch.setattr(Trades, "clean_pass", False)
+    apart = trained()
+    assert all(torch.equal(shared[name], apart[name]) for name in shared)
+
+
+# What a CUDA graph may replay
+
+
+def test_what_is_no_fixed_sequence_of_kernels_is_not_replayed() -> None:
+    batch = batch_of()
+    attack: Attack = PGDAT().attack(batch)
+    assert replayable(attack)
+    assert replayable(Trades(attack_mode="train_frozen").attack(batch))
+    assert not replayable(replace(attack, keep="best"))
+    assert not replayable(replace(attack, restarts=2))
+    assert not replayable(replace(attack, goal=Targeted(batch.y)))
+    assert not replayable(replace(attack, goal=lambda logits, clean, y: logits.sum(1)))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_replayed_attacks_equal_the_loop_on_every_batch(tiny_net: Net, compile: bool) -> None:
+    from robustfair.training.capture import CapturedAscent
+
+    model = tiny_net().cuda().train()
+    for seed in range(4):
+        plain = batch_of(seed=seed)
+        batch = Batch(x=plain.x.float().cuda(), y=plain.y.cuda(), index=plain.index.cuda(), seed=seed)
+        attack = PGDAT(eps=0.1, steps=3).attack(batch)
+        if seed == 0:
+            captured = CapturedAscent(ascend, model)
+            fast = Engine(model, device="cuda", compile=compile, batch_size=6)
+        expected = pgd(model, batch.x, batch.y, attack, batch.rng("attack"))
+        replayed = pgd(model, batch.x, batch.y, attack, batch.rng("attack"), ascent=captured)
+        torch.testing.assert_close(replayed, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(fast.attack(batch, attack), expected, rtol=0, atol=1e-6)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01)
