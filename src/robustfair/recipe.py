@@ -53,7 +53,7 @@ class Recipe:
     batch_size: Annotated[int, "Images per step."] = 128
     lr: Annotated[float, "Largest learning rate."] = 0.1
     schedule: Annotated[
-        Literal[Curve, "fast"],
+        Literal["fast", Curve],
         "Learning rate over time; fast also sets epochs, lr, warmup, batch size and weight decay where not given.",
     ] = "multistep"
     milestones: Annotated[tuple[float, ...], "Parts of the run after which a multistep rate drops."] = (0.5, 0.75)
