@@ -113,11 +113,15 @@ def test_deterministic_is_the_reference_path_and_restores_the_switches(tiny_net:
             fit(model, tiny_data(), PGDAT(steps=2), schedule=schedule, deterministic=deterministic).state.weights
         )
 
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    def switches() -> tuple[object, ...]:
+        conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        return torch.backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision
+
+    before = switches()
     default, reference = trained(deterministic=False), trained(deterministic=True)
     assert all(torch.equal(default[name], reference[name]) for name in default)
     assert not torch.are_deterministic_algorithms_enabled()
-    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == before
+    assert switches() == before
 
 
 def test_a_deterministic_run_is_not_compiled(tiny_net: Net, tiny_data: Data) -> None:

@@ -39,20 +39,19 @@ def numerics(deterministic: bool) -> Iterator[None]:
 
     Deterministic also means float32 without TF32. Off, convolutions are timed once for each shape on CUDA.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = torch.backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision
     were_deterministic, only_warned = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        cudnn.benchmark = cudnn.allow_tf32 = matmul.allow_tf32 = False
-    else:
-        cudnn.benchmark = True
+        conv.fp32_precision = matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(were_deterministic, warn_only=only_warned)
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        torch.backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision = before
