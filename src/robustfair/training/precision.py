@@ -39,7 +39,7 @@ def numerics(deterministic: bool) -> Iterator[None]:
 
     Deterministic also means float32 without TF32. Off, convolutions are timed once for each shape on CUDA.
     """
-    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = torch.backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision
     were_deterministic, only_warned = (
         torch.are_deterministic_algorithms_enabled(),
