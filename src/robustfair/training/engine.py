@@ -27,8 +27,8 @@ class Engine:
         model: shared, not copied: weights, modes and flags stay where they are.
         precision: of forward and backward passes.
         device: where the model and its images are.
-        compile: compile the training pass, and the attack step as one function; on CUDA also replay all steps of an
-            attack as one graph.
+        compile: compile the training pass, and the attack step as one function.
+        graphs: record all steps of an attack as one CUDA graph and replay it; None does so on CUDA where compiled.
         batch_size: what to compile for; batches of another size, such as the last of an epoch, run uncompiled. None
             compiles for every size that comes.
     """
@@ -40,6 +40,7 @@ class Engine:
         precision: Precision = "fp32",
         device: torch.device | str = "cpu",
         compile: bool = False,
+        graphs: bool | None = None,
         batch_size: int | None = None,
     ) -> None:
         device = torch.device(device)
@@ -47,13 +48,14 @@ class Engine:
         self.eager = InPrecision(model, precision, device.type)
         self.batch_size = batch_size
         self._compiled: Callable[[Tensor], Tensor] | None = None
-        self._ascent: Ascent | None = None
+        self._ascent: Ascent = ascend
         self._clean: tuple[Tensor, Tensor] | None = None
         if compile:
             require_compiler(device.type)
             self._compiled = torch.compile(self.eager.forward, dynamic=False)
-            steps = partial(ascend, step=torch.compile(functional_step, dynamic=False))
-            self._ascent = CapturedAscent(steps, model) if device.type == "cuda" else steps
+            self._ascent = partial(ascend, step=torch.compile(functional_step, dynamic=False))
+        if graphs or (graphs is None and compile and device.type == "cuda"):
+            self._ascent = CapturedAscent(self._ascent, model)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, K), float32 at least, differentiable in the weights."""
@@ -77,8 +79,8 @@ class Engine:
             logits = self(batch.x)
             self._clean = batch.x, logits
             clean = logits.detach()
-        compilable = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
-        ascent = self._ascent if compilable else None
+        pure = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
+        ascent = self._ascent if pure else ascend
         return pgd(self.eager, batch.x, batch.y, attack, batch.rng("attack"), clean=clean, ascent=ascent)
 
     def _fits(self, x: Tensor) -> bool:

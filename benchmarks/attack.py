@@ -1,0 +1,175 @@
+"""Seconds of PGD alone on a network in eval mode: the naive loop, torchattacks, foolbox, and ours in each precision.
+
+All share eps 8/255, steps of 2/255 and a uniform start, each with its own draw. How strong they are is shown by the
+accuracy that they leave: of the network of `--run`; else of a narrow one that is trained here for about a minute; else,
+where there are no images to train on, of untrained weights on random images, which tells little.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure
+from benchmarks.external import Attacker, external_attackers
+from benchmarks.measure import Report, Row, Table
+from benchmarks.naive import EPS, STEP_SIZE, naive_attack
+from benchmarks.workload import SYNTHETIC, as_in_fit, as_usual, build, default_data, load, one_batch, ways
+from robustfair.attacks.pgd import attacking
+from robustfair.data import evaluation_batches
+from robustfair.data.datasets import ImageDataset
+from robustfair.losses import MaximiseCE
+from robustfair.objectives import PGDAT
+from robustfair.rundir import RunFolder
+from robustfair.training import Schedule, fit
+from robustfair.training.engine import Engine
+from robustfair.values import Attack, Batch
+
+COLUMNS = {
+    **measure.SPEED_COLUMNS,
+    "times torchattacks": "{over_torchattacks:.2f}",
+    "robust accuracy": "{robust:.1%}",
+}
+NARROW, TRAINING_IMAGES, EPOCHS = 16, 5000, 4
+"""Width, images and epochs of the network that is trained for the accuracies: about a minute on two cores."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attack on one network: `attack` is None where `why` tells what is missing, `peak` names its precision."""
+
+    attack: Attacker | None
+    ours: bool = False
+    peak: str = "fp32"
+    why: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run the benchmark from the command line."""
+    options = measure.parser("attack", __doc__, batch_size=64, precision=("fp32", "bf16"), repeats=3)
+    measure.add_compile(options)
+    options.add_argument("--steps", type=int, nargs="+", default=(10, 20), help="gradient steps of the attack")
+    options.add_argument("--run", type=Path, metavar="FOLDER", help="attack the network of this run, trained before")
+    options.add_argument("--data", default=default_data(), help="images for the accuracies, or synthetic")
+    options.add_argument("--images", type=int, default=256, help="how many of its test images")
+    return measure.run(options, report, argv)
+
+
+def report(args: argparse.Namespace) -> Report:
+    """A table per number of steps."""
+    peaks = measure.matmul_peaks(args.device)
+    model, victim, told = networks(args)
+    test = load(args.data, "test", args.images).to(args.device)
+    timed = cases_on(model, args)
+    judged = timed if victim is model else cases_on(victim, args)
+    tables = []
+    for steps in args.steps:
+        measure.say(f"PGD-{steps}")
+        rows = compare(model, timed, steps, peaks, args)
+        for name, row in zip(judged, rows, strict=True):
+            row["robust"] = accuracy_left(victim, judged[name], test, steps, args)
+        tables.append(Table(f"PGD-{steps} on {args.batch_size} images", COLUMNS, rows))
+    return Report(
+        name="attack",
+        settings=measure.settings(args, peaks),
+        tables=tables,
+        notes=[
+            f"Robust accuracy: on {len(test)} images of {args.data}, of {told}.",
+            "TFLOP/s and MFU count 2 forward passes a step, whoever computes them; the naive loop computes 3.",
+        ],
+    )
+
+
+def networks(args: argparse.Namespace) -> tuple[nn.Module, nn.Module, str]:
+    """What is timed, what the accuracies are measured on, and a description of the latter."""
+    if args.run is not None:
+        model = RunFolder(args.run).read()[0].to(args.device)
+        return model, model, "the network of --run, which is timed too"
+    model = build(args.model, args.width, device=args.device).eval()
+    if args.data == SYNTHETIC:
+        return model, model, "the untrained network that is timed: this tells little of the strength"
+    measure.say("training a narrow network")
+    train = load(args.data, "train", TRAINING_IMAGES)
+    schedule = Schedule(epochs=EPOCHS, lr=0.1, kind="one-cycle")
+    fgsm = PGDAT(steps=1, step_size=10 / 255)
+    narrow = build(args.model, min(NARROW, args.width or NARROW))
+    fitted = fit(narrow, train, fgsm, schedule=schedule, validation=0, select="last", device=args.device)
+    told = f"a {args.model} of width {narrow.width}, trained with FGSM on {len(train)} images for {EPOCHS} epochs"
+    return model, fitted.model, told
+
+
+def cases_on(model: nn.Module, args: argparse.Namespace) -> dict[str, Case]:
+    """Every attack on a copy of `model` of its own; the naive loop first."""
+    found = {"naive": Case(partial(_naive, deepcopy(model)))}
+    for name, attack in external_attackers(deepcopy(model), args.device).items():
+        found[name] = Case(None, why=attack) if isinstance(attack, str) else Case(attack)
+    for name, (precision, compile) in ways(args.precision, compiled=args.compile).items():
+        copied = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        engine = Engine(copied, precision=precision, device=args.device, compile=compile, batch_size=args.batch_size)
+        found[name] = Case(partial(_ours, engine), ours=True, peak=precision)
+    return found
+
+
+def compare(
+    model: nn.Module, cases: Mapping[str, Case], steps: int, peaks: Mapping[str, float], args: argparse.Namespace
+) -> list[Row]:
+    """A row per case, timed on one batch; without numbers where a library is missing."""
+    batch = one_batch(args.batch_size, args.device)
+    plain = replace(batch, x=batch.x.contiguous())
+    calls, settle, scopes = {}, {}, {}
+    for name, case in cases.items():
+        if case.attack is not None:
+            given = batch if case.ours else plain
+            calls[name] = partial(case.attack, given, steps)
+            settle[name] = partial(case.attack, given, 1)
+            scopes[name] = partial(as_in_fit if case.ours else as_usual, args.device)
+    opens = settle if torch.device(args.device).type == "cpu" else {}
+    timings = measure.interleaved(calls, args.repeats, device=args.device, scopes=scopes, settle=opens)
+    flops = measure.attack_flops(measure.forward_flops(model, plain.x[:1]), steps) * args.batch_size
+    fast = measure.ratios(timings, "naive")
+    over = measure.ratios(timings, "torchattacks") if "torchattacks" in timings else {}
+    rows: list[Row] = []
+    for name, case in cases.items():
+        if case.attack is None:
+            rows.append({"case": f"{name} ({case.why})"})
+            continue
+        peak = peaks.get(case.peak)
+        row = measure.speed_row(name, timings[name], fast[name], images=args.batch_size, flops=flops, peak=peak)
+        rows.append({**row, "over_torchattacks": over.get(name)})
+    return rows
+
+
+def accuracy_left(
+    victim: nn.Module, case: Case, test: ImageDataset, steps: int, args: argparse.Namespace
+) -> float | None:
+    """Share of the test images that the network still classifies in float32 once they are attacked."""
+    if case.attack is None:
+        return None
+    correct = 0
+    for batch in evaluation_batches(test, args.batch_size):
+        x_adv = case.attack(batch if case.ours else replace(batch, x=batch.x.contiguous()), steps)
+        with attacking(victim, "eval"), torch.no_grad():
+            correct += int((victim(x_adv).argmax(1) == batch.y).sum())
+    return correct / len(test)
+
+
+def _naive(model: nn.Module, batch: Batch, steps: int) -> Tensor:
+    noise = torch.empty_like(batch.x).uniform_(-EPS, EPS)
+    return naive_attack(model, batch.x, batch.y, noise, steps)
+
+
+def _ours(engine: Engine, batch: Batch, steps: int) -> Tensor:
+    eps = torch.full_like(batch.x[:, 0, 0, 0], EPS)
+    step_size = torch.full_like(eps, STEP_SIZE)
+    return engine.attack(batch, Attack(eps=eps, step_size=step_size, steps=steps, goal=MaximiseCE()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""What a whole epoch of `fit` costs: beside its bare kernels, with the number of images, and beside a naive epoch.
+
+Parts, each a table:
+- overhead: epochs of `fit` (loading, augmentation, tallies, state at the boundary) in turn with as many bare steps on
+  batches that are prepared before.
+- share: what class tallies, history and progress cost within that; each is called by itself, many times, and set
+  against a bare step. On CUDA their kernels are then waited for, which training does not do: an upper bound.
+- linear: time per image for growing numbers of images, with a cheap network and a one-step attack.
+- naive: epochs of `fit` in turn with the naive loop behind a `DataLoader` that prepares image by image.
+
+An epoch lasts from one boundary to the next; the first one of every run is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from benchmarks import measure
+from benchmarks.measure import Report, Row, Table, Timing
+from benchmarks.naive import STEPS, NaiveTraining, naive_loader
+from benchmarks.workload import CHEAP, LR, SYNTHETIC, Step, as_in_fit, as_usual, build, load, one_batch
+from robustfair.data import ImageDataset, Loader
+from robustfair.models.head import head_norms
+from robustfair.objectives import PGDAT, Objective
+from robustfair.training import Schedule, fit
+from robustfair.training.fit import counts
+from robustfair.training.run import Meter
+from robustfair.training.state import TrainState
+
+PARTS = ("overhead", "share", "linear", "naive")
+CALLS = 200
+"""How often a call of the part "share" is repeated."""
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run the benchmark from the command line."""
+    options = measure.parser("epoch", __doc__, batch_size=64, precision="fp32", repeats=3)
+    options.add_argument("--compile", action="store_true", help="compile our passes")
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    options.add_argument("--batches", type=int, default=16, help="per epoch, for overhead and naive")
+    options.add_argument("--sizes", type=int, nargs="+", default=(2000, 10_000, 50_000), help="images, for linear")
+    options.add_argument("--workers", type=int, default=2, help="processes that prepare images for the naive loop")
+    options.add_argument("--data", default=SYNTHETIC, help="training images: a data set, or synthetic")
+    return measure.run(options, report, argv)
+
+
+def report(args: argparse.Namespace) -> Report:
+    """A table per part."""
+    made = {"overhead": overhead, "share": share, "linear": linear, "naive": naive}
+    tables = []
+    for part in args.parts:
+        measure.say(part)
+        tables.append(made[part](args))
+    shown = {"batch_size": args.batch_size, "attack": f"pgd-{STEPS}", "precision": args.precision, "data": args.data}
+    settings = {**measure.settings(args), **shown, "compiled": args.compile}
+    cheap = f"The part linear runs {CHEAP[0]} of width {CHEAP[1]} under a one-step attack, whatever --model says."
+    return Report("epoch", settings, tables, [cheap] if "linear" in args.parts else [])
+
+
+def overhead(args: argparse.Namespace) -> Table:
+    """Epochs of `fit` and bare epochs in turn."""
+    data = load(args.data, "train", args.batches * args.batch_size)
+    model = build(args.model, args.width, device=args.device)
+    step = _step(model, args)
+    batches = list(Loader(data.to(args.device), args.batch_size, augment=data.augment, seed=0).epoch(0))
+    bare: list[float] = []
+
+    def bare_epoch() -> None:
+        bare.append(measure.timed(lambda: [step(batch) for batch in batches], args.device))
+
+    whole = fit_epochs(model, data, PGDAT(steps=STEPS), args, epochs=1 + args.repeats, between=bare_epoch)
+    timings = {"bare kernels": Timing(tuple(bare[1:])), "fit": Timing(tuple(whole))}
+    beside = [a / b - 1 for a, b in zip(whole, bare[1:], strict=True)]
+    rows = _epoch_rows(timings, "bare kernels", len(data))
+    rows[1] |= {
+        "overhead": timings["fit"].median / timings["bare kernels"].median - 1,
+        "overhead_low": min(beside),
+        "overhead_high": max(beside),
+    }
+    shown = {"overhead": "{overhead:+.2%}", "turn by turn": "{overhead_low:+.2%} to {overhead_high:+.2%}"}
+    return Table(f"Overhead of an epoch of {len(batches)} batches", measure.SPEED_COLUMNS | shown, rows)
+
+
+def share(args: argparse.Namespace) -> Table:
+    """What counting and telling cost, per step or per epoch, as a share of the bare steps."""
+    model = build(args.model, args.width, device=args.device)
+    batch = one_batch(args.batch_size, args.device)
+    step = _step(model, args)
+    with as_in_fit(args.device):
+        step(batch)
+        bare = Timing(tuple(measure.timed(lambda: step(batch), args.device) for _ in range(args.repeats))).median
+    meter = Meter(10, torch.device(args.device))
+    attack = step.objective.attack(batch)
+    loss = step.objective(step.engine, replace(batch, x_adv=batch.x))
+    total = loss.total()
+
+    def tally() -> None:
+        meter.add(batch, attack, loss, total, 0)
+        if batch.x.device.type == "cpu":
+            meter.first_bad_step()
+
+    def history() -> None:
+        counts(meter.tally), meter.per_class(), meter.loss(), head_norms(model)
+
+    rows = [
+        _share_row("class tallies", "step", _per_call(tally, args.device), bare),
+        _share_row("history record", "epoch", _per_call(history, args.device), bare * args.batches),
+        *_progress_rows(bare, args),
+    ]
+    together: Row = {"case": "together", "share": sum(row["share"] for row in rows if row.get("share") is not None)}
+    columns = {"case": "{case}", "seconds": "{seconds:.2e}", "per": "{per}", "share of bare steps": "{share:.4%}"}
+    title = f"Share of counting and telling, beside {args.batches} steps of {bare:.4f} s an epoch"
+    return Table(title, columns, [*rows, together])
+
+
+def linear(args: argparse.Namespace) -> Table:
+    """Seconds per image of an epoch, for every size in turn."""
+    data = load(args.data, "train", max(args.sizes))
+    seconds: dict[int, list[float]] = {size: [] for size in args.sizes}
+    for turn in range(args.repeats):
+        for size in args.sizes:
+            measure.say(f"  turn {turn + 1} of {args.repeats}: {size} images")
+            part = data.subset(torch.arange(min(size, len(data))))
+            model = build(*CHEAP, device=args.device)
+            seconds[size] += fit_epochs(model, part, PGDAT(steps=1), args, epochs=2)
+    rows: list[Row] = []
+    for size, taken in seconds.items():
+        timing, count = Timing(tuple(taken)), min(size, len(data))
+        per_image = [1e6 * value / count for value in (timing.median, timing.low, timing.high)]
+        row = {"images": count, "median": timing.median, "seconds": taken}
+        rows.append({**row, **dict(zip(("per_image", "low", "high"), per_image, strict=True))})
+    for row in rows:
+        row["against_first"] = row["per_image"] / rows[0]["per_image"] - 1
+    columns = {
+        "images": "{images:,}",
+        "seconds an epoch": "{median:.3f}",
+        "microseconds an image": "{per_image:.2f}",
+        "fastest to slowest": "{low:.2f} to {high:.2f}",
+        "against the first": "{against_first:+.1%}",
+    }
+    return Table("Time per image with the number of images", columns, rows)
+
+
+def naive(args: argparse.Namespace) -> Table:
+    """Naive epochs and epochs of `fit` in turn."""
+    data = load(args.data, "train", args.batches * args.batch_size)
+    model = build(args.model, args.width, device=args.device)
+    loop = NaiveTraining(model)
+    loader = naive_loader(data, args.batch_size, workers=args.workers, pin_memory=args.device != "cpu")
+    seconds: dict[str, list[float]] = {"naive": [], "fit": []}
+    for turn in range(1 + args.repeats):
+        measure.say(f"  turn {turn + 1} of {1 + args.repeats}{' (warm-up)' if turn == 0 else ''}")
+        with as_usual(args.device):
+            seconds["naive"].append(measure.timed(lambda: loop.epoch(loader, args.device), args.device))
+        seconds["fit"] += fit_epochs(model, data, PGDAT(steps=STEPS), args, epochs=2)
+    timings = {name: Timing(tuple(taken[1:])) for name, taken in seconds.items()}
+    rows = _epoch_rows(timings, "naive", len(data))
+    return Table(f"An epoch of {len(loader)} batches", measure.SPEED_COLUMNS, rows)
+
+
+def fit_epochs(
+    model: nn.Module,
+    data: ImageDataset,
+    objective: Objective,
+    args: argparse.Namespace,
+    *,
+    epochs: int,
+    between: Callable[[], None] | None = None,
+) -> list[float]:
+    """Seconds of every epoch of one run of `fit` but the first, which also pays for setting up.
+
+    Args:
+        between: called after every epoch, the first included, and not counted.
+    """
+    seconds: list[float] = []
+    started = time.perf_counter()
+
+    def at_boundary(state: TrainState) -> None:
+        nonlocal started
+        measure.synchronize(args.device)
+        seconds.append(time.perf_counter() - started)
+        if between is not None:
+            between()
+        started = time.perf_counter()
+
+    torch.compiler.reset()
+    fit(
+        model,
+        data,
+        objective,
+        schedule=Schedule(epochs=epochs, lr=LR, kind="constant", batch_size=args.batch_size),
+        validation=0,
+        select="last",
+        precision=args.precision,
+        compile=args.compile,
+        device=args.device,
+        save=at_boundary,
+    )
+    return seconds[1:]
+
+
+def _step(model: nn.Module, args: argparse.Namespace) -> Step:
+    return Step(
+        model,
+        PGDAT(steps=STEPS),
+        precision=args.precision,
+        compile=args.compile,
+        device=args.device,
+        batch_size=args.batch_size,
+    )
+
+
+def _epoch_rows(timings: dict[str, Timing], baseline: str, images: int) -> list[Row]:
+    fast = measure.ratios(timings, baseline)
+    return [measure.speed_row(name, timing, fast[name], images=images) for name, timing in timings.items()]
+
+
+def _per_call(call: Callable[[], object], device: str) -> float:
+    """Mean seconds of one of many calls in a row, until the device has finished them all."""
+    call()
+    return measure.timed(lambda: [call() for _ in range(CALLS)], device) / CALLS
+
+
+def _share_row(name: str, per: str, seconds: float, beside: float) -> Row:
+    return {"case": name, "per": per, "seconds": seconds, "share": seconds / beside}
+
+
+def _progress_rows(bare: float, args: argparse.Namespace) -> list[Row]:
+    """Cost of the command line's progress on a terminal: updates and epoch lines, and the thread that draws the bar."""
+    try:
+        from robustfair.progress import TrainingProgress
+    except ImportError as error:
+        return [{"case": f"progress (not measured: no {error.name})"}]
+    ready: Any = SimpleNamespace(
+        train=range(args.batches * args.batch_size),
+        recipe=SimpleNamespace(validation=0, train="pgd-at", data=args.data, model=args.model),
+        schedule=SimpleNamespace(batch_size=args.batch_size, epochs=1),
+        model=nn.Linear(1, 1),
+    )
+    told = {"count": [1] * 10, "clean": None, "robust": [1] * 10}
+    record = {"epoch": 1, "lr": LR, "loss": 1.0, "train": told, "validation": {}, "images_per_second": 1.0}
+    state = cast(TrainState, SimpleNamespace(history=[record]))
+    before = os.environ.get("FORCE_COLOR")
+    os.environ["FORCE_COLOR"] = "1"  # takes the redirected stream for a terminal, so that the bar is drawn
+    try:
+        with redirect_stderr(io.StringIO()), TrainingProgress() as progress:
+            progress.start(ready, None)
+            update = _per_call(lambda: progress.step(0, 0), "cpu")
+            line = _per_call(lambda: progress.epoch(state), "cpu")
+            used, started = time.process_time(), time.perf_counter()
+            time.sleep(1)
+            drawing = (time.process_time() - used) / (time.perf_counter() - started)
+    finally:
+        if before is None:
+            del os.environ["FORCE_COLOR"]
+        else:
+            os.environ["FORCE_COLOR"] = before
+    return [
+        _share_row("progress update", "step", update, bare),
+        _share_row("progress line", "epoch", line, bare * args.batches),
+        {"case": "drawing the bar", "per": "second, of one core", "seconds": drawing, "share": drawing / args.threads},
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Everything that wants a GPU, unattended: `python benchmarks/gpu_suite.py --minutes 9 --resume results/gpu`.
+
+In this order: is the fast path right on this device; the speed tables; training rows, the fast protocol first. Every
+task leaves a JSON file in the results folder, and training is saved after each epoch: the next call, on the same work
+folder, goes on where this one stopped, and `--table` prints what there is, with "-" where nothing was measured.
+
+Needs torch, numpy, safetensors and pillow, and CIFAR-10 as packed by `robustfair data pack cifar10 --parts 2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks import attack, epoch, measure, memory, train_step  # noqa: E402
+from benchmarks.measure import Report, Table  # noqa: E402
+from benchmarks.rows import ATTACKS, OutOfTimeError, Row, Way, fast_rows, paper_rows, row_lines, train_row  # noqa: E402
+from benchmarks.workload import build, one_batch, synthetic  # noqa: E402
+from robustfair.checkpoint import read_json, write_json  # noqa: E402
+from robustfair.config import Precision  # noqa: E402
+from robustfair.data import Splits, load_dataset  # noqa: E402
+from robustfair.errors import RobustFairError  # noqa: E402
+from robustfair.objectives import PGDAT, Trades  # noqa: E402
+from robustfair.training.engine import Engine  # noqa: E402
+from robustfair.training.fit import fit  # noqa: E402
+from robustfair.training.schedule import Schedule  # noqa: E402
+from robustfair.values import Batch  # noqa: E402
+
+TASK_SCHEMA = "robustfair.suite/1"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One call of the suite.
+
+    Attributes:
+        results: folder of JSON files, one per finished task.
+        way: how rows are trained.
+        deadline: of `time.monotonic()`.
+        small: sizes for a check on a CPU: everything runs, no number means anything.
+    """
+
+    results: Path
+    way: Way
+    deadline: float
+    small: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to measure: its file's name, the seconds without which it is not begun, and what does it."""
+
+    name: str
+    seconds: float
+    run: Callable[[Suite], Mapping[str, Any]]
+
+
+# Is the fast path right here?
+
+
+def correctness(suite: Suite) -> Mapping[str, Any]:
+    """Every way of running the attack and the loss against the eager float32 one, and an epoch that may not wait."""
+    device, size = suite.way.device, 8 if suite.small else 128
+    model = build(suite.way.model, suite.way.width, device=device).train()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batch = one_batch(size, device)
+    rows = []
+    for objective in (PGDAT(), Trades()):
+        reference: tuple[Tensor, Tensor] | None = None
+        for name, precision, compile, graphs in ways_to_run(device):
+            engine = Engine(model, precision=precision, device=device, compile=compile, graphs=graphs, batch_size=size)
+            again = [engine.attack(batch, objective.attack(batch)) for _ in range(2)]
+            moved = again[0] - batch.x
+            loss = frozen_loss(engine, objective, replace(batch, x_adv=again[0]))
+            if reference is None:
+                reference = again[0], loss
+            rows.append(
+                {
+                    "case": f"{objective.name} {name}",
+                    "loss": float(loss),
+                    "difference": float(loss - reference[1]),
+                    "other_pixels": float((again[0] != reference[0]).float().mean()),
+                    "largest": float(moved.abs().max()) * 255,
+                    "repeats": torch.equal(again[0], again[1]),
+                }
+            )
+    columns = {
+        "case": "{case}",
+        "loss": "{loss:.6f}",
+        "- eager fp32": "{difference:+.1e}",
+        "pixels that differ": "{other_pixels:.4f}",
+        "largest move / 255": "{largest:.4f}",
+        "same when repeated": "{repeats}",
+    }
+    tables = [Table("Attack and loss on random images", columns, rows)]
+    return report(suite, "correctness", tables, [waiting(suite)])
+
+
+def ways_to_run(device: str) -> list[tuple[str, Precision, bool, bool]]:
+    """(name, precision, compile, graphs), the reference first; graphs on CUDA alone."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        for compile in (False, True):
+            for graphs in (False, True) if torch.device(device).type == "cuda" else (False,):
+                name = precision + " compiled" * compile + " replayed" * graphs
+                found.append((name, precision, compile, graphs))
+    return found  # type: ignore[return-value]
+
+
+def frozen_loss(engine: Engine, objective: PGDAT | Trades, batch: Batch) -> Tensor:
+    """Loss in training mode, running statistics left as they were."""
+    before = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
+    loss = objective(engine, batch).total().detach()
+    for name, buffer in engine.model.named_buffers():
+        buffer.copy_(before[name])
+    return loss
+
+
+def waiting(suite: Suite) -> str:
+    """Train three epochs, the last of them under torch's error for every wait for the device; say how it went."""
+    device, size = suite.way.device, 8 if suite.small else 128
+    if torch.device(device).type != "cuda":
+        return "Waits for the device inside an epoch: not checked, no CUDA device."
+    data, steps = synthetic(size * 6), 6
+
+    def on_step(epoch: int, step: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if epoch == 2 and step < steps - 2 else "default")
+
+    model = build(suite.way.model, suite.way.width)
+    schedule = Schedule(epochs=3, batch_size=size, lr=0.01)
+    options = {"schedule": schedule, "validation": 0, "select": "last", "device": device, "on_step": on_step}
+    try:
+        fit(model, data, Trades(), precision=suite.way.precision, compile=suite.way.compile, **options)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        return f"Waits for the device inside an epoch: {str(error).splitlines()[0]}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "Waits for the device inside an epoch: none; every step but the last two of an epoch ran with waits refused."
+
+
+def report(suite: Suite, name: str, tables: Sequence[Table], notes: Sequence[str]) -> Mapping[str, Any]:
+    """A table as a report, printed on the way."""
+    settings = {"model": suite.way.model, "width": suite.way.width, "device": suite.way.device}
+    made = Report(name=name, settings=settings, tables=tables, notes=notes)
+    print(made.text(), flush=True)
+    return kept(made)
+
+
+def kept(made: Report) -> Mapping[str, Any]:
+    """A report as JSON, and as it reads."""
+    return made.as_json() | {"text": made.text()}
+
+
+# Tasks
+
+
+def tasks(rows: Sequence[Row]) -> list[Task]:
+    """All tasks in order of use."""
+    both, bf16 = ("--precision", "fp32", "bf16"), ("--precision", "bf16")
+    return [
+        Task("correctness", 60, correctness),
+        Task("train-step-128", 60, scripted(train_step.main, "--batch-size", "128", *both)),
+        Task("train-step-512", 60, scripted(train_step.main, "--batch-size", "512", *bf16)),
+        Task("train-step-1024", 60, scripted(train_step.main, "--batch-size", "1024", *bf16)),
+        Task("row pgd-at fast", 60, trained(rows[0])),
+        Task("attack", 60, scripted(attack.main)),
+        Task("epoch", 60, scripted(epoch.main)),
+        Task("memory", 60, scripted(memory.main)),
+        *(Task(f"row {row.name}", 60, trained(row)) for row in rows[1:]),
+    ]
+
+
+SMALL = ("--width", "2", "--repeats", "1", "--batch-size", "4")
+"""Options that make any of the scripts a matter of seconds."""
+
+
+def scripted(main: Callable[[Sequence[str]], Report], *options: str) -> Callable[[Suite], Mapping[str, Any]]:
+    """A task that runs one of the other scripts."""
+
+    def run(suite: Suite) -> Mapping[str, Any]:
+        small = SMALL if suite.small else ()
+        return kept(main([*options, "--device", suite.way.device, *small]))
+
+    return run
+
+
+def trained(row: Row) -> Callable[[Suite], Mapping[str, Any]]:
+    """A task that trains and audits a row."""
+
+    def run(suite: Suite) -> Mapping[str, Any]:
+        chosen = replace(row, schedule=replace(row.schedule, epochs=2, batch_size=16)) if suite.small else row
+        return train_row(chosen, suite.way, suite.deadline)
+
+    return run
+
+
+def run_all(suite: Suite, todo: Sequence[Task]) -> list[str]:
+    """Run what has no file yet, until the time is over; returns a line per task."""
+    suite.results.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for task in todo:
+        path = suite.results / f"{task.name.replace(' ', '-')}.json"
+        left = suite.deadline - time.monotonic()
+        if path.exists():
+            lines.append(f"{task.name}: done before")
+            continue
+        if left < task.seconds and not suite.small:
+            lines.append(f"{task.name}: not begun, {left:.0f} s left")
+            continue
+        measure.say(f"== {task.name}, {left:.0f} s left")
+        started = time.monotonic()
+        try:
+            found = task.run(suite)
+        except OutOfTimeError as error:
+            lines.append(f"{task.name}: {error}")
+            break
+        except (Exception, SystemExit):
+            path.with_suffix(".error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            lines.append(f"{task.name}: failed, see {path.with_suffix('.error.txt').name}")
+            continue
+        about = {"schema": TASK_SCHEMA, "task": task.name, "machine": measure.machine(), "commit": measure.commit()}
+        write_json(path, about | {"seconds": round(time.monotonic() - started, 1), "found": found})
+        path.with_suffix(".error.txt").unlink(missing_ok=True)
+        lines.append(f"{task.name}: {time.monotonic() - started:.0f} s")
+    return lines
+
+
+# What was found
+
+
+ROW_COLUMNS = {
+    "row": "{row}",
+    "model": "{model}",
+    **{attack: f"{{{attack}:.2f}}" for attack in ATTACKS},
+    **{f"{attack} worst": f"{{{attack}_worst:.2f}}" for attack in ATTACKS},
+    "images/s": "{images_per_second:,.0f}",
+    "minutes": "{minutes:.1f}",
+}
+
+
+def summary(results: Path, todo: Sequence[Task]) -> str:
+    """Markdown of all files in a results folder; a task without one has its line, empty."""
+    parts: list[str] = []
+    records, missing = [], []
+    for task in todo:
+        path = results / f"{task.name.replace(' ', '-')}.json"
+        if not path.exists():
+            missing.append({"row": task.name})
+            continue
+        read = read_json(path, TASK_SCHEMA)
+        if task.name.startswith("row "):
+            records.append(read["found"])
+            continue
+        parts.append(read["found"]["text"])
+    lines = [line | {"minutes": line["seconds"] / 60} for line in row_lines(records)]
+    return "\n\n".join([*parts, "## Rows\n\n" + Table("Rows", ROW_COLUMNS, [*lines, *missing]).markdown()])
+
+
+def options() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="benchmarks/gpu_suite.py", description=__doc__.partition("\n")[0])
+    made.add_argument("--minutes", type=float, default=9.0, help="stop in good time before so many are over")
+    made.add_argument("--resume", type=Path, default=ROOT / "results" / "gpu", help="results folder; goes on there")
+    made.add_argument("--work", type=Path, help="training states; work/ in the results folder if not given")
+    made.add_argument("--data", default="cifar10", help="packed parts, or anything that load_dataset takes")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--rows", choices=("fast", "papers"), default="fast", help="30 epochs a row, or 200")
+    made.add_argument("--only", nargs="+", metavar="TASK", help="tasks whose names begin so")
+    made.add_argument("--small", action="store_true", help="check that everything runs; no number means anything")
+    made.add_argument("--table", action="store_true", help="print what the results folder holds, run nothing")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the suite; 0 if every task has its file, 1 if something is left."""
+    parser = options()
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    todo = tasks(fast_rows() if args.rows == "fast" else paper_rows())
+    if args.only:
+        todo = [task for task in todo if task.name.startswith(tuple(args.only))]
+    if args.table:
+        print(summary(args.resume, todo))
+        return 0
+    try:
+        splits = load_dataset(args.data)
+    except RobustFairError as error:
+        parser.error(str(error))
+    way = Way(splits, args.work or args.resume / "work", args.device)
+    if args.small:
+        few = Splits(train=splits.train.limit_per_class(8), test=splits.test.limit_per_class(2))
+        way = replace(way, splits=few, width=2, compile=False, precision="fp32", validation=0)
+    suite = Suite(args.resume, way, started + 60 * args.minutes - 20, args.small)
+    lines = run_all(suite, todo)
+    print(summary(args.resume, todo), *lines, sep="\n")
+    return 0 if all(line.endswith((" s", "done before")) for line in lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Training rows: one run each under the fast schedule, resumable after every epoch, audited on the test images.
+
+A row is trained with an average of its weights beside it and audited four times: raw weights and average, each as it is
+and with its head repaired. Ours in every respect but the clock: images, split, methods and audit are the library's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import say
+from robustfair.config import Precision, format_value
+from robustfair.data import Splits
+from robustfair.evaluate.audit import audit
+from robustfair.methods import CCM, CCR, EMA, Method
+from robustfair.models.build import create_model
+from robustfair.objectives import PGDAT, AdversarialObjective, Trades
+from robustfair.repairs import HWNwB
+from robustfair.rundir import RunFolder, environment
+from robustfair.training.fit import Fitted, fit
+from robustfair.training.schedule import Schedule
+from robustfair.training.state import TrainState
+from robustfair.values import derive_seed
+
+ATTACKS = ("clean", "pgd-20", "cw-20")
+AVERAGE = EMA(decay=0.999)
+
+
+class OutOfTimeError(Exception):
+    """The time given is over; what was reached is on disk."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training run.
+
+    Attributes:
+        name: of its files.
+        objective, methods: what it trains.
+        schedule: how long and how fast.
+    """
+
+    name: str
+    objective: AdversarialObjective
+    methods: tuple[Method, ...]
+    schedule: Schedule
+
+    def describe(self) -> dict[str, Any]:
+        """What was trained, as JSON values."""
+        parts: tuple[AdversarialObjective | Method, ...] = (self.objective, *self.methods)
+        given = {part.name: {key: format_value(value) for key, value in vars(part).items()} for part in parts}
+        return {"name": self.name, "train": given, "schedule": vars(self.schedule)}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How all rows are run: on what, in which precision, with which network, and where states are kept."""
+
+    splits: Splits
+    work: Path
+    device: str
+    precision: Precision = "bf16"
+    compile: bool = True
+    model: str = "preact-resnet18"
+    width: int | None = None
+    validation: float = 0.02
+
+
+def fast_rows() -> tuple[Row, ...]:
+    """The fast protocol and its two larger batches, then the methods there are under the best known of them."""
+    fast = Schedule.fast()
+    return (
+        Row("pgd-at fast", PGDAT(), (AVERAGE,), fast),
+        Row("pgd-at fast batch 256", PGDAT(), (AVERAGE,), Schedule.fast(batch_size=256, lr=0.4)),
+        Row("pgd-at fast batch 512", PGDAT(), (AVERAGE,), Schedule.fast(batch_size=512, lr=0.6)),
+        Row("trades fast", Trades(), (AVERAGE,), fast),
+        Row("pgd-at + ccm fast", PGDAT(), (CCM(begin=5), AVERAGE), fast),
+        Row("trades + ccm + ccr fast", Trades(), (CCM(begin=5), CCR(begin=5), AVERAGE), fast),
+        Row("pgd-at fast 20 epochs", PGDAT(), (AVERAGE,), Schedule.fast(epochs=20)),
+    )
+
+
+def paper_rows() -> tuple[Row, ...]:
+    """200 epochs with drops at 100 and 150, the schedule of the papers."""
+    papers = Schedule()
+    return (
+        Row("pgd-at", PGDAT(), (AVERAGE,), papers),
+        Row("trades", Trades(), (AVERAGE,), papers),
+        Row("pgd-at + ccm", PGDAT(), (CCM(), AVERAGE), papers),
+        Row("trades + ccm + ccr", Trades(), (CCM(), CCR(), AVERAGE), papers),
+    )
+
+
+def train_row(row: Row, way: Way, deadline: float, *, seed: int = 0) -> dict[str, Any]:
+    """Train or go on training, then audit; a JSON record.
+
+    Args:
+        deadline: of `time.monotonic()`; looked at after every epoch.
+
+    Raises:
+        OutOfTimeError: before the last epoch or its audits; the next call goes on from there.
+    """
+    folder = RunFolder(way.work / row.name.replace(" ", "-"))
+    state = _begin(folder, row, seed)
+    about = {"row": row.name}
+    spent = folder.manifest().get("wall_seconds", 0.0)
+    started = time.monotonic()
+
+    def save(state: TrainState) -> None:
+        folder.save(state, about)
+        seconds = spent + time.monotonic() - started
+        folder.update_manifest(wall_seconds=round(seconds, 1))
+        record = state.history[-1]
+        say(f"{row.name}: epoch {state.epoch} of {row.schedule.epochs}, loss {record['loss']:.3f}, {seconds:.0f} s")
+        if time.monotonic() > deadline and state.epoch < row.schedule.epochs:
+            raise OutOfTimeError(f"{row.name} stands at epoch {state.epoch} of {row.schedule.epochs}")
+
+    fitted = _fit(row, way, seed, state, save)
+    manifest = folder.manifest()
+    speeds = sorted(record["images_per_second"] for record in fitted.history)
+    return {
+        **row.describe(),
+        "seed": seed,
+        "precision": way.precision,
+        "compile": way.compile,
+        "model": way.model,
+        "width": way.width,
+        "training_images": sum(fitted.history[-1]["train"]["count"]),
+        "wall_seconds": manifest["wall_seconds"],
+        "images_per_second": speeds[len(speeds) // 2],
+        "history": list(fitted.history),
+        "audits": _audits(row, way, fitted, deadline),
+    }
+
+
+def _begin(folder: RunFolder, row: Row, seed: int) -> TrainState | None:
+    if folder.exists():
+        return folder.resume_state()
+    folder.create(f"# {row.name}, see benchmarks/rows.py\n", environment() | {"seed": seed, "status": "running"})
+    return None
+
+
+def _fit(row: Row, way: Way, seed: int, state: TrainState | None, save: Callable[[TrainState], None]) -> Fitted:
+    train = way.splits.train
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "init"))
+        model = create_model(
+            way.model, num_classes=train.num_classes, in_channels=train.images.shape[1], width=way.width
+        )
+    return fit(
+        model,
+        train,
+        row.objective,
+        methods=row.methods,
+        schedule=row.schedule,
+        seed=seed,
+        validation=way.validation,
+        select="last",
+        precision=way.precision,
+        compile=way.compile,
+        device=way.device,
+        resume=state,
+        save=save,
+    )
+
+
+def _audits(row: Row, way: Way, fitted: Fitted, deadline: float) -> dict[str, Any]:
+    """Raw weights and average, each before and after the repair of its head, in float32."""
+    found = {}
+    for name, weights in {"model": fitted.state.weights, **fitted.state.exports}.items():
+        fitted.model.load_state_dict(dict(weights))
+        for label, model in ((name, fitted.model), (f"{name} + hwnwb", HWNwB()(fitted.model))):
+            if time.monotonic() > deadline:
+                raise OutOfTimeError(f"{row.name} is trained and not yet audited")
+            result = audit(model, way.splits.test, attacks=ATTACKS, device=way.device, label=f"{row.name}, {label}")
+            robust, worst = result.average("pgd-20"), result.worst("pgd-20")
+            say(f"{result.model}: PGD-20 average {robust:.4f}, worst {worst.class_name} {worst.value:.4f}")
+            found[label] = result.to_dict()
+    return found
+
+
+def row_lines(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of a table out of the records of rows: one per audited model, rates in percent."""
+    lines = []
+    for record in records:
+        for label, result in record["audits"].items():
+            line = {"row": record["name"], "model": label, "seconds": record["wall_seconds"]}
+            line["images_per_second"] = record["images_per_second"]
+            for attack in ATTACKS:
+                hits = list(zip(result["attacks"][attack]["correct"], result["count"], strict=True))
+                line[attack] = 100 * sum(right for right, _ in hits) / sum(count for _, count in hits)
+                line[f"{attack}_worst"] = min(100 * right / count for right, count in hits)
+            lines.append(line)
+    return lines

@@ -1,0 +1,145 @@
+"""Seconds of one step of adversarial training with PGD-10: the naive loop, and ours in each precision.
+
+All cases start from the same weights, images and starting points. The naive loop runs under the C library's own
+handling of memory, ours keeps freed memory, as in `fit`; each turn of a case opens with one training pass that is not
+measured.
+
+First losses are compared twice: on the images that the naive loop attacked, and each on its own. Where the network
+rounds otherwise (another memory layout is enough), a gradient near zero changes its sign, and ten steps carry that to a
+tenth of the pixels, so the second comparison tells little in float32. In float64 it is exact to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure
+from benchmarks.measure import Report, Row, Table
+from benchmarks.naive import STEPS, NaiveTraining
+from benchmarks.workload import Step, as_in_fit, as_usual, build, one_batch, ways
+from robustfair.attacks.pgd import STARTS
+from robustfair.config import Precision
+from robustfair.objectives import PGDAT
+from robustfair.values import Batch
+
+COLUMNS = {
+    **measure.SPEED_COLUMNS,
+    "loss - naive, same attacked images": "{same_difference:+.1e}",
+    "own attacked images": "{own_difference:+.1e}",
+}
+CHECK_COLUMNS = {"case": "{case}", "first loss": "{loss:.9f}", "loss - naive": "{own_difference:+.1e}"}
+CHECK_IMAGES = 16
+OBJECTIVE = PGDAT()
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run the benchmark from the command line."""
+    options = measure.parser("train_step", __doc__, batch_size=(64, 128), precision=("fp32", "bf16"))
+    measure.add_compile(options)
+    return measure.run(options, report, argv)
+
+
+def report(args: argparse.Namespace) -> Report:
+    """A table per batch size, then the comparison in float64."""
+    model = build(args.model, args.width, device=args.device)
+    peaks = measure.matmul_peaks(args.device)
+    tables = [
+        Table(f"One step on {size} images", COLUMNS, compare(model, one_batch(size, args.device), peaks, args))
+        for size in args.batch_size
+    ]
+    check = check_in_float64(model, min(CHECK_IMAGES, *args.batch_size), args.device)
+    return Report(
+        name="train_step",
+        settings={**measure.settings(args, peaks), "attack": f"pgd-{STEPS}"},
+        tables=[*tables, Table("First loss in float64, each on its own attacked images", CHECK_COLUMNS, check)],
+        notes=[
+            "TFLOP/s and MFU count 23 forward passes a step, 2 for each of the 10 attack steps and 3 for the update, "
+            "whoever computes them; the naive loop computes 33."
+        ],
+    )
+
+
+def compare(model: nn.Module, batch: Batch, peaks: Mapping[str, float], args: argparse.Namespace) -> list[Row]:
+    """The rows of one batch size, the naive loop first."""
+    torch.compiler.reset()
+    size = len(batch.y)
+    naive, noise, x = NaiveTraining(model), starting_noise(batch), batch.x.contiguous()
+    ours = ways(args.precision, compiled=args.compile)
+    steps = {name: _step(model, size, args.device, *way) for name, way in ours.items()}
+    attacked = replace(batch, x_adv=_as_format_of(batch.x, naive.attack(x, batch.y, noise)))
+    same: dict[str, float | None] = {name: _loss_before(step, attacked) for name, step in steps.items()}
+
+    calls: dict[str, Callable[[], Any]] = {"naive": lambda: naive.step(x, batch.y, noise)[0]}
+    calls |= {name: partial(step, batch) for name, step in steps.items()}
+    scopes = {name: partial(as_in_fit if name in steps else as_usual, args.device) for name in calls}
+    first = {}
+    for name, call in calls.items():
+        measure.say(f"batch size {size}: first step of {name}")
+        with scopes[name]():
+            first[name] = float(call())
+    settle: dict[str, Callable[[], Any]] = {"naive": lambda: naive.loss(x, batch.y).backward()}
+    settle |= {name: partial(_training_pass, step, attacked) for name, step in steps.items()}
+    timings = measure.interleaved(calls, args.repeats, 0, device=args.device, scopes=scopes, settle=settle)
+
+    flops = measure.training_flops(measure.forward_flops(model, x[:1]), STEPS) * size
+    fast = measure.ratios(timings, "naive")
+    rows = []
+    for name, timing in timings.items():
+        peak = peaks.get(ours[name][0] if name in ours else "fp32")
+        row = measure.speed_row(name, timing, fast[name], images=size, flops=flops, peak=peak)
+        shared = same.get(name)
+        row["loss"], row["own_difference"] = first[name], first[name] - first["naive"]
+        row["same_difference"] = None if shared is None else shared - first["naive"]
+        rows.append(row)
+    return rows
+
+
+def check_in_float64(model: nn.Module, images: int, device: str) -> list[Row]:
+    """First losses of both loops in double precision."""
+    double = deepcopy(model).double()
+    batch = one_batch(images, device)
+    batch = replace(batch, x=batch.x.double())
+    naive = NaiveTraining(double).step(batch.x.contiguous(), batch.y, starting_noise(batch))[0]
+    ours = float(_step(double, images, device, "fp32", False)(batch))
+    return [
+        {"case": "naive", "loss": naive, "own_difference": 0.0},
+        {"case": "ours", "loss": ours, "own_difference": ours - naive},
+    ]
+
+
+def starting_noise(batch: Batch) -> Tensor:
+    """(B, C, H, W) in NCHW: how far our attack on `batch` starts from its images."""
+    attack = OBJECTIVE.attack(batch)
+    return (STARTS[attack.start](batch.x, attack, batch.rng("attack")) - batch.x).contiguous()
+
+
+def _step(model: nn.Module, size: int, device: str, precision: Precision, compile: bool) -> Step:
+    return Step(model, OBJECTIVE, precision=precision, compile=compile, device=device, batch_size=size)
+
+
+def _training_pass(step: Step, attacked: Batch) -> None:
+    step.loss(attacked).backward()
+
+
+def _loss_before(step: Step, attacked: Batch) -> float:
+    """Loss on images attacked elsewhere; weights and batch-norm statistics stay as they were."""
+    before = deepcopy(step.model.state_dict())
+    loss = step.loss(attacked).item()
+    step.model.load_state_dict(before)
+    return loss
+
+
+def _as_format_of(like: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(like).copy_(x)
+
+
+if __name__ == "__main__":
+    main()
