@@ -381,6 +381,31 @@ def demo(
     return 0
 
 
+data_commands = App(name="data", help="Prepare data sets.", help_format="plaintext")
+app.command(data_commands)
+
+
+@data_commands.command
+def pack(name: str, /, *, out: Path, parts: int = 2) -> int:
+    """Pack a data set losslessly into a few small .npz files, which load where only torch and numpy are installed.
+
+    Parameters
+    ----------
+    name
+        Name or path of the data set.
+    out
+        Folder of the files; --data reads it back.
+    parts
+        Number of files.
+    """
+    from robustfair.data import load_dataset
+    from robustfair.data.pack import write_pack
+
+    for file in write_pack(load_dataset(name), out, parts=parts):
+        print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
 def _width() -> int | None:
     """Columns of the terminal that stdout is; None where it is none and lines may be as long as they are."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

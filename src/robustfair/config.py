@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.errors import ConfigError, RecipeError, RobustFairError, UnknownNameError
 from robustfair.registry import canonical
 
 T = TypeVar("T")
@@ -224,8 +226,6 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
         UnknownNameError: a key that is no field; shows the nearest fields.
         ConfigError: a value of the wrong type or outside the allowed set.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
     known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for given, value in args.items():
@@ -244,14 +244,47 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
             norm = values.get("norm") or ("l2" if key == "step_size" and "norm" not in known else "linf")
             values[key] = parse_eps(values[key], norm=norm, owner=owner, field=key)
     types = get_type_hints(cls)
-    for key, value in values.items():
-        try:
-            reader = TypeAdapter(types[key], config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-            values[key] = reader.validate_python(tuple(value) if isinstance(value, list) else value)
-        except ValidationError as error:
-            allowed = error.errors()[0]["msg"].removeprefix("Input should be ")
-            raise ConfigError(owner, key, allowed=allowed, got=value) from None
-    return cls(**values)
+    return cls(**{key: _read(value, types[key], owner, key) for key, value in values.items()})
+
+
+def _read(value: Any, hint: Any, owner: str, key: str) -> Any:
+    if _is_plainly(value, hint):
+        return value
+    with needed("pydantic", f"reading {owner}: {key}={value}"):
+        from pydantic import ConfigDict, TypeAdapter, ValidationError
+    try:
+        reader = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+        return reader.validate_python(tuple(value) if isinstance(value, list) else value)
+    except ValidationError as error:
+        allowed = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise ConfigError(owner, key, allowed=allowed, got=value) from None
+
+
+def _is_plainly(value: object, hint: Any) -> bool:
+    """Whether `value` is of the type `hint` as it stands, so that strict reading would hand it back as it is."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_plainly(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(option) and value == option for option in get_args(hint))
+    return type(value) is hint
+
+
+@contextmanager
+def needed(package: str, purpose: str) -> Iterator[None]:
+    """Around the import of a package that not every machine has: one line says what it is for.
+
+    >>> with needed("nosuchpackage", "this example"):  # doctest: +ELLIPSIS
+    ...     import nosuchpackage
+    Traceback (most recent call last):
+        ...
+    robustfair.errors.RobustFairError: this example needs nosuchpackage, and there is no module nosuchpackage: pip ...
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RobustFairError(
+            f"{purpose} needs {package}, and there is no module {error.name}: pip install {package}"
+        ) from error
 
 
 def require_one_way(owner: str, *, compile: bool, deterministic: bool) -> None:

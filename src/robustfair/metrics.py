@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustfair.config import needed
 from robustfair.errors import ConfigError
 
 Array = Tensor | np.ndarray
@@ -359,7 +360,8 @@ def kendall(a: Array, b: Array) -> float:
     Raises:
         ConfigError: vectors of different length.
     """
-    from scipy.stats import kendalltau
+    with needed("scipy", "Kendall's tau"):
+        from scipy.stats import kendalltau
 
     x, y = _paired_present(a, b, owner="kendall")
     return float(kendalltau(x.cpu().numpy(), y.cpu().numpy(), variant="b").statistic) if len(x) >= 2 else _NAN

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from robustfair.data import cache
+from robustfair.data.decode import fingerprint
 from robustfair.data.sources import Source, find_source, hold_out
 from robustfair.errors import ConfigError, DataError
 
@@ -87,10 +87,7 @@ class ImageDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 of pixels, labels and class names; of nothing else, so a copy elsewhere has the same."""
-        digest = hashlib.sha256(json.dumps([self.class_names, list(self.images.shape)]).encode())
-        for tensor in (self.images, self.labels):
-            digest.update(tensor.cpu().contiguous().numpy().data.cast("B") if tensor.numel() else b"")
-        return digest.hexdigest()
+        return fingerprint(self.images.cpu().numpy(), self.labels.cpu().numpy(), self.class_names)
 
     def to(self, device: torch.device | str) -> ImageDataset:
         """The same data resident on `device`."""
@@ -178,7 +175,8 @@ def load_dataset(
     """Load a data set by its name in the catalogue, or from a path.
 
     A name is looked up as a folder under `ROBUSTFAIR_DATA`, then on the Hugging Face hub. A path is a folder saved by
-    `datasets`, a folder of parquet files, an image folder (`<class>/...` or `<split>/<class>/...`), or an `.npz`. A
+    `datasets`, a folder of parquet files, an image folder (`<class>/...` or `<split>/<class>/...`), an `.npz`, or the
+    parts that `robustfair data pack` wrote (their folder, or one of them), which come before all else in a folder. A
     validation part is the test part of sources that have no other; a source without splits is all train part.
 
     Args:

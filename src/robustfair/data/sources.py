@@ -1,7 +1,7 @@
 """Where images come from: a name of the catalogue or a path, to a source that can be identified cheaply and decoded.
 
 A source knows its parts and its identity (paths, sizes, times of change) without opening a picture, so that a load
-which finds its cache file needs neither pyarrow nor Pillow.
+which finds its cache file needs neither pyarrow nor Pillow. Packed data sets need neither at all.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from robustfair.config import needed
 from robustfair.data.catalog import CATALOG, CatalogEntry
 from robustfair.data.decode import Decoded, Picture, decode_pictures, numbered_names, resize_arrays, share_shape
+from robustfair.data.pack import HEADER, Pack, find_pack, pack_stem, read_pack
 from robustfair.data.split import stratified_split
 from robustfair.errors import DataError, UnknownNameError
 from robustfair.registry import canonical
@@ -44,7 +46,7 @@ class Source(Protocol):
 
     Attributes:
         name: how messages and cache files call it.
-        entry: its row of the catalogue; None for a path.
+        entry: its row of the catalogue, or what a pack says of itself; None for another path.
         parts: "train" and/or "test", known before anything is decoded.
         identity: what its pixels depend on, as JSON; None if decoding is no work and nothing is to be cached.
     """
@@ -121,7 +123,8 @@ class Digits:
     identity: object | None = None
 
     def decode(self, image_size: int | None) -> Decoded:
-        from sklearn.datasets import load_digits
+        with needed("scikit-learn", "the digits data set"):
+            from sklearn.datasets import load_digits
 
         digits = load_digits()
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
@@ -143,6 +146,10 @@ class Npz:
     @classmethod
     def open(cls, path: Path, name: str) -> Npz:
         with _load_npz(path) as arrays:
+            if HEADER in arrays:
+                raise DataError(
+                    f"{path} is a part of a packed data set: give it back its name, like cifar10.1-of-2.npz"
+                )
             parts = tuple(part for part in ("train", "test") if any(f"{part}_{key}" in arrays for key in _IMAGE_KEYS))
         return cls(path=path, name=name, parts=parts or ("train",))
 
@@ -171,6 +178,36 @@ class Npz:
                 return arrays[key]
         allowed = ", ".join(prefixes[-1] + key for key in keys)
         raise DataError(f"{self.path}: no array of {keys[0]} ({allowed}), it holds {', '.join(arrays) or 'none'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """The parts that `robustfair.data.pack` wrote, with the names and the augmentation that they were packed with."""
+
+    name: str
+    entry: CatalogEntry
+    pack: Pack
+
+    @classmethod
+    def open(cls, pack: Pack, name: str, entry: CatalogEntry | None) -> Packed:
+        about = pack.contents
+        if entry is not None:
+            return cls(name=name, entry=entry, pack=pack)
+        own = CatalogEntry(name=about.name, summary="packed", num_classes=len(about.class_names), augment=about.augment)
+        return cls(name=about.name, entry=own, pack=pack)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.pack.contents.shapes)
+
+    @property
+    def identity(self) -> object:
+        return [_stamp(file) for file in self.pack.files]
+
+    def decode(self, image_size: int | None) -> Decoded:
+        decoded = read_pack(self.pack)
+        parts = {part: (resize_arrays(images, image_size), labels) for part, (images, labels) in decoded.parts.items()}
+        return replace(decoded, parts=parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +390,9 @@ def _local_folder(entry: CatalogEntry) -> Path | None:
 
 def _at(path: Path, name: str, entry: CatalogEntry | None, wanted: Mapping[str, str]) -> Source:
     """The source at an existing path, by what lies there."""
+    pack = find_pack(path, pack_stem(name) if entry is not None and entry.selectors else None)
+    if pack is not None:
+        return Packed.open(pack, name, entry)
     if path.is_file():
         if path.suffix == ".npz":
             return Npz.open(path, name)

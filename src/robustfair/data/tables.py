@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from robustfair.config import needed
 from robustfair.data.catalog import CatalogEntry
 from robustfair.data.decode import Decoded, Picture, decode_pictures, numbered_names, share_shape
 from robustfair.errors import DataError, UnknownNameError
@@ -104,7 +105,8 @@ def open_hub(entry: CatalogEntry) -> dict[str, list[Shard]]:
     Raises:
         DataError: the hub cannot be reached, or refuses.
     """
-    import datasets
+    with needed("datasets", f"{entry.name} from the Hugging Face hub"):
+        import datasets
 
     try:
         loaded = datasets.load_dataset(entry.hub, entry.config)
@@ -315,7 +317,8 @@ def _hub_shard(entry: CatalogEntry, split: str, part: Any) -> Shard:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    import pyarrow as pa
+    with needed("pyarrow", f"{path}"):
+        import pyarrow as pa
 
     try:
         yield

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from robustfair import metrics
 from robustfair.checkpoint import write_text
-from robustfair.config import format_eps
+from robustfair.config import format_eps, needed
 from robustfair.errors import ConfigError
 from robustfair.evaluate.audit import CLEAN, Audit
 from robustfair.evaluate.sanity import compare_findings, findings
@@ -113,7 +113,8 @@ def render_report(
     recipe: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as text; arguments as for `write_report`. The same audit gives the same page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    with needed("jinja2", "a report"):
+        from jinja2 import Environment, PackageLoader, StrictUndefined
 
     if baseline is not None:
         check_comparable(baseline, audit)

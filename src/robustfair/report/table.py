@@ -14,18 +14,20 @@ from io import StringIO
 from typing import IO, Literal
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from robustfair import metrics
-from robustfair.config import format_eps, require
+from robustfair.config import format_eps, needed, require
 from robustfair.errors import DataError
 from robustfair.evaluate.audit import ROBUST, Audit
 from robustfair.evaluate.sanity import paired_difference
+
+with needed("rich", "a table or report"):
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
 
 NO_IMAGES = "no images"
 _UNLIMITED = 100_000
