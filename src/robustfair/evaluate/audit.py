@@ -32,6 +32,7 @@ from robustfair.config import Norm, parse_eps, parse_norm, require
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
 from robustfair.losses import cross_entropy
+from robustfair.memory import kept_memory
 from robustfair.models.head import check_outputs, head_norms, unwrap
 from robustfair.registry import canonical
 from robustfair.rundir import versions
@@ -351,7 +352,7 @@ def audit(
         seed=seed,
         on_progress=on_progress,
     )
-    with attacking(model, "eval"):
+    with kept_memory(device), attacking(model, "eval"):
         predictions, seconds, gradients = sweeper.all(data, suite)
     return Audit(
         model=label or type(unwrap(model)).__name__,
