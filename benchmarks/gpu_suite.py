@@ -79,7 +79,7 @@ def correctness(suite: Suite) -> Mapping[str, Any]:
     rows = []
     for objective in (PGDAT(), Trades()):
         reference: tuple[Tensor, Tensor] | None = None
-        for name, precision, compile, graphs in ways_to_run(device):
+        for name, precision, compile, graphs in ways_to_run(device, compiled=not suite.small):
             engine = Engine(model, precision=precision, device=device, compile=compile, graphs=graphs, batch_size=size)
             again = [engine.attack(batch, objective.attack(batch)) for _ in range(2)]
             moved = again[0] - batch.x
@@ -108,11 +108,11 @@ def correctness(suite: Suite) -> Mapping[str, Any]:
     return report(suite, "correctness", tables, [waiting(suite)])
 
 
-def ways_to_run(device: str) -> list[tuple[str, Precision, bool, bool]]:
+def ways_to_run(device: str, *, compiled: bool) -> list[tuple[str, Precision, bool, bool]]:
     """(name, precision, compile, graphs), the reference first; graphs on CUDA alone."""
     found = []
     for precision in ("fp32", "bf16"):
-        for compile in (False, True):
+        for compile in (False, True) if compiled else (False,):
             for graphs in (False, True) if torch.device(device).type == "cuda" else (False,):
                 name = precision + " compiled" * compile + " replayed" * graphs
                 found.append((name, precision, compile, graphs))
@@ -168,16 +168,17 @@ def kept(made: Report) -> Mapping[str, Any]:
 
 def tasks(rows: Sequence[Row]) -> list[Task]:
     """All tasks in order of use."""
+    step, whole = (*SMALL, "--no-compile"), ("--width", "64", "--precision", "bf16", "--batch-size", "128", "--compile")
     both, bf16 = ("--precision", "fp32", "bf16"), ("--precision", "bf16")
     return [
         Task("correctness", 60, correctness),
-        Task("train-step-128", 60, scripted(train_step.main, "--batch-size", "128", *both)),
-        Task("train-step-512", 60, scripted(train_step.main, "--batch-size", "512", *bf16)),
-        Task("train-step-1024", 60, scripted(train_step.main, "--batch-size", "1024", *bf16)),
-        Task("row pgd-at fast", 60, trained(rows[0])),
-        Task("attack", 60, scripted(attack.main)),
-        Task("epoch", 60, scripted(epoch.main)),
-        Task("memory", 60, scripted(memory.main)),
+        Task("train-step-128", 60, scripted(train_step.main, ("--batch-size", "128", *both), step)),
+        Task("train-step-512", 60, scripted(train_step.main, ("--batch-size", "512", *bf16), step)),
+        Task("train-step-1024", 60, scripted(train_step.main, ("--batch-size", "1024", *bf16), step)),
+        Task(f"row {rows[0].name}", 60, trained(rows[0])),
+        Task("attack", 60, scripted(attack.main, (), (*step, "--steps", "2", "--images", "4"))),
+        Task("epoch", 60, scripted(epoch.main, whole, (*SMALL, "--batches", "2", "--sizes", "8", "--workers", "0"))),
+        Task("memory", 60, scripted(memory.main, whole, (*SMALL, "--epochs", "2", "--images", "8", "--sizes", "8"))),
         *(Task(f"row {row.name}", 60, trained(row)) for row in rows[1:]),
     ]
 
@@ -186,12 +187,13 @@ SMALL = ("--width", "2", "--repeats", "1", "--batch-size", "4")
 """Options that make any of the scripts a matter of seconds."""
 
 
-def scripted(main: Callable[[Sequence[str]], Report], *options: str) -> Callable[[Suite], Mapping[str, Any]]:
-    """A task that runs one of the other scripts."""
+def scripted(
+    main: Callable[[Sequence[str]], Report], full: Sequence[str], small: Sequence[str]
+) -> Callable[[Suite], Mapping[str, Any]]:
+    """A task that runs one of the other scripts, with these options or, for a check, with those."""
 
     def run(suite: Suite) -> Mapping[str, Any]:
-        small = SMALL if suite.small else ()
-        return kept(main([*options, "--device", suite.way.device, *small]))
+        return kept(main([*(small if suite.small else full), "--device", suite.way.device]))
 
     return run
 
@@ -265,7 +267,7 @@ def summary(results: Path, todo: Sequence[Task]) -> str:
             continue
         parts.append(read["found"]["text"])
     lines = [line | {"minutes": line["seconds"] / 60} for line in row_lines(records)]
-    return "\n\n".join([*parts, "## Rows\n\n" + Table("Rows", ROW_COLUMNS, [*lines, *missing]).markdown()])
+    return "\n\n".join([*parts, "## Rows\n\n" + Table("Rows", ROW_COLUMNS, [*lines, *missing], whole=True).markdown()])
 
 
 def options() -> argparse.ArgumentParser:

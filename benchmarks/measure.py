@@ -268,7 +268,7 @@ class Table:
     Attributes:
         title: what was measured.
         columns: heading -> cell, a format string over the keys of a row. A cell whose values are missing or None prints
-            as "-"; a column without any value is left out.
+            as "-"; a column without any value is left out unless `whole`.
         rows: one mapping a line; may hold more than is printed.
 
     >>> table = Table("", {"case": "{case}", "s": "{seconds:.1f}"}, [{"case": "a", "seconds": 2}, {"case": "b"}])
@@ -282,13 +282,14 @@ class Table:
     title: str
     columns: Mapping[str, str]
     rows: Sequence[Row]
+    whole: bool = False
 
     def markdown(self) -> str:
         """The table as aligned markdown: text to the left, everything else to the right."""
         lines = []
         for heading, form in self.columns.items():
             cells = [_cell(form, row) for row in self.rows]
-            if any(cell != "-" for cell in cells):
+            if self.whole or any(cell != "-" for cell in cells):
                 width = max(len(cell) for cell in (heading, *cells))
                 align = str.ljust if heading == next(iter(self.columns)) else str.rjust
                 lines.append([align(heading, width), "-" * width, *(align(cell, width) for cell in cells)])

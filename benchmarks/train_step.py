@@ -32,8 +32,8 @@ from robustfair.values import Batch
 
 COLUMNS = {
     **measure.SPEED_COLUMNS,
-    "loss - naive, same attacked images": "{same_difference:+.1e}",
-    "own attacked images": "{own_difference:+.1e}",
+    "loss - naive, same x_adv": "{same_difference:+.1e}",
+    "own x_adv": "{own_difference:+.1e}",
 }
 CHECK_COLUMNS = {"case": "{case}", "first loss": "{loss:.9f}", "loss - naive": "{own_difference:+.1e}"}
 CHECK_IMAGES = 16

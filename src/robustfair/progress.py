@@ -13,6 +13,9 @@ from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from robustfair.runner import Prepared
 from robustfair.training.state import TrainState
 
+REDRAWS = 4
+"""Of a bar, per second: rich's ten take more than one percent of a core from the training."""
+
 
 class _Bar:
     """A bar that a context manager always takes down again; silent where stderr is not a terminal."""
@@ -21,7 +24,14 @@ class _Bar:
         self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         silent = quiet or not self.console.is_terminal
-        self.bar = Progress(*columns, TimeLeftColumn(), console=self.console, transient=True, disable=silent)
+        self.bar = Progress(
+            *columns,
+            TimeLeftColumn(),
+            console=self.console,
+            refresh_per_second=REDRAWS,
+            transient=True,
+            disable=silent,
+        )
 
     def __enter__(self) -> Any:
         self.bar.start()

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_suite
+from benchmarks.gpu_suite import Suite, Task, run_all, summary
+from benchmarks.rows import OutOfTimeError, Row, Way, fast_rows, row_lines, train_row
+from robustfair.data import ImageDataset, Splits
+from robustfair.methods import CCM, EMA
+from robustfair.objectives import PGDAT
+from robustfair.training.schedule import Schedule
+
+Data = Callable[..., ImageDataset]
+NEVER = float("inf")
+
+
+@pytest.fixture
+def way(tmp_path: Path, tiny_data: Data) -> Way:
+    splits = Splits(train=tiny_data((9, 8, 7)), test=tiny_data((4, 4, 4), seed=1))
+    return Way(splits, tmp_path / "work", "cpu", precision="fp32", compile=False, model="small-cnn", width=2)
+
+
+@pytest.fixture
+def row() -> Row:
+    methods = (CCM(begin=1), EMA(decay=0.5))
+    return Row("some row", PGDAT(steps=2), methods, Schedule(epochs=3, batch_size=8))
+
+
+def suite(way: Way, results: Path, *, deadline: float = NEVER, small: bool = False) -> Suite:
+    return Suite(results, replace(way, validation=0.2), deadline, small)
+
+
+def without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of a row without what depends on the clock."""
+    history = [
+        {key: value for key, value in epoch.items() if key not in ("seconds", "images_per_second")}
+        for epoch in record["history"]
+    ]
+    audits = {
+        name: {attack: numbers["confusion_pred_true"] for attack, numbers in found["attacks"].items()}
+        for name, found in record["audits"].items()
+    }
+    return {"history": history, "audits": audits, "train": record["train"]}
+
+
+def test_a_row_that_ran_out_of_time_goes_on_where_it_stopped(way: Way, row: Row, tmp_path: Path) -> None:
+    way = replace(way, validation=0.2)
+    with pytest.raises(OutOfTimeError, match="some row stands at epoch 1 of 3"):
+        train_row(row, way, deadline=time.monotonic())
+    with pytest.raises(OutOfTimeError, match="some row stands at epoch 2 of 3"):
+        train_row(row, way, deadline=time.monotonic())
+    with pytest.raises(OutOfTimeError, match="some row is trained and not yet audited"):
+        train_row(row, way, deadline=time.monotonic())
+    resumed = train_row(row, way, NEVER)
+    whole = train_row(row, replace(way, work=tmp_path / "other"), NEVER)
+    assert without_clock(resumed) == without_clock(whole)
+    assert len(resumed["history"]) == 3
+    assert list(resumed["audits"]) == ["model", "model + hwnwb", "ema", "ema + hwnwb"]
+
+
+def test_lines_are_read_off_the_counts() -> None:
+    numbers = {"correct": [3, 1], "count": [4, 4]}
+    record = {
+        "name": "a",
+        "wall_seconds": 60.0,
+        "images_per_second": 7.0,
+        "audits": {"model": {"count": [4, 4], "attacks": dict.fromkeys(("clean", "pgd-20", "cw-20"), numbers)}},
+    }
+    line = row_lines([record])[0]
+    assert (line["pgd-20"], line["pgd-20_worst"]) == (50.0, 25.0)
+
+
+def test_finished_tasks_are_kept_and_failed_ones_tried_again(way: Way, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def fine(suite: Suite) -> dict[str, Any]:
+        calls.append("fine")
+        return {"text": "all is well"}
+
+    def failing(suite: Suite) -> dict[str, Any]:
+        calls.append("failing")
+        raise RuntimeError("no kernel image")
+
+    todo = [Task("fine", 0, fine), Task("failing", 0, failing)]
+    lines = run_all(suite(way, tmp_path / "out"), todo)
+    assert lines[1] == "failing: failed, see failing.error.txt"
+    assert "no kernel image" in (tmp_path / "out" / "failing.error.txt").read_text()
+    assert run_all(suite(way, tmp_path / "out"), [todo[0], Task("failing", 0, fine)])[0] == "fine: done before"
+    assert calls == ["fine", "failing", "fine"]
+    assert not (tmp_path / "out" / "failing.error.txt").exists()
+    assert "all is well" in summary(tmp_path / "out", todo)
+
+
+def test_what_would_not_end_in_time_is_not_begun(way: Way, tmp_path: Path) -> None:
+    def never(suite: Suite) -> dict[str, Any]:
+        raise AssertionError("begun")
+
+    lines = run_all(suite(way, tmp_path, deadline=time.monotonic() + 30), [Task("long", 60, never)])
+    assert lines[0].startswith("long: not begun, ")
+
+
+def test_the_suite_runs_whole_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["correctness", "attack", "epoch", "memory", "row trades + ccm"]
+    argv = ["--small", "--data", "digits", "--device", "cpu", "--resume", str(tmp_path), "--only", *only]
+    assert gpu_suite.main(argv) == 0
+    assert gpu_suite.main([*argv, "--table"]) == 0
+    shown = capsys.readouterr().out
+    assert "| trades + ccm + ccr fast" in shown
+    found = json.loads((tmp_path / "correctness.json").read_text())["found"]
+    plain = found["tables"][0]["rows"][0]
+    assert plain["case"] == "pgd-at fp32"
+    assert plain["largest"] == pytest.approx(8, abs=1e-4)
+    assert plain["repeats"]
+
+
+def test_a_table_of_nothing_has_empty_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_suite.main(["--table", "--resume", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| row ")]
+    heading, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert heading == list(gpu_suite.ROW_COLUMNS)
+    assert [row[0] for row in rows] == [f"row {row.name}" for row in fast_rows()]
+    assert all(cell == "-" for row in rows for cell in row[1:])
+
+
+def test_data_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu_suite.main(["--data", str(tmp_path / "nothing"), "--resume", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "nothing" in capsys.readouterr().err
