@@ -158,6 +158,13 @@ def test_a_model_that_cuts_its_gradient_is_refused_before_a_compiled_step(tiny_d
         fit(Cut(), tiny_data(), PGDAT(), schedule=Schedule(epochs=1), compile=True)
 
 
+def test_one_engine_after_another_is_compiled_anew(tiny_net: Net) -> None:
+    for count in (4, 5):
+        batch, model = batch_of(count), tiny_net(dtype=torch.float64).train()
+        with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+            assert Engine(model, compile=True, batch_size=count)(batch.x).shape == (count, 3)
+
+
 # Batches of another size
 
 

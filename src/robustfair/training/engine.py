@@ -52,6 +52,7 @@ class Engine:
         self._clean: tuple[Tensor, Tensor] | None = None
         if compile:
             require_compiler(device.type)
+            torch.compiler.reset()  # or what earlier engines compiled would count against the limit of this one
             self._compiled = torch.compile(self.eager.forward, dynamic=False)
             self._ascent = partial(ascend, step=torch.compile(functional_step, dynamic=False))
         if graphs or (graphs is None and compile and device.type == "cuda"):
