@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,9 @@ def run_apart(args: argparse.Namespace, model: str, width: int | None, images: i
     settings = {"model": model, "width": width, "images": images, "epochs": epochs}
     shared = {name: getattr(args, name) for name in ("device", "precision", "compile", "batch_size", "threads")}
     command = [sys.executable, "-c", "from benchmarks.memory import child; child()", json.dumps(settings | shared)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])  # also where the package is not installed
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     rows: list[Row] = json.loads(done.stdout)
     return rows
 

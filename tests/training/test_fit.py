@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,32 @@ def test_every_boundary_resumes_bit_for_bit(
         assert (resumed.chosen.candidate, resumed.chosen.epoch) == (whole.chosen.candidate, whole.chosen.epoch)
         weights = resumed.model.state_dict()
         assert all(torch.equal(tensor, weights[name]) for name, tensor in whole.model.state_dict().items())
+
+
+def test_momentum_comes_back_in_the_layout_of_its_weights(
+    monkeypatch: pytest.MonkeyPatch, tiny_net: Net, tiny_data: Data
+) -> None:
+    """On disk every tensor is contiguous; a fused update would read a channels-last weight's momentum in wrong order."""
+    states: list[TrainState] = []
+    fit(tiny_net(channels=3), tiny_data(channels=3), PGDAT(steps=1), schedule=SHORT, save=states.append)
+    stored = {name: buffer.contiguous() for name, buffer in states[0].optimizer.items()}
+    assert any(not buffer.is_contiguous() for buffer in states[0].optimizer.values())
+    made: list[torch.optim.Optimizer] = []
+    build = Schedule.build_optimizer
+    monkeypatch.setattr(Schedule, "build_optimizer", lambda *args: made.append(build(*args)) or made[-1])
+    strides: list[tuple[Any, Any]] = []
+
+    class Look(Method):
+        name = "look"
+
+        def at_epoch(self, state: State, run: Any) -> State:
+            strides.extend((p.stride(), made[0].state[p]["momentum_buffer"].stride()) for p in run.model.parameters())
+            return state
+
+    resume = replace(states[0], optimizer=stored, methods={"look": {}})
+    fit(tiny_net(channels=3), tiny_data(channels=3), PGDAT(steps=1), schedule=SHORT, methods=[Look()], resume=resume)
+    assert strides
+    assert all(weight == momentum for weight, momentum in strides)
 
 
 def test_resuming_leaves_the_given_state_alone(tiny_net: Net, tiny_data: Data, differences: Differences) -> None:

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import Ascent, ascend, functional_step, pgd
+from robustfair.attacks.pgd import (
+    Ascent,
+    Problem,
+    ascend,
+    attacking,
+    functional_step,
+    pgd,
+    require_input_gradient,
+)
 from robustfair.config import Precision
-from robustfair.errors import ConfigError
+from robustfair.errors import ConfigError, ModelError
+from robustfair.losses import MaximiseCE
 from robustfair.training.capture import CapturedAscent
 from robustfair.training.precision import InPrecision
-from robustfair.values import Attack, Batch
+from robustfair.values import Attack, Batch, Model
 
 
 class Engine:
@@ -30,7 +41,7 @@ class Engine:
         compile: compile the training pass, and the attack step as one function.
         graphs: record all steps of an attack as one CUDA graph and replay it; None does so on CUDA where compiled.
         batch_size: what to compile for; batches of another size, such as the last of an epoch, run uncompiled. None
-            compiles for every size that comes.
+            compiles for every size that comes, up to torch's limit of recompilations.
     """
 
     def __init__(
@@ -47,14 +58,13 @@ class Engine:
         self.model = model
         self.eager = InPrecision(model, precision, device.type)
         self.batch_size = batch_size
-        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._compiled: Callable[[Model, Tensor], Tensor] | None = None
         self._ascent: Ascent = ascend
         self._clean: tuple[Tensor, Tensor] | None = None
         if compile:
             require_compiler(device.type)
-            torch.compiler.reset()  # or what earlier engines compiled would count against the limit of this one
-            self._compiled = torch.compile(self.eager.forward, dynamic=False)
-            self._ascent = partial(ascend, step=torch.compile(functional_step, dynamic=False))
+            self._compiled = torch.compile(_own_copy(_logits), dynamic=False)
+            self._ascent = partial(ascend, step=torch.compile(_own_copy(functional_step), dynamic=False))
         if graphs or (graphs is None and compile and device.type == "cuda"):
             self._ascent = CapturedAscent(self._ascent, model)
 
@@ -65,7 +75,7 @@ class Engine:
             return known[1]
         if self._compiled is None or not self._fits(x) or not self.model.training:
             return self.eager(x)
-        return self._compiled(x)
+        return self._compiled(self.eager, x)
 
     def attack(self, batch: Batch, attack: Attack, *, clean_pass: bool = False) -> Tensor:
         """The attacked images of a batch, (B, C, H, W).
@@ -86,6 +96,38 @@ class Engine:
 
     def _fits(self, x: Tensor) -> bool:
         return self.batch_size is None or x.shape[0] == self.batch_size
+
+
+def _logits(model: Model, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def _own_copy(function: Callable[..., Any]) -> Any:
+    """The same function with code of its own.
+
+    torch counts recompilations per code object for the whole process and runs eager, with no more than a warning, once
+    they are spent: without this the third or fourth compiled run of a process would not be compiled.
+    """
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
+    return copy
+
+
+def require_pure(model: nn.Module, x: Tensor) -> None:
+    """Refuse a model that gives its input no gradient, or whose gradient cannot be taken as a pure function.
+
+    Raises:
+        ModelError: a model that cuts its graph, writes its buffers in eval mode, checkpoints, or has backward hooks.
+    """
+    require_input_gradient(model, x)
+    y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    none = torch.zeros_like(x[:, :1, :1, :1])
+    try:
+        with attacking(model, "eval"):
+            functional_step(model, x, Problem(MaximiseCE(), x, y, None, none, none, "linf", False))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"the model cannot be compiled, train it without compile: {reason}") from error
 
 
 @cache

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from robustfair import metrics
-from robustfair.attacks.pgd import require_input_gradient
 from robustfair.attacks.sweep import sweep
 from robustfair.config import Precision, Select, require, require_one_way
 from robustfair.data import ImageDataset
@@ -29,8 +28,8 @@ from robustfair.memory import kept_memory
 from robustfair.methods.base import Method, Plan, compose
 from robustfair.models.head import check_outputs, head_norms
 from robustfair.objectives.base import AdversarialObjective, Objective
-from robustfair.training.engine import Engine
-from robustfair.training.precision import numerics
+from robustfair.training.engine import Engine, require_pure
+from robustfair.training.precision import allow_deterministic_products, numerics
 from robustfair.training.run import Meter, TrainingRun, finite_or_none
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import Chosen, TrainState
@@ -92,7 +91,7 @@ def fit(
         augment: None takes the data set's own.
         precision: of forward and backward passes; weights and losses are float32 either way.
         compile: compile attack and training pass for batches of `schedule.batch_size`; the same mathematics with other
-            rounding. The first steps take a minute longer.
+            rounding, and other draws in layers such as dropout. The first steps take a minute longer.
         deterministic: the reference path: uncompiled, no TF32, only algorithms that repeat bit for bit. On a CPU in
             float32 the default is the same path.
         allow: claims that several methods may share.
@@ -102,7 +101,7 @@ def fit(
 
     Raises:
         ConflictError: methods that cannot act together, before any step.
-        ModelError: the model's output does not fit the classes.
+        ModelError: the model's output does not fit the classes; or it cannot be compiled, and shall be.
         DivergedError: a loss that is not finite; carries epoch, step and class state.
     """
     schedule = schedule or Schedule()
@@ -114,6 +113,8 @@ def fit(
         raise DataError(f"{train.name}: no images to train on")
     plan = compose(objective, methods, allow=allow)
     device = torch.device(device)
+    if deterministic:
+        allow_deterministic_products()
     require_validation(validation, select)
     train, held = _with_validation(train, validation)
     train, held = train.to(device), None if held is None else held.to(device)
@@ -123,7 +124,7 @@ def fit(
     first = next(evaluation_batches(train, 2)).x
     check_outputs(model, train.num_classes, first)
     if compile:
-        require_input_gradient(model, first)
+        require_pure(model, first)
     augmentation = parse_augmentation(train.augment) if augment is None else augment
     training = _Training(
         engine=Engine(model, precision=precision, device=device, compile=compile, batch_size=schedule.batch_size),
@@ -191,9 +192,11 @@ class _Training:
             return
         self.model.load_state_dict(dict(resume.weights))
         for name, tensor in resume.optimizer.items():
-            parameter, key = name.rsplit("/", 1)
-            device = "cpu" if key == "step" else self.device
-            self.optimizer.state[self.trainable[parameter]][key] = tensor.to(device, copy=True)
+            name, key = name.rsplit("/", 1)
+            parameter = self.trainable[name]
+            whole = tensor.shape == parameter.shape  # laid out as its parameter is, which fused kernels rely on
+            buffer = torch.empty_like(parameter).copy_(tensor) if whole else tensor.clone()
+            self.optimizer.state[parameter][key] = buffer
         self.states = {name: _copied(state, self.device) for name, state in resume.methods.items()}
         self.run.epoch, self.run.step, self.run.train = resume.epoch, resume.step, resume.train
         self.state = resume
@@ -209,9 +212,9 @@ class _Training:
         torch.manual_seed(derive_seed(self.seed, run.epoch, "layers"))
         _train_mode(self.model, self.trainable if schedule.only else None)
         meter = Meter(run.num_classes, self.device)
-        started = time.perf_counter()
+        started, steps = time.perf_counter(), self.loader.steps_per_epoch
         for step, batch in enumerate(self.loader.epoch(run.epoch)):
-            lr = schedule.lr_at(run.epoch, step, self.loader.steps_per_epoch)
+            lr = schedule.lr_at(run.epoch, step, steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self._step(batch, meter, step)

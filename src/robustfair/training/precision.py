@@ -47,7 +47,6 @@ def numerics(deterministic: bool) -> Iterator[None]:
     )
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         conv.fp32_precision = matmul.fp32_precision = "ieee"
     try:
@@ -55,3 +54,11 @@ def numerics(deterministic: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(were_deterministic, warn_only=only_warned)
         torch.backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision = before
+
+
+def allow_deterministic_products() -> None:
+    """Give cuBLAS the fixed workspace that its deterministic products need, for the rest of the process.
+
+    It is read at the first product on a GPU, so this comes before any; a value that is set already stays.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
