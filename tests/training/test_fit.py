@@ -165,7 +165,7 @@ def test_every_boundary_resumes_bit_for_bit(
 def test_momentum_comes_back_in_the_layout_of_its_weights(
     monkeypatch: pytest.MonkeyPatch, tiny_net: Net, tiny_data: Data
 ) -> None:
-    """On disk every tensor is contiguous; a fused update would read a channels-last weight's momentum in wrong order."""
+    """Files hold contiguous tensors; a fused update would read the momentum of channels-last weights in wrong order."""
     states: list[TrainState] = []
     fit(tiny_net(channels=3), tiny_data(channels=3), PGDAT(steps=1), schedule=SHORT, save=states.append)
     stored = {name: buffer.contiguous() for name, buffer in states[0].optimizer.items()}
