@@ -10,6 +10,7 @@ Needs torch, numpy, safetensors and pillow, and CIFAR-10 as packed by `robustfai
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 import traceback
@@ -31,14 +32,17 @@ from benchmarks.workload import build, one_batch, synthetic  # noqa: E402
 from robustfair.checkpoint import read_json, write_json  # noqa: E402
 from robustfair.config import Precision  # noqa: E402
 from robustfair.data import Splits, load_dataset  # noqa: E402
-from robustfair.errors import RobustFairError  # noqa: E402
+from robustfair.errors import CheckpointError, RobustFairError  # noqa: E402
 from robustfair.objectives import PGDAT, Trades  # noqa: E402
 from robustfair.training.engine import Engine  # noqa: E402
 from robustfair.training.fit import fit  # noqa: E402
+from robustfair.training.precision import numerics  # noqa: E402
 from robustfair.training.schedule import Schedule  # noqa: E402
 from robustfair.values import Batch  # noqa: E402
 
 TASK_SCHEMA = "robustfair.suite/1"
+MARGIN = 20
+"""Seconds of the time given that are left for what is under way."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,31 @@ class Suite:
     way: Way
     deadline: float
     small: bool
+
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on besides the code: results of other settings are not mixed with it."""
+        return self.way.settings() | {"small": self.small}
+
+    def file(self, task: str) -> Path:
+        """Where the result of a task lies."""
+        return self.results / f"{task.replace(' ', '-')}.json"
+
+    def require_own_results(self, todo: Sequence[Task]) -> None:
+        """Refuse a folder that holds results of other settings.
+
+        Raises:
+            CheckpointError: names the file and what differs.
+        """
+        for task in todo:
+            if self.file(task.name).exists():
+                found = read_json(self.file(task.name), TASK_SCHEMA).get("settings", {})
+                own = self.settings()
+                differ = [key for key in own if found.get(key) != own[key]]
+                if differ:
+                    raise CheckpointError(
+                        f"{self.file(task.name)} was measured with another {differ[0]} ({found.get(differ[0])}, now "
+                        f"{own[differ[0]]}): give another folder with --resume"
+                    )
 
 
 @dataclass(frozen=True)
@@ -81,9 +110,9 @@ def correctness(suite: Suite) -> Mapping[str, Any]:
         reference: tuple[Tensor, Tensor] | None = None
         for name, precision, compile, graphs in ways_to_run(device, compiled=not suite.small):
             engine = Engine(model, precision=precision, device=device, compile=compile, graphs=graphs, batch_size=size)
-            again = [engine.attack(batch, objective.attack(batch)) for _ in range(2)]
-            moved = again[0] - batch.x
-            loss = frozen_loss(engine, objective, replace(batch, x_adv=again[0]))
+            with numerics(deterministic=reference is None):
+                again = [engine.attack(batch, objective.attack(batch)) for _ in range(2)]
+                loss = frozen_loss(engine, objective, replace(batch, x_adv=again[0]))
             if reference is None:
                 reference = again[0], loss
             rows.append(
@@ -92,14 +121,14 @@ def correctness(suite: Suite) -> Mapping[str, Any]:
                     "loss": float(loss),
                     "difference": float(loss - reference[1]),
                     "other_pixels": float((again[0] != reference[0]).float().mean()),
-                    "largest": float(moved.abs().max()) * 255,
+                    "largest": float((again[0] - batch.x).abs().max()) * 255,
                     "repeats": torch.equal(again[0], again[1]),
                 }
             )
     columns = {
         "case": "{case}",
         "loss": "{loss:.6f}",
-        "- eager fp32": "{difference:+.1e}",
+        "- the first": "{difference:+.1e}",
         "pixels that differ": "{other_pixels:.4f}",
         "largest move / 255": "{largest:.4f}",
         "same when repeated": "{repeats}",
@@ -109,14 +138,16 @@ def correctness(suite: Suite) -> Mapping[str, Any]:
 
 
 def ways_to_run(device: str, *, compiled: bool) -> list[tuple[str, Precision, bool, bool]]:
-    """(name, precision, compile, graphs), the reference first; graphs on CUDA alone."""
-    found = []
+    """(name, precision, compile, graphs): the deterministic reference first, graphs on CUDA alone."""
+    on_cuda = torch.device(device).type == "cuda"
+    found: list[tuple[str, Precision, bool, bool]] = [("fp32 deterministic", "fp32", False, False)]
     for precision in ("fp32", "bf16"):
-        for compile in (False, True) if compiled else (False,):
-            for graphs in (False, True) if torch.device(device).type == "cuda" else (False,):
-                name = precision + " compiled" * compile + " replayed" * graphs
-                found.append((name, precision, compile, graphs))
-    return found  # type: ignore[return-value]
+        found.append((precision, precision, False, False))
+        if on_cuda:
+            found.append((f"{precision} replayed", precision, False, True))
+        if compiled:
+            found.append((f"{precision} compiled" + " replayed" * on_cuda, precision, True, on_cuda))
+    return found
 
 
 def frozen_loss(engine: Engine, objective: PGDAT | Trades, batch: Batch) -> Tensor:
@@ -129,7 +160,7 @@ def frozen_loss(engine: Engine, objective: PGDAT | Trades, batch: Batch) -> Tens
 
 
 def waiting(suite: Suite) -> str:
-    """Train three epochs, the last of them under torch's error for every wait for the device; say how it went."""
+    """Train three epochs, the last with torch's error for every wait from its second step on; say how it went."""
     device, size = suite.way.device, 8 if suite.small else 128
     if torch.device(device).type != "cuda":
         return "Waits for the device inside an epoch: not checked, no CUDA device."
@@ -147,7 +178,7 @@ def waiting(suite: Suite) -> str:
         return f"Waits for the device inside an epoch: {str(error).splitlines()[0]}"
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return "Waits for the device inside an epoch: none; every step but the last two of an epoch ran with waits refused."
+    return f"Waits for the device inside an epoch: none in the {steps - 2} steps between its first and its last."
 
 
 def report(suite: Suite, name: str, tables: Sequence[Table], notes: Sequence[str]) -> Mapping[str, Any]:
@@ -171,14 +202,14 @@ def tasks(rows: Sequence[Row]) -> list[Task]:
     step, whole = (*SMALL, "--no-compile"), ("--width", "64", "--precision", "bf16", "--batch-size", "128", "--compile")
     both, bf16 = ("--precision", "fp32", "bf16"), ("--precision", "bf16")
     return [
-        Task("correctness", 60, correctness),
-        Task("train-step-128", 60, scripted(train_step.main, ("--batch-size", "128", *both), step)),
-        Task("train-step-512", 60, scripted(train_step.main, ("--batch-size", "512", *bf16), step)),
-        Task("train-step-1024", 60, scripted(train_step.main, ("--batch-size", "1024", *bf16), step)),
+        Task("correctness", 240, correctness),
+        Task("train-step-128", 240, scripted(train_step.main, ("--batch-size", "128", *both), step)),
         Task(f"row {rows[0].name}", 60, trained(rows[0])),
-        Task("attack", 60, scripted(attack.main, (), (*step, "--steps", "2", "--images", "4"))),
-        Task("epoch", 60, scripted(epoch.main, whole, (*SMALL, "--batches", "2", "--sizes", "8", "--workers", "0"))),
-        Task("memory", 60, scripted(memory.main, whole, (*SMALL, "--epochs", "2", "--images", "8", "--sizes", "8"))),
+        Task("train-step-512", 180, scripted(train_step.main, ("--batch-size", "512", *bf16), step)),
+        Task("epoch", 180, scripted(epoch.main, whole, (*SMALL, "--batches", "2", "--sizes", "8", "--workers", "0"))),
+        Task("train-step-1024", 180, scripted(train_step.main, ("--batch-size", "1024", *bf16), step)),
+        Task("attack", 180, scripted(attack.main, (), (*step, "--steps", "2", "--images", "4"))),
+        Task("memory", 120, scripted(memory.main, whole, (*SMALL, "--epochs", "2", "--images", "8", "--sizes", "8"))),
         *(Task(f"row {row.name}", 60, trained(row)) for row in rows[1:]),
     ]
 
@@ -213,7 +244,7 @@ def run_all(suite: Suite, todo: Sequence[Task]) -> list[str]:
     suite.results.mkdir(parents=True, exist_ok=True)
     lines = []
     for task in todo:
-        path = suite.results / f"{task.name.replace(' ', '-')}.json"
+        path = suite.file(task.name)
         left = suite.deadline - time.monotonic()
         if path.exists():
             lines.append(f"{task.name}: done before")
@@ -228,14 +259,19 @@ def run_all(suite: Suite, todo: Sequence[Task]) -> list[str]:
         except OutOfTimeError as error:
             lines.append(f"{task.name}: {error}")
             break
+        except KeyboardInterrupt:
+            lines.append(f"{task.name}: interrupted, goes on at the next call")
+            break
         except (Exception, SystemExit):
             path.with_suffix(".error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             lines.append(f"{task.name}: failed, see {path.with_suffix('.error.txt').name}")
             continue
-        about = {"schema": TASK_SCHEMA, "task": task.name, "machine": measure.machine(), "commit": measure.commit()}
-        write_json(path, about | {"seconds": round(time.monotonic() - started, 1), "found": found})
+        seconds = round(time.monotonic() - started, 1)
+        about = {"schema": TASK_SCHEMA, "task": task.name, "seconds": seconds, "settings": suite.settings()}
+        about |= {"machine": measure.machine(), "commit": measure.commit()}
+        write_json(path, about | {"found": found})
         path.with_suffix(".error.txt").unlink(missing_ok=True)
-        lines.append(f"{task.name}: {time.monotonic() - started:.0f} s")
+        lines.append(f"{task.name}: {seconds:.0f} s")
     return lines
 
 
@@ -253,27 +289,34 @@ ROW_COLUMNS = {
 
 
 def summary(results: Path, todo: Sequence[Task]) -> str:
-    """Markdown of all files in a results folder; a task without one has its line, empty."""
+    """Markdown of all files in a results folder; what has none is named, and a row without one has empty cells.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
     parts: list[str] = []
     records, missing = [], []
     for task in todo:
         path = results / f"{task.name.replace(' ', '-')}.json"
-        if not path.exists():
-            missing.append({"row": task.name})
-            continue
-        read = read_json(path, TASK_SCHEMA)
-        if task.name.startswith("row "):
-            records.append(read["found"])
-            continue
-        parts.append(read["found"]["text"])
+        trains = task.name.startswith("row ")
+        if path.exists():
+            found = read_json(path, TASK_SCHEMA)["found"]
+            records += [found] if trains else []
+            parts += [] if trains else [found["text"]]
+        elif trains:
+            missing.append({"row": task.name.removeprefix("row ")})
+        else:
+            parts.append(f"# {task.name}\n\n-")
     lines = [line | {"minutes": line["seconds"] / 60} for line in row_lines(records)]
-    return "\n\n".join([*parts, "## Rows\n\n" + Table("Rows", ROW_COLUMNS, [*lines, *missing], whole=True).markdown()])
+    if lines or missing:
+        parts.append("# Rows\n\n" + Table("Rows", ROW_COLUMNS, [*lines, *missing], whole=True).markdown())
+    return "\n\n".join(parts)
 
 
 def options() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="benchmarks/gpu_suite.py", description=__doc__.partition("\n")[0])
-    made.add_argument("--minutes", type=float, default=9.0, help="stop in good time before so many are over")
-    made.add_argument("--resume", type=Path, default=ROOT / "results" / "gpu", help="results folder; goes on there")
+    made.add_argument("--minutes", type=_minutes, default=9.0, help="stop in good time before so many are over")
+    made.add_argument("--resume", type=Path, help="results folder, goes on there; results/gpu if not given")
     made.add_argument("--work", type=Path, help="training states; work/ in the results folder if not given")
     made.add_argument("--data", default="cifar10", help="packed parts, or anything that load_dataset takes")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -284,6 +327,13 @@ def options() -> argparse.ArgumentParser:
     return made
 
 
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite; 0 if every task has its file, 1 if something is left."""
     parser = options()
@@ -291,22 +341,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     todo = tasks(fast_rows() if args.rows == "fast" else paper_rows())
     if args.only:
+        for start in args.only:
+            if not any(task.name.startswith(start) for task in todo):
+                parser.error(f"--only {start}: no task begins so; there are {', '.join(task.name for task in todo)}")
         todo = [task for task in todo if task.name.startswith(tuple(args.only))]
-    if args.table:
-        print(summary(args.resume, todo))
-        return 0
+    results = args.resume or ROOT / "results" / ("gpu-small" if args.small else "gpu")
+    if results.exists() and not results.is_dir():
+        parser.error(f"--resume {results} is a file: name a folder")
     try:
-        splits = load_dataset(args.data)
+        if args.table:
+            print(summary(results, todo))
+            return 0
+        measure.check_device(parser, args.device)
+        suite = _suite(args, results, started)
+        suite.require_own_results(todo)
+        lines = run_all(suite, todo)
+        print(summary(results, todo), *lines, sep="\n")
     except RobustFairError as error:
         parser.error(str(error))
-    way = Way(splits, args.work or args.resume / "work", args.device)
+    return 0 if all(line.endswith((" s", "done before")) for line in lines) else 1
+
+
+def _suite(args: argparse.Namespace, results: Path, started: float) -> Suite:
+    splits = load_dataset(args.data)
+    way = Way(splits, args.work or results / "work", args.device)
     if args.small:
         few = Splits(train=splits.train.limit_per_class(8), test=splits.test.limit_per_class(2))
         way = replace(way, splits=few, width=2, compile=False, precision="fp32", validation=0)
-    suite = Suite(args.resume, way, started + 60 * args.minutes - 20, args.small)
-    lines = run_all(suite, todo)
-    print(summary(args.resume, todo), *lines, sep="\n")
-    return 0 if all(line.endswith((" s", "done before")) for line in lines) else 1
+    return Suite(results, way, started + 60 * args.minutes - MARGIN, args.small)
 
 
 if __name__ == "__main__":

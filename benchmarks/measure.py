@@ -410,8 +410,7 @@ def run(
         options.error(f"--json {args.json} exists: name another file, or add --force to replace it")
     if args.json is not None and not args.json.parent.is_dir():
         options.error(f"--json {args.json}: {args.json.parent} is no folder")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        options.error(f"--device {args.device}: this torch sees no CUDA device")
+    check_device(options, args.device)
     torch.set_num_threads(args.threads)
     try:
         report = measure(args)
@@ -421,6 +420,14 @@ def run(
     if args.json is not None:
         write_json(args.json, report.as_json())
     return report
+
+
+def check_device(options: argparse.ArgumentParser, name: str) -> None:
+    """End with one line and exit code 2 where torch knows no such device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        options.error(f"--device {name}: {str(error).splitlines()[0]}")
 
 
 def say(text: str) -> None:

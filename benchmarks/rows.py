@@ -6,6 +6,7 @@ and with its head repaired. Ours in every respect but the clock: images, split, 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import torch
 from benchmarks.measure import say
 from robustfair.config import Precision, format_value
 from robustfair.data import Splits
+from robustfair.errors import CheckpointError
 from robustfair.evaluate.audit import audit
 from robustfair.methods import CCM, CCR, EMA, Method
 from robustfair.models.build import create_model
@@ -74,6 +76,11 @@ class Way:
     width: int | None = None
     validation: float = 0.02
 
+    def settings(self) -> dict[str, Any]:
+        """What a trained row depends on besides the row itself, as JSON values."""
+        names = ("precision", "compile", "model", "width", "validation")
+        return {name: getattr(self, name) for name in names} | {"fingerprint": self.splits.train.fingerprint}
+
 
 def fast_rows() -> tuple[Row, ...]:
     """The fast protocol and its two larger batches, then the methods there are under the best known of them."""
@@ -110,7 +117,7 @@ def train_row(row: Row, way: Way, deadline: float, *, seed: int = 0) -> dict[str
         OutOfTimeError: before the last epoch or its audits; the next call goes on from there.
     """
     folder = RunFolder(way.work / row.name.replace(" ", "-"))
-    state = _begin(folder, row, seed)
+    state = _begin(folder, row, way, seed)
     about = {"row": row.name}
     spent = folder.manifest().get("wall_seconds", 0.0)
     started = time.monotonic()
@@ -142,11 +149,20 @@ def train_row(row: Row, way: Way, deadline: float, *, seed: int = 0) -> dict[str
     }
 
 
-def _begin(folder: RunFolder, row: Row, seed: int) -> TrainState | None:
-    if folder.exists():
-        return folder.resume_state()
-    folder.create(f"# {row.name}, see benchmarks/rows.py\n", environment() | {"seed": seed, "status": "running"})
-    return None
+def _begin(folder: RunFolder, row: Row, way: Way, seed: int) -> TrainState | None:
+    """A new run, or the state of the one that is there.
+
+    Raises:
+        CheckpointError: it was begun with other settings.
+    """
+    # Through JSON and back, as the manifest has it: lists where there were tuples.
+    settings = json.loads(json.dumps(row.describe() | way.settings() | {"seed": seed}))
+    if not folder.exists():
+        folder.create(f"# {row.name}, see benchmarks/rows.py\n", environment() | {"settings": settings})
+        return None
+    if folder.manifest()["settings"] != settings:
+        raise CheckpointError(f"{folder.path} was begun with other settings: give another folder for the states")
+    return folder.resume_state()
 
 
 def _fit(row: Row, way: Way, seed: int, state: TrainState | None, save: Callable[[TrainState], None]) -> Fitted:

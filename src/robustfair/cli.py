@@ -41,7 +41,8 @@ def _recipe_flags() -> type:
             about += f" Default: {field.default}."
         names = ("--step-size", "--alpha") if field.name == "step_size" else None
         many = typing.get_origin(hint) is tuple
-        flag = Parameter(name=names, help=about, negative=(), consume_multiple=many)
+        negative = None if hint is bool else ()
+        flag = Parameter(name=names, help=about, negative=negative, consume_multiple=many)
         text_first = str if field.name in ("norm", "eps", "step_size") else hint
         fields.append((field.name, Annotated[text_first | None, flag], dataclasses.field(default=None)))
     # cyclopts reads no fields of a class that claims to come from the standard library, as a made one does.
@@ -402,7 +403,7 @@ def pack(name: str, /, *, out: Path, parts: int = 2) -> int:
     from robustfair.data.pack import write_pack
 
     for file in write_pack(load_dataset(name), out, parts=parts):
-        print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
+        print(f"wrote {file} ({file.stat().st_size / 1e3:,.0f} kB)")
     return 0
 
 

@@ -54,7 +54,7 @@ class Recipe:
     lr: Annotated[float, "Largest learning rate."] = 0.1
     schedule: Annotated[
         Literal["fast", Curve],
-        "Learning rate over time; fast also sets epochs, lr, warmup, batch size and weight decay where not given.",
+        "Learning rate over time; fast also sets epochs, lr, warmup, batch and weight decay; flags beside it win.",
     ] = "multistep"
     milestones: Annotated[tuple[float, ...], "Parts of the run after which a multistep rate drops."] = (0.5, 0.75)
     gamma: Annotated[float, "Factor of a multistep drop."] = 0.1

@@ -13,6 +13,7 @@ from benchmarks import gpu_suite
 from benchmarks.gpu_suite import Suite, Task, run_all, summary
 from benchmarks.rows import OutOfTimeError, Row, Way, fast_rows, row_lines, train_row
 from robustfair.data import ImageDataset, Splits
+from robustfair.errors import CheckpointError
 from robustfair.methods import CCM, EMA
 from robustfair.objectives import PGDAT
 from robustfair.training.schedule import Schedule
@@ -115,18 +116,57 @@ def test_the_suite_runs_whole_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| trades + ccm + ccr fast" in shown
     found = json.loads((tmp_path / "correctness.json").read_text())["found"]
     plain = found["tables"][0]["rows"][0]
-    assert plain["case"] == "pgd-at fp32"
+    assert plain["case"] == "pgd-at fp32 deterministic"
     assert plain["largest"] == pytest.approx(8, abs=1e-4)
     assert plain["repeats"]
 
 
 def test_a_table_of_nothing_has_empty_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_suite.main(["--table", "--resume", str(tmp_path)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| row ")]
+    shown = capsys.readouterr().out
+    assert "# correctness\n\n-\n" in shown
+    lines = [line for line in shown.splitlines() if line.startswith("| ") and "--" not in line]
     heading, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert heading == list(gpu_suite.ROW_COLUMNS)
-    assert [row[0] for row in rows] == [f"row {row.name}" for row in fast_rows()]
+    assert [row[0] for row in rows] == [row.name for row in fast_rows()]
     assert all(cell == "-" for row in rows for cell in row[1:])
+
+
+def test_results_of_other_settings_are_not_mixed(
+    way: Way, tmp_path: Path, row: Row, capsys: pytest.CaptureFixture[str]
+) -> None:
+    todo = [Task("fine", 0, lambda suite: {"text": "fine"})]
+    run_all(suite(way, tmp_path / "out"), todo)
+    suite(way, tmp_path / "out").require_own_results(todo)
+    with pytest.raises(CheckpointError, match=r"fine\.json was measured with another small \(False, now True\)"):
+        suite(way, tmp_path / "out", small=True).require_own_results(todo)
+    train_row(row, way, NEVER)
+    with pytest.raises(CheckpointError, match="begun with other settings"):
+        train_row(row, replace(way, width=3), NEVER)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--only", "rwo"], "--only rwo: no task begins so"),
+        (["--resume", __file__], "is a file: name a folder"),
+        (["--device", "gpu"], "--device gpu: "),
+        (["--minutes", "nan"], "must be above 0, got nan"),
+    ],
+)
+def test_wrong_use_is_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu_suite.main([*argv, "--data", "digits"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_call_and_not_the_results(way: Way, tmp_path: Path) -> None:
+    def interrupted(suite: Suite) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    lines = run_all(suite(way, tmp_path), [Task("long", 0, interrupted), Task("next", 0, interrupted)])
+    assert lines == ["long: interrupted, goes on at the next call"]
 
 
 def test_data_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,9 +221,10 @@ def test_an_error_of_the_library_ends_with_one_line(capsys: pytest.CaptureFixtur
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the device that is missing")
 def test_a_device_that_is_missing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         measure.run(options(), some_report, ["--device", "cuda"])
-    assert "sees no CUDA device" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "error: --device cuda: " in capsys.readouterr().err
 
 
 def test_the_library_does_not_know_its_benchmarks() -> None:

@@ -290,7 +290,7 @@ def test_the_command_packs_and_says_where(tmp_path: Path, capsys: pytest.Capture
     out = tmp_path / "packs"
     assert main(["data", "pack", "digits", "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)" for file in sorted(out.iterdir())
+        f"wrote {file} ({file.stat().st_size / 1e3:,.0f} kB)" for file in sorted(out.iterdir())
     ]
     require_same(load_dataset(out), load_dataset("digits"))
     assert main(["data", "pack", "digits", "--out", str(out)]) == 2

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -106,21 +106,28 @@ def test_a_compiled_run_equals_the_eager_one_up_to_rounding(tiny_net: Net, tiny_
 
 
 def test_deterministic_is_the_reference_path_and_restores_the_switches(tiny_net: Net, tiny_data: Data) -> None:
-    def trained(*, deterministic: bool) -> dict[str, Tensor]:
-        model = tiny_net()
-        schedule = Schedule(epochs=2, batch_size=7)
-        return dict(
-            fit(model, tiny_data(), PGDAT(steps=2), schedule=schedule, deterministic=deterministic).state.weights
-        )
-
     def switches() -> tuple[object, ...]:
         conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-        return torch.backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision
+        repeats = torch.are_deterministic_algorithms_enabled()
+        return repeats, torch.backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision
+
+    def trained(*, deterministic: bool) -> tuple[dict[str, Tensor], tuple[object, ...]]:
+        inside: list[tuple[object, ...]] = []
+        fitted = fit(
+            tiny_net(),
+            tiny_data(),
+            PGDAT(steps=2),
+            schedule=Schedule(epochs=2, batch_size=7),
+            deterministic=deterministic,
+            on_step=lambda epoch, step: inside.append(switches()),
+        )
+        return dict(fitted.state.weights), inside[0]
 
     before = switches()
-    default, reference = trained(deterministic=False), trained(deterministic=True)
+    (default, fast), (reference, exact) = trained(deterministic=False), trained(deterministic=True)
     assert all(torch.equal(default[name], reference[name]) for name in default)
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert fast == (False, True, *before[2:])
+    assert exact == (True, False, "ieee", "ieee")
     assert switches() == before
 
 
@@ -165,6 +172,25 @@ def test_one_engine_after_another_is_compiled_anew(tiny_net: Net) -> None:
             assert Engine(model, compile=True, batch_size=count)(batch.x).shape == (count, 3)
 
 
+class Remembering(nn.Module):
+    """Writes a buffer in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(36, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.mean().detach()
+        return self.head(x.flatten(1))
+
+
+def test_a_model_that_cannot_be_compiled_is_refused_in_a_sentence(tiny_data: Data) -> None:
+    fit(Remembering(), tiny_data(), PGDAT(steps=1), schedule=Schedule(epochs=1))
+    with pytest.raises(ModelError, match="cannot be compiled, train it without compile: "):
+        fit(Remembering(), tiny_data(), PGDAT(steps=1), schedule=Schedule(epochs=1), compile=True)
+
+
 # Batches of another size
 
 
@@ -178,15 +204,27 @@ def test_an_attack_that_writes_running_statistics_stays_eager(tiny_net: Net) -> 
     assert fast.norm.num_batches_tracked == 2  # type: ignore[union-attr]
 
 
-def test_only_full_batches_are_compiled(tiny_net: Net) -> None:
-    model = tiny_net(dtype=torch.float64)
+class Counting(nn.Module):
+    """Counts the passes that run uncompiled: a compiler sees the branch as false and leaves it out."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.passes = inner, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.passes += 1
+        return self.inner(x)
+
+
+def test_full_batches_are_compiled_and_others_are_not(tiny_net: Net) -> None:
+    model = Counting(tiny_net(dtype=torch.float64)).train()
     compiled = Engine(model, compile=True, batch_size=6)
     full, rest = batch_of(6), batch_of(5)
-    with counted_passes(model) as seen:
-        compiled(rest.x)
-        compiled.attack(rest, PGDAT(steps=2).attack(rest))
-    assert seen == [5, 5, 5]
-    assert compiled(full.x).shape == (6, 3)
+    compiled(compiled.attack(full, PGDAT(steps=2).attack(full)))
+    assert model.passes == 0
+    compiled(compiled.attack(rest, PGDAT(steps=2).attack(rest)))
+    assert model.passes == 3
 
 
 # Clean logits that attack and loss share
@@ -236,6 +274,17 @@ def test_sharing_the_clean_pass_changes_no_bit(
 # What a CUDA graph may replay
 
 
+@dataclass
+class Weighted:
+    """A goal that is no plain value: it can be changed in place."""
+
+    weights: list[float]
+    needs_clean = False
+
+    def __call__(self, logits: Tensor, clean: Tensor | None, y: Tensor) -> Tensor:
+        return sum(weight * logits[:, label] for label, weight in enumerate(self.weights))  # type: ignore[return-value]
+
+
 def test_what_is_no_fixed_sequence_of_kernels_is_not_replayed() -> None:
     batch = batch_of()
     attack: Attack = PGDAT().attack(batch)
@@ -244,6 +293,7 @@ def test_what_is_no_fixed_sequence_of_kernels_is_not_replayed() -> None:
     assert not replayable(replace(attack, keep="best"))
     assert not replayable(replace(attack, restarts=2))
     assert not replayable(replace(attack, goal=Targeted(batch.y)))
+    assert not replayable(replace(attack, goal=Weighted([0.5, 0.5])))
     assert not replayable(replace(attack, goal=lambda logits, clean, y: logits.sum(1)))  # type: ignore[arg-type]
 
 

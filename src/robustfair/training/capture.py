@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.attacks.pgd import Ascent, Best, compares
-from robustfair.values import Attack, Model
+from robustfair.values import Attack, Goal, Model
 
 WARM_UP = 3
 """Runs before a capture: libraries choose their algorithms and compilers compile in them."""
@@ -80,7 +80,15 @@ class CapturedAscent:
 
 def replayable(attack: Attack) -> bool:
     """Whether an attack is a fixed sequence of kernels on given tensors that writes nothing but its result."""
-    goal_is_plain = is_dataclass(attack.goal) and not any(
-        isinstance(getattr(attack.goal, field.name), Tensor) for field in fields(attack.goal)
-    )
-    return goal_is_plain and attack.stop is None and not compares(attack)
+    return _is_plain(attack.goal) and attack.stop is None and not compares(attack)
+
+
+def _is_plain(goal: Goal) -> bool:
+    """Whether a goal is a value that can name a graph: a dataclass that is hashable and holds no tensor."""
+    if not is_dataclass(goal) or any(isinstance(getattr(goal, field.name), Tensor) for field in fields(goal)):
+        return False
+    try:
+        hash(goal)
+    except TypeError:
+        return False
+    return True

@@ -70,9 +70,9 @@ class Engine:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, K), float32 at least, differentiable in the weights."""
-        known, self._clean = self._clean, None
-        if known is not None and known[0] is x:
-            return known[1]
+        if self._clean is not None and self._clean[0] is x:
+            logits, self._clean = self._clean[1], None
+            return logits
         if self._compiled is None or not self._fits(x) or not self.model.training:
             return self.eager(x)
         return self._compiled(self.eager, x)
@@ -81,11 +81,11 @@ class Engine:
         """The attacked images of a batch, (B, C, H, W).
 
         Args:
-            clean_pass: the next call of this engine with `batch.x` will be the loss's, in training mode and with these
+            clean_pass: the next call of this engine with `batch.x` is the loss's, in training mode and with these
                 weights. Where the attack would make the same pass, namely in mode "train_frozen" with a goal that
                 reads clean logits, it is made once, for both.
         """
-        clean = None
+        clean, self._clean = None, None
         if clean_pass and attack.goal.needs_clean and attack.mode == "train_frozen" and self.model.training:
             logits = self(batch.x)
             self._clean = batch.x, logits
