@@ -12,18 +12,14 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
 from benchmarks import measure
 from benchmarks.measure import Report, Row, Table
-from benchmarks.workload import default_data, load
+from benchmarks.workload import default_data, initialised, load
 from robustfair.data import ImageDataset
 from robustfair.evaluate.audit import audit
-from robustfair.models.build import create_model
 from robustfair.objectives import PGDAT
 from robustfair.training.fit import fit
 from robustfair.training.schedule import Schedule
-from robustfair.values import derive_seed
 
 WAYS: dict[str, dict[str, Any]] = {
     "reference: fp32 eager": {"deterministic": True},
@@ -99,9 +95,7 @@ def compared(runs: dict[str, list[Row]]) -> list[Row]:
 
 def trained(train: ImageDataset, test: ImageDataset, seed: int, how: dict[str, Any], args: argparse.Namespace) -> Row:
     """Train one model and audit it in float32; rates in percent."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "init"))
-        model = create_model(args.model, num_classes=train.num_classes, width=args.width)
+    model = initialised(args.model, args.width, train, seed)
     schedule = Schedule(epochs=args.epochs, kind="one-cycle", lr=0.2, batch_size=args.batch_size)
     options: dict[str, Any] = {"schedule": schedule, "seed": seed, "validation": 0, "select": "last"}
     fitted = fit(model, train, PGDAT(), device=args.device, **options, **how)

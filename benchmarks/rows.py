@@ -13,22 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.measure import say
+from benchmarks.workload import initialised
 from robustfair.config import Precision, format_value
 from robustfair.data import Splits
 from robustfair.errors import CheckpointError
 from robustfair.evaluate.audit import audit
 from robustfair.methods import CCM, CCR, EMA, Method
-from robustfair.models.build import create_model
 from robustfair.objectives import PGDAT, AdversarialObjective, Trades
 from robustfair.repairs import HWNwB
 from robustfair.rundir import RunFolder, environment
 from robustfair.training.fit import Fitted, fit
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import TrainState
-from robustfair.values import derive_seed
 
 ATTACKS = ("clean", "pgd-20", "cw-20")
 LATE = EMA(decay=0.999, begin=25)
@@ -136,11 +133,8 @@ def train_row(row: Row, way: Way, deadline: float, *, seed: int = 0) -> dict[str
     speeds = sorted(record["images_per_second"] for record in fitted.history)
     return {
         **row.describe(),
+        **way.settings(),
         "seed": seed,
-        "precision": way.precision,
-        "compile": way.compile,
-        "model": way.model,
-        "width": way.width,
         "training_images": sum(fitted.history[-1]["train"]["count"]),
         "wall_seconds": manifest["wall_seconds"],
         "images_per_second": speeds[len(speeds) // 2],
@@ -167,13 +161,8 @@ def _begin(folder: RunFolder, row: Row, way: Way, seed: int) -> TrainState | Non
 
 def _fit(row: Row, way: Way, seed: int, state: TrainState | None, save: Callable[[TrainState], None]) -> Fitted:
     train = way.splits.train
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "init"))
-        model = create_model(
-            way.model, num_classes=train.num_classes, in_channels=train.images.shape[1], width=way.width
-        )
     return fit(
-        model,
+        initialised(way.model, way.width, train, seed),
         train,
         row.objective,
         methods=row.methods,

@@ -19,7 +19,7 @@ from robustfair.objectives import Objective
 from robustfair.training.engine import Engine
 from robustfair.training.precision import numerics
 from robustfair.training.schedule import Schedule
-from robustfair.values import Batch
+from robustfair.values import Batch, derive_seed
 
 SYNTHETIC = "synthetic"
 CHEAP = ("small-cnn", 8)
@@ -33,6 +33,13 @@ def build(name: str, width: int | None, *, device: torch.device | str = "cpu", i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return create_model(name, width=width, in_channels=in_channels).to(device)
+
+
+def initialised(name: str, width: int | None, data: ImageDataset, seed: int) -> nn.Module:
+    """A network for the classes and channels of `data`, with the weights that a run of this seed starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "init"))
+        return create_model(name, num_classes=data.num_classes, in_channels=data.images.shape[1], width=width)
 
 
 def default_data() -> str:

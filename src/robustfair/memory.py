@@ -2,7 +2,7 @@
 
 A forward and backward pass allocates and frees hundreds of megabytes. glibc's default hands large blocks back at every
 free, and each new one then costs a page fault per 4 KiB, which is a fifth of the time of a float32 pass over 128
-CIFAR-10 images (`python -m benchmarks.train_step`). Nothing that is computed changes.
+CIFAR-10 images (`python -m benchmarks.tried`). Nothing that is computed changes.
 """
 
 from __future__ import annotations
