@@ -1,14 +1,15 @@
 """Seconds of PGD alone on a network in eval mode: the naive loop, torchattacks, foolbox, and ours in each precision.
 
-All share eps 8/255, steps of 2/255 and a uniform start, each with its own draw. How strong they are is shown by the
-accuracy that they leave: of the network of `--run`; else of a narrow one that is trained here for about a minute; else,
-where there are no images to train on, of untrained weights on random images, which tells little.
+All share eps 8/255, steps of 2/255 and a uniform start, each with its own draw, and take turns; the loop and the other
+libraries have a process of their own (`benchmarks.apart`). How strong they are is shown by the accuracy that they
+leave: of the network of `--run`; else of a narrow one that is trained here for about a minute; else, where there are no
+images to train on, of untrained weights on random images, which tells little.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
+from benchmarks.apart import Apart, Calls
 from benchmarks.external import Attacker, external_attackers
 from benchmarks.measure import Report, Row, Table
 from benchmarks.naive import EPS, STEP_SIZE, naive_attack
@@ -65,17 +67,18 @@ def main(argv: Sequence[str] | None = None) -> Report:
 def report(args: argparse.Namespace) -> Report:
     """A table per number of steps."""
     peaks = measure.matmul_peaks(args.device)
-    model, victim, told = networks(args)
-    test = load(args.data, "test", args.images).to(args.device)
-    timed = cases_on(model, args)
-    judged = timed if victim is model else cases_on(victim, args)
+    model, test = subject(args), load(args.data, "test", args.images).to(args.device)
+    victim, told = judged_on(model, args)
+    judges = others_on(victim, args.device) | ours_on(victim, args)
+    timed = ours_on(model, args)
     tables = []
-    for steps in args.steps:
-        measure.say(f"PGD-{steps}")
-        rows = compare(model, timed, steps, peaks, args)
-        for name, row in zip(judged, rows, strict=True):
-            row["robust"] = accuracy_left(victim, judged[name], test, steps, args)
-        tables.append(Table(f"PGD-{steps} on {args.batch_size} images", COLUMNS, rows))
+    with Apart(other_calls, args) as others:
+        for steps in args.steps:
+            measure.say(f"PGD-{steps}")
+            rows = compare(model, judges, timed, others, steps, peaks, args)
+            for name, row in zip(judges, rows, strict=True):
+                row["robust"] = accuracy_left(victim, judges[name], test, steps, args)
+            tables.append(Table(f"PGD-{steps} on {args.batch_size} images", COLUMNS, rows))
     return Report(
         name="attack",
         settings=measure.settings(args, peaks),
@@ -87,14 +90,19 @@ def report(args: argparse.Namespace) -> Report:
     )
 
 
-def networks(args: argparse.Namespace) -> tuple[nn.Module, nn.Module, str]:
-    """What is timed, what the accuracies are measured on, and a description of the latter."""
+def subject(args: argparse.Namespace) -> nn.Module:
+    """What is timed, in eval mode: the network of `--run`, or an untrained one."""
     if args.run is not None:
-        model = RunFolder(args.run).read()[0].to(args.device)
-        return model, model, "the network of --run, which is timed too"
-    model = build(args.model, args.width, device=args.device).eval()
+        return RunFolder(args.run).read()[0].to(args.device).eval()
+    return build(args.model, args.width, device=args.device).eval()
+
+
+def judged_on(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, str]:
+    """What the accuracies are measured on, and a description of it."""
+    if args.run is not None:
+        return model, "the network of --run, which is timed too"
     if args.data == SYNTHETIC:
-        return model, model, "the untrained network that is timed: this tells little of the strength"
+        return model, "the untrained network that is timed: this tells little of the strength"
     measure.say("training a narrow network")
     train = load(args.data, "train", TRAINING_IMAGES)
     schedule = Schedule(epochs=EPOCHS, lr=0.1, kind="one-cycle")
@@ -102,14 +110,20 @@ def networks(args: argparse.Namespace) -> tuple[nn.Module, nn.Module, str]:
     narrow = build(args.model, min(NARROW, args.width or NARROW))
     fitted = fit(narrow, train, fgsm, schedule=schedule, validation=0, select="last", device=args.device)
     told = f"a {args.model} of width {narrow.width}, trained with FGSM on {len(train)} images for {EPOCHS} epochs"
-    return model, fitted.model, told
+    return fitted.model, told
 
 
-def cases_on(model: nn.Module, args: argparse.Namespace) -> dict[str, Case]:
-    """Every attack on a copy of `model` of its own; the naive loop first."""
+def others_on(model: nn.Module, device: str) -> dict[str, Case]:
+    """The attacks of others on a copy of `model` of its own each; the naive loop first."""
     found = {"naive": Case(partial(_naive, deepcopy(model)))}
-    for name, attack in external_attackers(deepcopy(model), args.device).items():
+    for name, attack in external_attackers(deepcopy(model), device).items():
         found[name] = Case(None, why=attack) if isinstance(attack, str) else Case(attack)
+    return found
+
+
+def ours_on(model: nn.Module, args: argparse.Namespace) -> dict[str, Case]:
+    """Our attack on a copy of `model` of its own for each way."""
+    found = {}
     for name, (precision, compile) in ways(args.precision, compiled=args.compile).items():
         copied = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         engine = Engine(copied, precision=precision, device=args.device, compile=compile, batch_size=args.batch_size)
@@ -117,22 +131,35 @@ def cases_on(model: nn.Module, args: argparse.Namespace) -> dict[str, Case]:
     return found
 
 
+def other_calls(args: argparse.Namespace) -> Calls:
+    """What the process of the others does: attack a batch for so many steps and tell the seconds."""
+    found = others_on(subject(args), args.device)
+    return {name: partial(seconds, case, args) for name, case in found.items() if case.attack is not None}
+
+
 def compare(
-    model: nn.Module, cases: Mapping[str, Case], steps: int, peaks: Mapping[str, float], args: argparse.Namespace
+    model: nn.Module,
+    cases: Mapping[str, Case],
+    timed: Mapping[str, Case],
+    others: Apart,
+    steps: int,
+    peaks: Mapping[str, float],
+    args: argparse.Namespace,
 ) -> list[Row]:
-    """A row per case, timed on one batch; without numbers where a library is missing."""
-    batch = one_batch(args.batch_size, args.device)
-    plain = replace(batch, x=batch.x.contiguous())
-    calls, settle, scopes = {}, {}, {}
+    """A row for each of `cases`, timed on one batch; without numbers where a library is missing.
+
+    Args:
+        timed: those that run here.
+        others: where the rest runs.
+    """
+    calls: dict[str, Callable[[], float]] = {}
     for name, case in cases.items():
-        if case.attack is not None:
-            given = batch if case.ours else plain
-            calls[name] = partial(case.attack, given, steps)
-            settle[name] = partial(case.attack, given, 1)
-            scopes[name] = partial(as_in_fit if case.ours else as_usual, args.device)
-    opens = settle if torch.device(args.device).type == "cpu" else {}
-    timings = measure.interleaved(calls, args.repeats, device=args.device, scopes=scopes, settle=opens)
-    flops = measure.attack_flops(measure.forward_flops(model, plain.x[:1]), steps) * args.batch_size
+        if name in timed:
+            calls[name] = partial(seconds, timed[name], args, steps)
+        elif case.attack is not None:
+            calls[name] = partial(others, name, steps)
+    timings = measure.interleaved(calls, args.repeats)
+    flops = measure.attack_flops(measure.forward_flops(model, one_batch(1, args.device).x), steps) * args.batch_size
     fast = measure.ratios(timings, "naive")
     over = measure.ratios(timings, "torchattacks") if "torchattacks" in timings else {}
     rows: list[Row] = []
@@ -146,6 +173,20 @@ def compare(
     return rows
 
 
+def seconds(case: Case, args: argparse.Namespace, steps: int) -> float:
+    """Of one attack on one batch; on a CPU a step that is not measured opens the turn."""
+    assert case.attack is not None, "a library that is missing has no turn"
+    attack = partial(case.attack, given(case, one_batch(args.batch_size, args.device)))
+    settle = partial(attack, 1) if torch.device(args.device).type == "cpu" else None
+    scope = partial(as_in_fit if case.ours else as_usual, args.device)
+    return measure.clock(partial(attack, steps), args.device, scope=scope, settle=settle)()
+
+
+def given(case: Case, batch: Batch) -> Batch:
+    """The batch in the layout that the attack's users have."""
+    return batch if case.ours else replace(batch, x=batch.x.contiguous())
+
+
 def accuracy_left(
     victim: nn.Module, case: Case, test: ImageDataset, steps: int, args: argparse.Namespace
 ) -> float | None:
@@ -154,7 +195,7 @@ def accuracy_left(
         return None
     correct = 0
     for batch in evaluation_batches(test, args.batch_size):
-        x_adv = case.attack(batch if case.ours else replace(batch, x=batch.x.contiguous()), steps)
+        x_adv = case.attack(given(case, batch), steps)
         with attacking(victim, "eval"), torch.no_grad():
             correct += int((victim(x_adv).argmax(1) == batch.y).sum())
     return correct / len(test)

@@ -6,7 +6,8 @@ Parts, each a table:
 - share: what class tallies, history and progress cost within that; each is called by itself, many times, and set
   against a bare step. On CUDA their kernels are then waited for, which training does not do: an upper bound.
 - linear: time per image for growing numbers of images, with a cheap network and a one-step attack.
-- naive: epochs of `fit` in turn with the naive loop behind a `DataLoader` that prepares image by image.
+- naive: epochs of `fit` in turn with the naive loop behind a `DataLoader` that prepares image by image, in a process
+  of its own (`benchmarks.apart`).
 
 An epoch lasts from one boundary to the next; the first one of every run is left out.
 """
@@ -29,6 +30,7 @@ import torch
 from torch import nn
 
 from benchmarks import measure
+from benchmarks.apart import Apart, Calls
 from benchmarks.measure import Report, Row, Table, Timing
 from benchmarks.naive import STEPS, NaiveTraining, naive_loader
 from benchmarks.workload import CHEAP, LR, SYNTHETIC, Step, as_in_fit, as_usual, build, load, one_batch
@@ -171,17 +173,24 @@ def naive(args: argparse.Namespace) -> Table:
     """Naive epochs and epochs of `fit` in turn."""
     data = load(args.data, "train", args.batches * args.batch_size)
     model = build(args.model, args.width, device=args.device)
-    loop = NaiveTraining(model)
-    loader = naive_loader(data, args.batch_size, workers=args.workers, pin_memory=args.device != "cpu")
     seconds: dict[str, list[float]] = {"naive": [], "fit": []}
-    for turn in range(1 + args.repeats):
-        measure.say(f"  turn {turn + 1} of {1 + args.repeats}{' (warm-up)' if turn == 0 else ''}")
-        with as_usual(args.device):
-            seconds["naive"].append(measure.timed(lambda: loop.epoch(loader, args.device), args.device))
-        seconds["fit"] += fit_epochs(model, data, PGDAT(steps=STEPS), args, epochs=2)
+    with Apart(naive_calls, args) as loop:
+        for turn in range(1 + args.repeats):
+            measure.say(f"  turn {turn + 1} of {1 + args.repeats}{' (warm-up)' if turn == 0 else ''}")
+            seconds["naive"].append(loop("epoch"))
+            seconds["fit"] += fit_epochs(model, data, PGDAT(steps=STEPS), args, epochs=2)
     timings = {name: Timing(tuple(taken[1:])) for name, taken in seconds.items()}
     rows = _epoch_rows(timings, "naive", len(data))
-    return Table(f"An epoch of {len(loader)} batches", measure.SPEED_COLUMNS, rows)
+    return Table(f"An epoch of {args.batches} batches", measure.SPEED_COLUMNS, rows)
+
+
+def naive_calls(args: argparse.Namespace) -> Calls:
+    """What the process of the naive loop does: train for an epoch and tell the seconds."""
+    data = load(args.data, "train", args.batches * args.batch_size)
+    loop = NaiveTraining(build(args.model, args.width, device=args.device))
+    loader = naive_loader(data, args.batch_size, workers=args.workers, pin_memory=args.device != "cpu")
+    epoch = partial(loop.epoch, loader, args.device)
+    return {"epoch": measure.clock(epoch, args.device, scope=partial(as_usual, args.device))}
 
 
 def fit_epochs(

@@ -63,38 +63,47 @@ class Timing:
         return max(self.seconds)
 
 
-def interleaved(
-    cases: Mapping[str, Callable[[], object]],
-    repeats: int,
-    warmup: int = 1,
-    *,
-    device: torch.device | str = "cpu",
-    scopes: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
-    settle: Mapping[str, Callable[[], object]] | None = None,
-) -> dict[str, Timing]:
-    """Time all cases in turn, again and again in one process, so that a slow minute of the machine falls on all alike.
+def interleaved(cases: Mapping[str, Callable[[], float]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
+    """Time all cases in turn, again and again, so that a slow minute of the machine falls on all alike.
 
     Args:
-        cases: name -> what to time.
+        cases: name -> what runs the case once and returns its seconds, as `clock` makes it.
         repeats: measured turns.
         warmup: turns before them that are not measured.
-        device: waited for before and after every call.
-        scopes: name -> context manager that is entered before a case's turn and left after it, outside the timing.
-        settle: name -> what is called between scope and timing, so that a case meets its own caches and memory and
-            not what its neighbour has left.
     """
-    scopes, settle = scopes or {}, settle or {}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + repeats):
         say(f"  turn {turn + 1} of {warmup + repeats}{' (warm-up)' if turn < warmup else ''}")
-        for name, call in cases.items():
-            with scopes.get(name, nullcontext)():
-                if name in settle:
-                    settle[name]()
-                taken = timed(call, device)
+        for name, case in cases.items():
+            taken = case()
             if turn >= warmup:
                 seconds[name].append(taken)
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+
+
+def clock(
+    call: Callable[[], object],
+    device: torch.device | str = "cpu",
+    *,
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    settle: Callable[[], object] | None = None,
+) -> Callable[[], float]:
+    """A case for `interleaved`: the seconds of one call.
+
+    Args:
+        device: waited for before and after the call.
+        scope: makes what is entered before the call and left after it, outside the timing.
+        settle: called between scope and timing, so that a case meets its own caches and memory and not what its
+            neighbour has left.
+    """
+
+    def once() -> float:
+        with scope():
+            if settle is not None:
+                settle()
+            return timed(call, device)
+
+    return once
 
 
 def timed(call: Callable[[], object], device: torch.device | str = "cpu") -> float:

@@ -1,8 +1,8 @@
 """Seconds of one step of adversarial training with PGD-10: the naive loop, and ours in each precision.
 
-All cases start from the same weights, images and starting points. The naive loop runs under the C library's own
-handling of memory, ours keeps freed memory, as in `fit`; each turn of a case opens with one training pass that is not
-measured.
+All cases start from the same weights, images and starting points and take turns. The naive loop has a process of its
+own (`benchmarks.apart`); ours keeps freed memory, as in `fit`. Each turn of a case opens with one training pass that is
+not measured.
 
 First losses are compared twice: on the images that the naive loop attacked, and each on its own. Where the network
 rounds otherwise (another memory layout is enough), a gradient near zero changes its sign, and ten steps carry that to a
@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
+from benchmarks.apart import Apart, Calls
 from benchmarks.measure import Report, Row, Table
 from benchmarks.naive import STEPS, NaiveTraining
 from benchmarks.workload import Step, as_in_fit, as_usual, build, one_batch, ways
@@ -71,25 +71,24 @@ def compare(model: nn.Module, batch: Batch, peaks: Mapping[str, float], args: ar
     """The rows of one batch size, the naive loop first."""
     torch.compiler.reset()
     size = len(batch.y)
-    naive, noise, x = NaiveTraining(model), starting_noise(batch), batch.x.contiguous()
     ours = ways(args.precision, compiled=args.compile)
     steps = {name: _step(model, size, args.device, *way) for name, way in ours.items()}
-    attacked = replace(batch, x_adv=_as_format_of(batch.x, naive.attack(x, batch.y, noise)))
-    same: dict[str, float | None] = {name: _loss_before(step, attacked) for name, step in steps.items()}
+    with Apart(naive_calls, args.model, args.width, size, args.device) as naive:
+        attacked = replace(batch, x_adv=_as_format_of(batch.x, naive("attack").to(args.device)))
+        same: dict[str, float | None] = {name: _loss_before(step, attacked) for name, step in steps.items()}
+        measure.say(f"batch size {size}: first step of the naive loop")
+        first = {"naive": naive("step")}
+        cases: dict[str, Callable[[], float]] = {"naive": partial(naive, "seconds")}
+        scope = partial(as_in_fit, args.device)
+        for name, step in steps.items():
+            measure.say(f"batch size {size}: first step of {name}")
+            with scope():
+                first[name] = float(step(batch))
+            settle = partial(_training_pass, step, attacked)
+            cases[name] = measure.clock(partial(step, batch), args.device, scope=scope, settle=settle)
+        timings = measure.interleaved(cases, args.repeats, 0)
 
-    calls: dict[str, Callable[[], Any]] = {"naive": lambda: naive.step(x, batch.y, noise)[0]}
-    calls |= {name: partial(step, batch) for name, step in steps.items()}
-    scopes = {name: partial(as_in_fit if name in steps else as_usual, args.device) for name in calls}
-    first = {}
-    for name, call in calls.items():
-        measure.say(f"batch size {size}: first step of {name}")
-        with scopes[name]():
-            first[name] = float(call())
-    settle: dict[str, Callable[[], Any]] = {"naive": lambda: naive.loss(x, batch.y).backward()}
-    settle |= {name: partial(_training_pass, step, attacked) for name, step in steps.items()}
-    timings = measure.interleaved(calls, args.repeats, 0, device=args.device, scopes=scopes, settle=settle)
-
-    flops = measure.training_flops(measure.forward_flops(model, x[:1]), STEPS) * size
+    flops = measure.training_flops(measure.forward_flops(model, batch.x[:1]), STEPS) * size
     fast = measure.ratios(timings, "naive")
     rows = []
     for name, timing in timings.items():
@@ -100,6 +99,24 @@ def compare(model: nn.Module, batch: Batch, peaks: Mapping[str, float], args: ar
         row["same_difference"] = None if shared is None else shared - first["naive"]
         rows.append(row)
     return rows
+
+
+def naive_calls(model: str, width: int | None, size: int, device: str) -> Calls:
+    """What the process of the naive loop does: attack the batch, step and tell the loss, step and tell the seconds."""
+    loop, batch = NaiveTraining(build(model, width, device=device)), one_batch(size, device)
+    x, y, noise = batch.x.contiguous(), batch.y, starting_noise(batch)
+
+    def step() -> float:
+        return loop.step(x, y, noise)[0]
+
+    def settle() -> None:
+        loop.loss(x, y).backward()
+
+    return {
+        "attack": lambda: loop.attack(x, y, noise).cpu(),
+        "step": step,
+        "seconds": measure.clock(step, device, scope=partial(as_usual, device), settle=settle),
+    }
 
 
 def check_in_float64(model: nn.Module, images: int, device: str) -> list[Row]:

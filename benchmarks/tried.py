@@ -1,15 +1,16 @@
 """One pass of an attack on a CPU, run in every way that was tried: what the engine does, and what it leaves out.
 
 A pass is the forward pass and the gradient of the cross-entropy with respect to the images, in eval mode. NOTES.md says
-what each way was expected to bring. The last table is the floor: the convolutions alone, forward and backward, with
-weights as they are and with weights brought into oneDNN's own layout beforehand.
+what each way was expected to bring. Ways that leave memory to the C library run in a process of their own
+(`benchmarks.apart`), in turn with the others. The last table is the floor: the convolutions alone, forward and
+backward, with weights as they are and with weights brought into oneDNN's own layout beforehand.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from types import MethodType
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from benchmarks import measure
+from benchmarks.apart import Apart, Calls
 from benchmarks.measure import Report, Row, Table
-from benchmarks.workload import as_usual, build, one_batch
+from benchmarks.workload import build, one_batch
 from robustfair.attacks.pgd import input_gradient
 from robustfair.losses import cross_entropy
 from robustfair.memory import kept_memory
@@ -48,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 def report(args: argparse.Namespace) -> Report:
     """A table per batch size and precision, then the floor."""
-    model = build(args.model, args.width, device=args.device).requires_grad_(False).eval()
-    spread_statistics(model)
+    model = subject(args)
     tables = []
     for size in args.batch_size:
         for precision in args.precision:
@@ -58,6 +59,13 @@ def report(args: argparse.Namespace) -> Report:
             if args.device == "cpu":
                 tables.append(Table(f"{precision}, {size} images, floor", FLOOR_COLUMNS, floor(model, size, precision)))
     return Report(name="tried", settings=measure.settings(args), tables=tables)
+
+
+def subject(args: argparse.Namespace) -> nn.Module:
+    """The network in eval mode, its weights without gradients."""
+    model = build(args.model, args.width, device=args.device).requires_grad_(False).eval()
+    spread_statistics(model)
+    return model
 
 
 def spread_statistics(model: nn.Module) -> None:
@@ -72,16 +80,20 @@ def spread_statistics(model: nn.Module) -> None:
 def compare(model: nn.Module, size: int, precision: Any, args: argparse.Namespace) -> list[Row]:
     """Rows of all ways on the same images, the plain NCHW pass through all weights first."""
     batch = one_batch(size, args.device)
-    found = ways(model, precision, args.device, compiled=args.compile)
     exact = gradient(deepcopy(model).double(), batch.x.double(), batch.y)
-    errors = {}
-    for name, (call, _) in found.items():
-        measure.say(f"{precision}, {size} images: {name}")
-        errors[name] = float((call(batch.x, batch.y) - exact).norm() / exact.norm())
-    calls = {name: partial(call, batch.x, batch.y) for name, (call, _) in found.items()}
-    scopes = {name: scope for name, (_, scope) in found.items()}
-    timings = measure.interleaved(calls, args.repeats, 1, device=args.device, scopes=scopes, settle=calls)
-    fast = measure.ratios(timings, next(iter(found)))
+    keep = partial(kept_memory, args.device)
+    with Apart(usual_calls, size, precision, args) as usual:
+        found = {name: partial(usual, name, "gradient") for name in usual("names")}
+        cases: dict[str, Callable[[], float]] = {name: partial(usual, name, "seconds") for name in found}
+        for name, call in kept_ways(model, precision, args.device, compiled=args.compile).items():
+            found[name] = partial(call, batch.x, batch.y)
+            cases[name] = measure.clock(found[name], args.device, scope=keep, settle=found[name])
+        errors = {}
+        for name, once in found.items():
+            measure.say(f"{precision}, {size} images: {name}")
+            errors[name] = float((once() - exact).norm() / exact.norm())
+        timings = measure.interleaved(cases, args.repeats)
+    fast = measure.ratios(timings, next(iter(cases)))
     return [
         {
             "case": name,
@@ -95,38 +107,62 @@ def compare(model: nn.Module, size: int, precision: Any, args: argparse.Namespac
     ]
 
 
-def ways(
-    model: nn.Module, precision: Any, device: str, *, compiled: bool
-) -> dict[str, tuple[Pass, Callable[[], AbstractContextManager[Any]]]]:
-    """Name -> pass and the handling of memory it runs under; every way has a copy of the model of its own."""
+def usual_calls(size: int, precision: Any, args: argparse.Namespace) -> Calls:
+    """What the process of the usual ways does: name them, and of each tell the gradient or the seconds of a pass."""
+    batch = one_batch(size, args.device)
+    ways = usual_ways(subject(args), precision, args.device)
+    calls = {name: partial(call, batch.x, batch.y) for name, call in ways.items()}
 
-    def run(edit: Callable[[nn.Module], Any] = lambda net: None, *, last: bool = True) -> Model:
-        net = deepcopy(model)
-        if last:
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        net = edit(net) or net
-        return InPrecision(net, precision, torch.device(device).type)
+    def answer(name: str, what: str) -> Any:
+        call = calls[name]
+        return call().cpu() if what == "gradient" else measure.clock(call, args.device, settle=call)()
 
-    usual, keep = partial(as_usual, device), partial(kept_memory, device)
+    return {"names": lambda: list(calls)} | {name: partial(answer, name) for name in calls}
+
+
+def usual_ways(model: nn.Module, precision: Any, device: str) -> dict[str, Pass]:
+    """Name -> pass, for ways that leave memory to the C library."""
+    plain = copied(model, precision, device)
     trained = deepcopy(model).requires_grad_(True)
-    plain = run()
-    found: dict[str, tuple[Pass, Callable[[], AbstractContextManager[Any]]]] = {
-        "NCHW, gradients of all weights": (partial(all_gradients, InPrecision(trained, precision, device)), usual),
-        "NCHW, gradient of the images": (nchw(run(last=False)), usual),
-        "channels last": (partial(gradient, plain), usual),
-        f"channels last, {CHUNK} images at a time": (partial(in_chunks, plain), usual),
-        "channels last, memory kept (eager engine)": (partial(gradient, plain), keep),
-        "the same, batch norm backward as one product": (partial(gradient, run(with_short_backward)), keep),
-        "the same, batch norm folded where it follows a convolution": (partial(gradient, run(folded)), keep),
+    return {
+        "NCHW, gradients of all weights": partial(all_gradients, InPrecision(trained, precision, device)),
+        "NCHW, gradient of the images": nchw(copied(model, precision, device, last=False)),
+        "channels last": partial(gradient, plain),
+        f"channels last, {CHUNK} images at a time": partial(in_chunks, plain),
+    }
+
+
+def kept_ways(model: nn.Module, precision: Any, device: str, *, compiled: bool) -> dict[str, Pass]:
+    """Name -> pass, for ways that run with freed memory kept."""
+    run = partial(copied, model, precision, device)
+    found: dict[str, Pass] = {
+        "channels last, memory kept (eager engine)": partial(gradient, run()),
+        "the same, batch norm backward as one product": partial(gradient, run(with_short_backward)),
+        "the same, batch norm folded where it follows a convolution": partial(gradient, run(folded)),
     }
     if compiled:
-        found["compiled forward and backward apart"] = (partial(gradient, torch.compile(run(), dynamic=False)), keep)
-        found["compiled whole (compiled engine)"] = (torch.compile(partial(pure, run()), dynamic=False), keep)
-        found["compiled whole, folded"] = (torch.compile(partial(pure, run(folded)), dynamic=False), keep)
+        found["compiled forward and backward apart"] = partial(gradient, torch.compile(run(), dynamic=False))
+        found["compiled whole (compiled engine)"] = torch.compile(partial(pure, run()), dynamic=False)
+        found["compiled whole, folded"] = torch.compile(partial(pure, run(folded)), dynamic=False)
         if precision == "bf16":
-            cast = torch.compile(partial(pure, run(with_cast_weights)), dynamic=False)
-            found["compiled whole, weights cast once"] = (cast, keep)
+            cast = partial(pure, run(with_cast_weights))
+            found["compiled whole, weights cast once"] = torch.compile(cast, dynamic=False)
     return found
+
+
+def copied(
+    model: nn.Module,
+    precision: Any,
+    device: str,
+    edit: Callable[[nn.Module], Any] = lambda net: None,
+    *,
+    last: bool = True,
+) -> Model:
+    """A copy of the model, edited, channels last or as it is."""
+    net = deepcopy(model)
+    if last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return InPrecision(edit(net) or net, precision, torch.device(device).type)
 
 
 # Passes

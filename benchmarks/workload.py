@@ -85,7 +85,7 @@ def as_in_fit(device: torch.device | str) -> Iterator[None]:
 
 @contextmanager
 def as_usual(device: torch.device | str) -> Iterator[None]:
-    """The scope of everybody else: the C library's own handling of memory, and timed convolutions on CUDA as well."""
+    """The scope of everybody else, in a process of their own: timed convolutions on CUDA as well."""
     with numerics(deterministic=False):
         yield
 

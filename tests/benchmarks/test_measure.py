@@ -4,7 +4,7 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,41 +40,38 @@ def test_median_spread_and_ratio_are_those_of_the_repeats() -> None:
     assert measure.ratios(timings, "fast") == {"slow": 2 / 7, "fast": 1.0}
 
 
-def test_cases_take_turns_each_inside_its_scope_after_settling() -> None:
+def test_cases_take_turns() -> None:
+    calls: list[str] = []
+
+    def case(name: str) -> Callable[[], float]:
+        return lambda: calls.append(name) or float(len(calls))  # type: ignore[func-returns-value]
+
+    timings = measure.interleaved({"a": case("a"), "b": case("b")}, repeats=2, warmup=1)
+    assert calls == ["a", "b"] * 3
+    assert {name: timing.seconds for name, timing in timings.items()} == {"a": (3, 5), "b": (4, 6)}
+
+
+def test_only_the_call_itself_is_timed_inside_its_scope_after_settling() -> None:
     calls: list[str] = []
 
     @contextmanager
-    def scope() -> Iterator[None]:
+    def slow_scope() -> Iterator[None]:
         calls.append("enter")
+        time.sleep(0.05)
         yield
+        time.sleep(0.05)
         calls.append("leave")
 
-    timings = measure.interleaved(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
-        repeats=2,
-        warmup=1,
-        scopes={"b": scope},
-        settle={"b": lambda: calls.append("settle")},
-    )
-    assert calls == ["a", "enter", "settle", "b", "leave"] * 3
-    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 2, "b": 2}
-
-
-def test_only_the_case_itself_is_timed() -> None:
-    @contextmanager
-    def slow_scope() -> Iterator[None]:
-        time.sleep(0.05)
-        yield
-        time.sleep(0.05)
-
     def settle() -> None:
+        calls.append("settle")
         time.sleep(0.05)
 
-    timings = measure.interleaved(
-        {"a": lambda: time.sleep(0.01)}, repeats=2, warmup=0, scopes={"a": slow_scope}, settle={"a": settle}
-    )
-    assert timings["a"].low >= 0.01
-    assert timings["a"].low < 0.05
+    def call() -> None:
+        calls.append("call")
+        time.sleep(0.01)
+
+    assert 0.01 <= measure.clock(call, scope=slow_scope, settle=settle)() < 0.05
+    assert calls == ["enter", "settle", "call", "leave"]
 
 
 # FLOPs
