@@ -37,6 +37,28 @@ def refuses():
 
 def returns_class():
     return nn.Linear
+
+def needs(num_classes, *, width):
+    return build()
+
+def half():
+    return build().half()
+
+def mixed():
+    model = build()
+    model.head.double()
+    model.conv1.bfloat16()
+    return model
+
+def on_meta():
+    import torch
+    with torch.device("meta"):
+        return build()
+
+def wrapped():
+    return nn.Sequential(nn.Identity(), build())
+
+instance = build()
 """
 
 
@@ -137,6 +159,11 @@ def test_a_factory_is_found_from_the_working_folder(place: Path) -> None:
         ("zoo_to_load.models:number", "TypeError"),
         ("zoo_to_load.models:fails", "the factory failed with ValueError: first line"),
         ("zoo_to_load.models:returns_class", "must return a torch.nn.Module, got type"),
+        (
+            "zoo_to_load.models:needs",
+            r"called without arguments \(TypeError: .*argument.*num_classes.*Give all of them def",
+        ),
+        ("zoo_to_load.models:on_meta", "its tensors are on the meta device"),
         ("zoo_to_load/models.py", "no run folder, weight file"),
         ("absent", "no run folder, weight file"),
     ],
@@ -144,6 +171,62 @@ def test_a_factory_is_found_from_the_working_folder(place: Path) -> None:
 def test_what_is_no_model_is_said(place: Path, what: str, message: str) -> None:
     with pytest.raises(RobustFairError, match=message):
         load_target(what)
+
+
+def test_an_instance_is_a_model_too(place: Path) -> None:
+    assert load_target("zoo_to_load.models:instance").model.head.out_features == 3
+
+
+@pytest.mark.parametrize(("name", "types"), [("half", "float16"), ("mixed", "bfloat16 and float64")])
+def test_models_of_other_types_are_brought_to_float32(place: Path, name: str, types: str) -> None:
+    target = load_target(f"zoo_to_load.models:{name}")
+    assert {tensor.dtype for tensor in target.model.state_dict().values()} == {torch.float32}
+    assert target.notes == (f"its {types} weights are computed in float32, as attacks need",)
+    assert target.model(torch.rand(2, 1, 8, 8)).isfinite().all()
+
+
+def test_a_factory_model_can_be_put_behind_a_normalisation(place: Path) -> None:
+    plain = load_target("zoo_to_load.models:instance", normalise="none").model
+    target = load_target("zoo_to_load.models:instance", normalise="half", in_channels=1)
+    x = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(target.model(x), plain((x - 0.5) / 0.5))
+    assert target.notes == ("--normalise half puts it behind an input normalisation of mean 0.5 and std 0.5",)
+    with pytest.raises(ConfigError, match="normalise must be auto, none, half"):
+        load_target("zoo_to_load.models:build", normalise="hlaf")
+
+
+def test_weights_of_the_bare_network_fill_a_factorys_wrapper(place: Path) -> None:
+    weights = create_model("small-cnn", in_channels=1, width=2, num_classes=3).state_dict()
+    save_file(weights, place / "w.safetensors")
+    target = load_target("zoo_to_load.models:wrapped", weights="w.safetensors")
+    assert torch.equal(target.model[1].head.weight, weights["head.weight"])
+    assert target.notes == ("weights from the top level; prefix '1.' added",)
+    assert target.label == "zoo_to_load.models:wrapped (w.safetensors)"
+
+
+def test_statistics_that_a_file_lacks_are_said(place: Path) -> None:
+    weights = create_model("small-cnn", width=2).state_dict()
+    torch.save({key: value for key, value in weights.items() if not key.startswith("normalise")}, place / "w.pt")
+    _, note = load_target("w.pt", arch="small-cnn", width=2, normalise="half").notes
+    assert note == (
+        "the file has no input statistics: an input normalisation of mean 0.5, 0.5, 0.5 and std 0.5, 0.5, 0.5 "
+        "(--normalise sets another)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "flags", "message"),
+    [
+        ("w.pt", {"arch": "small-cnn", "weights": "w.pt"}, "is itself a weight file: leave --weights out"),
+        ("zoo_to_load.models:build", {"arch": "small-cnn"}, "--arch and --width are for a bare weight file"),
+        ("zoo_to_load.models:build", {"width": 2}, "--arch and --width are for a bare weight file"),
+        ("timm:resnet50", {"arch": "resnet18"}, "--arch and --width are for a bare weight file"),
+        ("timm:resnet50.pt", {}, "add --weights"),
+    ],
+)
+def test_flags_that_do_nothing_are_refused(place: Path, what: str, flags: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_target(what, **flags)
 
 
 def test_an_error_of_ours_inside_a_factory_keeps_its_words(place: Path) -> None:

@@ -1,20 +1,32 @@
-"""What a user may name as a model: a run folder, a weight file with its architecture, or a factory in a module."""
+"""What a user may name as a model: a run folder, a weight file with its architecture, a network of another package, or
+a factory in a module.
+
+Whatever comes from elsewhere leaves here in eval mode and in float32, and every change made to it is a note.
+"""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from robustfair.errors import ModelError, RobustFairError
 from robustfair.models.build import create_model
-from robustfair.models.weights import load_weights, read_weight_file
+from robustfair.models.normalise import Normalise, Normalised, named_statistics
+from robustfair.models.weights import LoadReport, load_weights, read_weight_file
+from robustfair.models.zoo import Found, robustbench_model, timm_model
 from robustfair.rundir import RunFolder
+
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+TIMM, ROBUSTBENCH = "timm:", "robustbench:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +39,7 @@ class Target:
         folder: its run, None for a model from elsewhere.
         checkpoint: name of the run's checkpoint.
         meta: of the checkpoint: class names, data, threat, epoch; {} from elsewhere.
-        notes: what was done to read the weights.
+        notes: what was done to read the weights, and to the model.
     """
 
     model: nn.Module
@@ -48,15 +60,19 @@ def load_target(
     normalise: str = "auto",
     num_classes: int | None = None,
     in_channels: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Target:
     """Find and load the model that `what` names.
 
     Args:
-        what: `runs/x`; a `.safetensors`, `.pt` or `.pth` file (with `arch`); or `package.module:factory`.
+        what: `runs/x`; a `.safetensors`, `.pt` or `.pth` file (with `arch`); `timm:NAME` (with `weights`);
+            `robustbench:NAME`; or `package.module:factory`.
         checkpoint: of a run: best, last, ema, ...
-        arch, width, normalise: architecture of a bare weight file, and its input statistics where the file has none.
-        weights: weight file for a factory's model.
-        num_classes, in_channels: of the data, for a bare weight file.
+        arch, width: architecture of a bare weight file, a name of ours or `timm:NAME`.
+        weights: weight file for timm's network or a factory's model.
+        normalise: input statistics, see `named_statistics`. Of a bare weight file and of timm's network: those where
+            the file has none. In front of any other model: what it is put behind; "auto" leaves it as it is.
+        num_classes, in_channels, image_size: of the data, the last as (H, W).
 
     Raises:
         RobustFairError: nothing of that name, or it does not fit; says what was looked for.
@@ -65,27 +81,120 @@ def load_target(
     if path.is_dir():
         if arch or weights or width:
             raise ModelError(f"{what} is a run, which knows its own architecture: leave --arch, --weights, --width out")
-        folder = RunFolder(path)
-        model, found, name = folder.read(checkpoint)
-        about = f"{found.meta['candidate']}, epoch {found.meta['epoch']}"
-        return Target(
-            model=model, label=f"{path} ({name}: {about})", folder=folder, checkpoint=name, meta=dict(found.meta)
-        )
+        return _from_run(path, checkpoint)
     if checkpoint is not None:
         raise ModelError(f"--checkpoint picks a checkpoint of a run folder, and {what} is none: leave it out")
-    if path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+    images = _Images(num_classes, in_channels or 3, image_size)
+    is_named = what.startswith((TIMM, ROBUSTBENCH))
+    if path.suffix in WEIGHT_FILES and not is_named:
         if arch is None:
             raise ModelError(f"{what} holds weights only: add --arch with its architecture, such as preact-resnet18")
-        state = read_weight_file(path)
-        model = create_model(
-            arch, num_classes=num_classes or 10, in_channels=in_channels or 3, width=width, normalise=normalise
-        )
-        return Target(model=model.eval(), label=what, meta={}, notes=(str(load_weights(model, state)),))
+        if weights is not None:
+            raise ModelError(f"{what} is itself a weight file: leave --weights out")
+        return _from_weights(what, read_weight_file(what), _network(arch, width, normalise, images))
+    if arch or width:
+        raise ModelError(f"--arch and --width are for a bare weight file, and {what} is none: leave them out")
+    label = what if weights is None else f"{what} ({weights})"
+    if what.startswith(TIMM):
+        if weights is None:
+            raise ModelError(f"{what}: nothing is downloaded here, add --weights with its .safetensors or .pt file")
+        return _from_weights(label, read_weight_file(weights), _network(what, None, normalise, images))
     if ":" in what:
+        return _from_elsewhere(label, what, weights, normalise, images)
+    raise ModelError(
+        f"{what} is no run folder, weight file (.safetensors, .pt), timm:NAME, robustbench:NAME or "
+        "package.module:factory"
+    )
+
+
+class _Images(NamedTuple):
+    """What a network is built for."""
+
+    num_classes: int | None
+    in_channels: int
+    size: tuple[int, int] | None
+
+
+def _from_run(path: Path, checkpoint: str | None) -> Target:
+    folder = RunFolder(path)
+    model, found, name = folder.read(checkpoint)
+    about = f"{found.meta['candidate']}, epoch {found.meta['epoch']}"
+    return Target(model=model, label=f"{path} ({name}: {about})", folder=folder, checkpoint=name, meta=dict(found.meta))
+
+
+def _network(arch: str, width: int | None, normalise: str, images: _Images) -> Found:
+    """The network of a bare weight file: one of ours, or timm's."""
+    if not arch.startswith(TIMM):
+        classes = images.num_classes or 10
+        model = create_model(
+            arch, num_classes=classes, in_channels=images.in_channels, width=width, normalise=normalise
+        )
+        return Found(model, ())
+    if width is not None:
+        raise ModelError(f"--width is for architectures of ours, and {arch} has its own: leave it out")
+    return timm_model(
+        arch.removeprefix(TIMM),
+        num_classes=images.num_classes,
+        in_channels=images.in_channels,
+        normalise=normalise,
+        image_size=images.size,
+    )
+
+
+def _from_weights(label: str, state: Mapping[str, Any], found: Found) -> Target:
+    report = load_weights(found.model, state)
+    notes = (*found.notes, str(report), *_kept_statistics(found.model, report))
+    return Target(model=found.model.eval(), label=label, meta={}, notes=notes)
+
+
+def _from_elsewhere(label: str, what: str, weights: str | None, normalise: str, images: _Images) -> Target:
+    """A model that comes whole: from a factory, or from RobustBench's loader."""
+    if not what.startswith(ROBUSTBENCH):
         model = _from_factory(what)
-        notes = (str(load_weights(model, read_weight_file(weights))),) if weights else ()
-        return Target(model=model.eval(), label=what, meta={}, notes=notes)
-    raise ModelError(f"{what} is no run folder, weight file (.safetensors, .pt) or package.module:factory")
+    elif weights is None:
+        model = robustbench_model(what.removeprefix(ROBUSTBENCH), num_classes=images.num_classes)
+    else:
+        raise ModelError(f"{what} comes with its own weights: leave --weights out, or name its file and --arch")
+    _require_values(what, model)
+    notes = _in_float32(model)
+    if weights is not None:
+        notes.append(str(load_weights(model, read_weight_file(weights))))
+    statistics = None if normalise == "none" else named_statistics(normalise, images.in_channels)
+    if statistics is not None:
+        model = Normalised(model, images.in_channels, *statistics)
+        notes.append(f"--normalise {normalise} puts it behind {_described(model.normalise)}")
+    return Target(model=model.eval(), label=label, meta={}, notes=tuple(notes))
+
+
+def _kept_statistics(model: nn.Module, report: LoadReport) -> list[str]:
+    """Which statistics images are normalised by, where the file leaves that open: a wrong choice costs accuracy."""
+    normalise = getattr(model, "normalise", None)
+    if "normalise.mean" not in report.missing or not isinstance(normalise, Normalise):
+        return []
+    return [f"the file has no input statistics: {_described(normalise)} (--normalise sets another)"]
+
+
+def _described(normalise: Normalise) -> str:
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in normalise.statistics())
+    return f"an input normalisation of mean {mean} and std {std}"
+
+
+def _require_values(what: str, model: nn.Module) -> None:
+    """Refuse a model that has shapes only, as a factory under `torch.device("meta")` gives."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ModelError(f"{what}: its tensors are on the meta device, which holds no values: build it on the CPU")
+
+
+def _in_float32(model: nn.Module) -> list[str]:
+    """Bring a model to float32, in which attacks compute, and say so."""
+    tensors = (*model.parameters(), *model.buffers())
+    others = {
+        str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point() and t.dtype != torch.float32
+    }
+    if not others:
+        return []
+    model.float()
+    return [f"its {' and '.join(sorted(others))} weights are computed in float32, as attacks need"]
 
 
 def _from_factory(what: str) -> nn.Module:
@@ -98,6 +207,9 @@ def _from_factory(what: str) -> nn.Module:
     except (Exception, SystemExit) as error:  # importing runs the user's code
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"{what}: cannot import it ({reason}); the form is package.module:factory") from None
+    if isinstance(factory, nn.Module):
+        return factory
+    _require_no_arguments(what, factory)
     try:
         model = factory()
     except RobustFairError:
@@ -107,3 +219,20 @@ def _from_factory(what: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ModelError(f"{what}: the factory must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _require_no_arguments(what: str, factory: Any) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # of a builtin: calling it tells
+        return
+    except TypeError as error:
+        raise ModelError(
+            f"{what}: not a factory (TypeError: {error}); name a function that returns the model"
+        ) from None
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise ModelError(
+            f"{what}: a factory is called without arguments (TypeError: {error}). Give all of them defaults"
+        ) from None

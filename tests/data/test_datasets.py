@@ -61,7 +61,12 @@ def test_labels_outside_the_range_name_the_first() -> None:
         (
             torch.zeros(2, 3, 4, 4),
             torch.zeros(2, dtype=torch.int64),
-            r"images must be uint8 .* got float32 \(2, 3, 4, 4\)",
+            r"images must be uint8 .* got float32 \(2, 3, 4, 4\); store \(255 \* x\)\.round\(\) as uint8$",
+        ),
+        (
+            torch.full((2, 3, 4, 4), -1.5, dtype=torch.bfloat16),
+            torch.zeros(2, dtype=torch.int64),
+            r"values from -1\.5 to -1\.5 look already normalised",
         ),
         (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), r"images must be uint8"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), r"labels must be int64 \(2,\)"),

@@ -334,7 +334,12 @@ def test_npz_with_parts_and_names(folder: Path) -> None:
         ({"images": pixels(0), "labels": np.array([], dtype=np.int64)}, "the train part holds no images"),
         (
             {"images": pixels(2) / 255, "labels": np.array([0, 1])},
-            r"images must be uint8 .* got float64 \(2, 3, 8, 8\)",
+            r"images must be uint8 .* got float64 \(2, 3, 8, 8\); store \(255 \* x\)\.round\(\) as uint8$",
+        ),
+        ({"images": pixels(2).astype(np.int16), "labels": np.array([0, 1])}, r"got int16 .*; store them as uint8$"),
+        (
+            {"images": (pixels(2) / 255 - 0.5) / 0.25, "labels": np.array([0, 1])},
+            r"values from -\d\.?\d* to \d\.?\d* look already normalised, which a model does itself: store the pixels",
         ),
         ({"images": pixels(2), "labels": np.array([0.0, 1.0])}, r"labels must be whole numbers \(N,\), got float64"),
         ({"images": pixels(2), "labels": np.array([0])}, r"labels must be int64 \(2,\)"),

@@ -10,7 +10,7 @@ from robustfair.errors import ConfigError, ModelError, UnknownNameError
 from robustfair.models import build_model, create_model, describe_model
 from robustfair.registry import MODELS
 
-SMALL = {"small-cnn": 8, "resnet9": 8, "preact-resnet18": 8, "wrn-10-1": 1}
+SMALL = {"small-cnn": 8, "resnet9": 8, "resnet18": 8, "preact-resnet18": 8, "wrn-10-1": 1, "dm-wrn-10-1": 1}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -51,13 +51,13 @@ def test_same_seed_same_weights(name):
 
 
 def test_every_registered_model_builds_with_its_own_name_and_published_width():
-    widths = {"small-cnn": 32, "resnet9": 64, "preact-resnet18": 64}
-    assert {"small-cnn", "resnet9", "preact-resnet18", "wrn-28-2", "wrn-28-5", "wrn-28-10", "wrn-34-10"} <= set(MODELS)
+    widths = {"small-cnn": 32, "resnet9": 64, "resnet18": 64, "preact-resnet18": 64}
+    assert {*widths, "wrn-28-2", "wrn-28-5", "wrn-28-10", "wrn-34-10", "dm-wrn-28-10", "dm-wrn-70-16"} <= set(MODELS)
     for name in MODELS:
         with torch.device("meta"):
             model = create_model(name)
         assert model.name == name
-        assert model.width == widths.get(name, int(name.split("-")[-1]) if name.startswith("wrn") else None)
+        assert model.width == widths.get(name, int(name.split("-")[-1]) if "wrn" in name else None)
 
 
 def test_any_wide_resnet_can_be_named():
@@ -74,6 +74,8 @@ def test_normalisation_choices():
     assert statistics(in_channels=1) == ((0.5,), (0.5,))
     assert statistics(normalise="none") == ((0.0,) * 3, (1.0,) * 3)
     assert statistics(in_channels=1, normalise=([0.25], [2.0])) == ((0.25,), (2.0,))
+    assert statistics(normalise="imagenet") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert statistics(normalise="half") == ((0.5,) * 3, (0.5,) * 3)
 
 
 def test_none_passes_pixels_through_bit_for_bit():
@@ -85,7 +87,8 @@ def test_none_passes_pixels_through_bit_for_bit():
     ("kwargs", "field"),
     [
         ({"normalise": "cifar10", "in_channels": 1}, "mean"),
-        ({"normalise": "imagenet"}, "normalise"),
+        ({"normalise": "imagnet"}, "normalise"),
+        ({"normalise": "mnist"}, "mean"),
         ({"normalise": ([0.5, 0.5, 0.5],)}, "normalise"),
         ({"num_classes": 0}, "num_classes"),
         ({"in_channels": 0}, "in_channels"),

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from robustfair.errors import ModelError
-from robustfair.models import check_outputs, create_model, find_head, head_norms, unwrap
+from robustfair.models import Normalised, check_outputs, create_model, find_head, head_norms, unwrap
+from robustfair.models.head import require_finite
 
 
 class TokenClassifier(nn.Module):
@@ -194,7 +195,8 @@ def test_check_outputs():
     assert model.training
     with pytest.raises(ModelError, match="model has 100 outputs, data has 10 classes"):
         check_outputs(model, 10, example)
-    with pytest.raises(ModelError, match=r"does not accept input of shape \(2, 3, 8, 8\)"):
+    grey = r"does not accept input of shape \(2, 3, 8, 8\): it takes images of 1 channels and these have 3\. Build"
+    with pytest.raises(ModelError, match=grey):
         check_outputs(model, 100, torch.rand(2, 3, 8, 8))
     with torch.no_grad():
         model.head.bias[3] = float("nan")
@@ -202,3 +204,33 @@ def test_check_outputs():
         check_outputs(model, 100, example)
     with pytest.raises(ModelError, match=r"must return logits \(B, C\), got \(2, 1, 8, 8\)"):
         check_outputs(nn.Identity(), 10, example)
+
+
+def test_a_model_that_needs_more_channels_than_the_images_have():
+    colour = create_model("small-cnn", width=4)
+    wrapped = Normalised(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), 1, None, None)
+    for model, name in ((colour, "SmallCNN"), (wrapped, "Sequential")):
+        with pytest.raises(ModelError, match=rf"{name} does not .*: it takes images of 3 channels and these have 1\. "):
+            check_outputs(model, 10, torch.rand(2, 1, 8, 8))
+
+
+def test_a_model_that_spreads_grey_itself_is_left_in_peace():
+    class Spread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = create_model("small-cnn", width=4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x.expand(-1, 3, -1, -1))
+
+    check_outputs(Spread(), 10, torch.rand(2, 1, 8, 8))
+
+
+def test_logits_that_are_not_finite_are_counted_and_the_first_is_named():
+    logits = torch.zeros(4, 3)
+    require_finite(nn.Identity(), logits)
+    logits[2, 1], logits[3, 0] = float("inf"), float("nan")
+    with pytest.raises(ModelError, match="not finite for 2 of 4 images, the first is image 2: its weights"):
+        require_finite(nn.Identity(), logits)
+    with pytest.raises(ModelError, match="the first is image 70:"):
+        require_finite(nn.Identity(), logits, torch.tensor([50, 60, 70, 80]))

@@ -8,9 +8,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from reference.public_networks import PublicPreActResNet18, PublicWideResNet, scramble
+from reference.public_networks import (
+    PublicDMWideResNet,
+    PublicPreActResNet18,
+    PublicResNet18,
+    PublicWideResNet,
+    scramble,
+)
 from robustfair.errors import CheckpointError, ModelError
-from robustfair.models import create_model, load_weights, read_weight_file
+from robustfair.models import Normalised, create_model, load_weights, read_weight_file
 
 
 @pytest.fixture
@@ -28,17 +34,24 @@ def _prefixed(state, prefix):
     return {prefix + name: value for name, value in state.items()}
 
 
+def _assert_same_logits(ours, public):
+    x = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = public.double()(x)
+        torch.testing.assert_close(
+            ours.eval().double()(x), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max())
+        )
+
+
 def _same(model, state):
     return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_public_wide_resnet_gives_the_same_logits_and_names_the_dead_copy():
     public = scramble(PublicWideResNet(16, 2, num_classes=7), seed=1)
-    ours = create_model("wrn-16-2", num_classes=7, normalise="none").eval()
+    ours = create_model("wrn-16-2", num_classes=7, normalise="none")
     report = load_weights(ours, public.state_dict())
-    x = torch.rand(4, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), public(x), rtol=1e-6, atol=1e-6)
+    _assert_same_logits(ours, public)
     assert report.naming == "public"
     assert report.unused == tuple(name for name in public.state_dict() if name.startswith("sub_block1."))
     assert report.missing == ("normalise.mean", "normalise.std")
@@ -53,16 +66,119 @@ def test_public_wide_resnet_without_the_dead_copy():
 
 def test_public_preact_resnet_gives_the_same_logits():
     public = scramble(PublicPreActResNet18(width=8), seed=3)
-    ours = create_model("preact-resnet18", width=8, normalise="none").eval()
+    ours = create_model("preact-resnet18", width=8, normalise="none")
     report = load_weights(ours, {"net": _prefixed(public.state_dict(), "module."), "epoch": 3})
-    x = torch.rand(4, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), public(x), rtol=1e-6, atol=1e-6)
+    _assert_same_logits(ours, public)
     assert (report.branch, report.prefix, report.naming) == ("net", "module.", "public")
 
 
+@pytest.mark.parametrize(("shortcut", "head"), [("shortcut", "linear"), ("downsample", "fc")])
+def test_public_resnet_in_either_naming_gives_the_same_logits(shortcut, head):
+    public = scramble(PublicResNet18(width=8, shortcut=shortcut, head=head), seed=5)
+    ours = create_model("resnet18", width=8, normalise="none")
+    report = load_weights(ours, {"state_dict": _prefixed(public.state_dict(), "module.model.")})
+    _assert_same_logits(ours, public)
+    assert (report.branch, report.prefix, report.naming) == ("state_dict", "module.model.", "public")
+    assert report.unused == ()
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_public_dm_wide_resnet_gives_the_same_logits_behind_its_own_statistics(classes):
+    hundred = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)} if classes == 100 else {}
+    public = scramble(PublicDMWideResNet(16, 2, classes, **hundred), seed=6)
+    ours = create_model("dm-wrn-16-2", num_classes=classes)
+    report = load_weights(ours, {"model_state_dict": public.state_dict(), "epoch": 800})
+    torch.testing.assert_close(ours.normalise.mean, public.mean.flatten(), rtol=0, atol=0)
+    _assert_same_logits(ours, public)
+    assert (report.branch, report.naming, report.unused) == ("model_state_dict", "public", ())
+    assert report.missing == ("normalise.mean", "normalise.std")
+
+
+def test_the_two_wide_resnets_are_not_taken_for_each_other():
+    dm, plain = PublicDMWideResNet(10, 1).state_dict(), PublicWideResNet(10, 1, dead_copy=False).state_dict()
+    with pytest.raises(ModelError, match=r"those of a dm-wrn-10-1, which is another function than wrn-10-1"):
+        load_weights(create_model("wrn-10-1"), _prefixed(dm, "module."))
+    with pytest.raises(ModelError, match=r"build wrn-10-1$"):
+        load_weights(create_model("dm-wrn-10-1"), plain)
+
+
 @pytest.mark.parametrize(
-    "keys", [("0.mean", "0.std", "1."), ("normalize.mean", "normalize.std", "model."), ("mu", "sigma", "")]
+    ("first", "second"),
+    [
+        ("resnet18", "preact-resnet18"),
+        ("preact-resnet18", "resnet18"),
+        ("wrn-10-1", "resnet18"),
+        ("wrn-10-1", "resnet9"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(first, second):
+    weights = create_model(first, width=1).state_dict()
+    model = create_model(second, width=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"do not fit|other shapes"):
+        load_weights(model, weights)
+    assert _same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "prefix"),
+    [
+        ((), ""),
+        ((), "module.model."),
+        (("0.mean", "0.std"), "1."),
+        (("mu", "sigma"), ""),
+        (("module.normalizer.new_mean", "module.normalizer.new_std"), "module.model."),
+    ],
+)
+def test_a_network_behind_a_normalisation_takes_the_keys_of_the_bare_one(statistics, prefix):
+    public = scramble(PublicResNet18(width=4), seed=7)
+    state = _prefixed(public.state_dict(), prefix)
+    state |= {key: torch.full((1, 3, 1, 1), value) for key, value in zip(statistics, (0.25, 0.75), strict=False)}
+    model = Normalised(PublicResNet18(width=4), 3, None, None)
+    before = model.normalise.statistics()
+    report = load_weights(model, state)
+    assert _same(model.network, public.state_dict())
+    assert model.normalise.statistics() == (((0.25,) * 3, (0.75,) * 3) if statistics else before)
+    assert (report.prefix, report.added, report.naming) == (prefix, "network.", "own")
+    assert report.missing == (() if statistics else ("normalise.mean", "normalise.std"))
+
+
+def test_the_copy_inside_an_attacker_is_left_aside():
+    public = scramble(PublicResNet18(width=4), seed=8)
+    state = _prefixed(public.state_dict(), "module.model.") | _prefixed(public.state_dict(), "module.attacker.model.")
+    state["module.attacker.normalize.new_mean"] = torch.zeros(3)
+    model = Normalised(PublicResNet18(width=4), 3, None, None)
+    report = load_weights(model, {"model": state})
+    assert _same(model.network, public.state_dict())
+    assert report.unused == tuple(key for key in state if "attacker" in key)
+
+
+def test_a_sequential_of_statistics_and_network_takes_bare_weights_and_keeps_its_own():
+    public = scramble(PublicResNet18(width=4), seed=9)
+    layer = nn.Module()
+    layer.register_buffer("mean", torch.full((1, 3, 1, 1), 0.4))
+    layer.register_buffer("std", torch.full((1, 3, 1, 1), 0.2))
+    model = nn.Sequential(layer, PublicResNet18(width=4))
+    report = load_weights(model, public.state_dict())
+    assert _same(model[1], public.state_dict())
+    assert (report.added, report.missing) == ("1.", ("0.mean", "0.std"))
+    assert "prefix '1.' added; kept from the model: 0.mean, 0.std" in str(report)
+
+
+def test_statistics_without_a_place_are_not_dropped():
+    state = {"0.mean": torch.zeros(3), "0.std": torch.ones(3), **_prefixed(PublicResNet18(width=4).state_dict(), "1.")}
+    with pytest.raises(ModelError, match=r"bring input statistics \(0.mean, 0.std\), and PublicResNet18 has no place"):
+        load_weights(PublicResNet18(width=4), state)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("0.mean", "0.std", "1."),
+        ("normalize.mean", "normalize.std", "model."),
+        ("mu", "sigma", ""),
+        ("normalization.mu", "normalization.sigma", ""),
+    ],
 )
 def test_statistics_in_a_public_file_set_ours(keys):
     mean, std, prefix = keys
@@ -148,6 +264,11 @@ def test_two_keys_for_one_name_are_not_taken_in_silence(model):
     state = _other(model)
     with pytest.raises(ModelError, match="unknown"):
         load_weights(model, {**state, **_prefixed({"head.bias": state["head.bias"]}, "module.")})
+
+
+def test_wrong_number_of_classes_is_said_plainly_of_any_head():
+    with pytest.raises(ModelError, match=r"weights have 7 outputs, the model has 10"):
+        load_weights(PublicResNet18(width=4), PublicResNet18(7, width=4).state_dict())
 
 
 def test_wrong_number_of_classes_is_said_plainly():

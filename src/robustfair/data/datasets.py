@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from robustfair.data import cache
-from robustfair.data.decode import fingerprint
+from robustfair.data.decode import bytes_hint, fingerprint
 from robustfair.data.sources import Source, find_source, hold_out
 from robustfair.errors import ConfigError, DataError
 
@@ -54,7 +54,9 @@ class ImageDataset:
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             got = f"{_dtype(self.images)} {tuple(self.images.shape)}"
-            raise DataError(f"{self.name}: images must be uint8 (N, C, H, W), got {got}")
+            is_number = self.images.is_floating_point() and self.images.numel() > 0
+            hint = f"; {bytes_hint(float(self.images.min()), float(self.images.max()))}" if is_number else ""
+            raise DataError(f"{self.name}: images must be uint8 (N, C, H, W), got {got}{hint}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             got = f"{_dtype(self.labels)} {tuple(self.labels.shape)}"
             raise DataError(f"{self.name}: labels must be int64 ({len(self.images)},), one an image, got {got}")

@@ -110,6 +110,20 @@ def numbered_names(owner: str, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
     return tuple(str(label) for label in range(highest + 1))
 
 
+def bytes_hint(lowest: float, highest: float) -> str:
+    """How to store images whose values are no bytes, by the range of the values.
+
+    >>> bytes_hint(0.0, 1.0), bytes_hint(-2.1, 2.64)[:43]
+    ('store (255 * x).round() as uint8', 'values from -2.1 to 2.64 look already norma')
+    """
+    if lowest < 0 or not highest <= 255:
+        return (
+            f"values from {lowest:.3g} to {highest:.3g} look already normalised, which a model does itself: "
+            "store the pixels before that, as uint8 from 0 to 255"
+        )
+    return "store (255 * x).round() as uint8" if highest <= 1 else "store them as uint8"
+
+
 def fingerprint(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> str:
     """Hexadecimal SHA-256 of pixels (N, C, H, W), labels (N,) and class names; of nothing else."""
     digest = hashlib.sha256(json.dumps([class_names, list(images.shape)]).encode())

@@ -21,7 +21,15 @@ import torch
 
 from robustfair.config import needed
 from robustfair.data.catalog import CATALOG, CatalogEntry
-from robustfair.data.decode import Decoded, Picture, decode_pictures, numbered_names, resize_arrays, share_shape
+from robustfair.data.decode import (
+    Decoded,
+    Picture,
+    bytes_hint,
+    decode_pictures,
+    numbered_names,
+    resize_arrays,
+    share_shape,
+)
 from robustfair.data.pack import HEADER, Pack, find_pack, pack_stem, read_pack
 from robustfair.data.split import stratified_split
 from robustfair.errors import DataError, UnknownNameError
@@ -509,9 +517,11 @@ def _channels_first(path: Path, images: np.ndarray) -> np.ndarray:
     elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3):
+        is_number = images.dtype != np.uint8 and images.dtype.kind in "iuf" and images.size > 0
+        hint = f"; {bytes_hint(float(images.min()), float(images.max()))}" if is_number else ""
         raise DataError(
             f"{path}: images must be uint8 (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, "
-            f"got {images.dtype} {images.shape}"
+            f"got {images.dtype} {images.shape}{hint}"
         )
     return np.ascontiguousarray(images)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from robustfair.errors import ConfigError, ModelError
+from robustfair.errors import ModelError
+from robustfair.models.dm_wide_resnet import dm_wide_resnet_factory
 from robustfair.models.head import unwrap
-from robustfair.models.normalise import CIFAR10_STATISTICS, Normalise, Statistics, default_statistics
+from robustfair.models.normalise import Normalisation, Normalise, named_statistics
 from robustfair.models.wide_resnet import wide_resnet_factory
 from robustfair.registry import MODELS
-
-Normalisation = str | tuple[Sequence[float], Sequence[float]]
 
 DESCRIPTION_KEYS = ("name", "num_classes", "in_channels", "width", "mean", "std")
 
@@ -29,12 +28,13 @@ def create_model(
     """A network with fresh weights (drawn from torch's global generator), taking images in [0, 1] of any size from 8x8.
 
     Args:
-        name: an entry of the model registry, or `wrn-DEPTH-WIDTH` for any depth 6 n + 4.
+        name: an entry of the model registry, or `wrn-DEPTH-WIDTH` or `dm-wrn-DEPTH-WIDTH` for any depth 6 n + 4.
         num_classes: outputs C.
         in_channels: channels of an image, 1 for grey.
         width: channels of the first convolution, for a `wrn` the factor on its base of 16; None is the published one.
-        normalise: input statistics inside the model. "auto" is "cifar10" for three channels and 0.5, 0.5 for others;
-            "none" passes pixels through, as TRADES and WAT train; a pair (mean, std) has one number a channel each.
+        normalise: input statistics inside the model. "auto" is the model's own choice, "cifar10" for most with three
+            channels and 0.5, 0.5 for others; "none" passes pixels through, as TRADES and WAT train; see
+            `named_statistics`.
 
     Raises:
         UnknownNameError: no model of that name.
@@ -43,8 +43,8 @@ def create_model(
     >>> create_model("small-cnn", in_channels=1, width=8).head
     Linear(in_features=32, out_features=10, bias=True)
     """
-    factory = wide_resnet_factory(name) or MODELS.get(name)
-    mean, std = _statistics(normalise, in_channels)
+    factory = wide_resnet_factory(name) or dm_wide_resnet_factory(name) or MODELS.get(name)
+    mean, std = named_statistics(normalise, in_channels) or (None, None)
     sizes = {} if width is None else {"width": width}
     return factory(num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **sizes)
 
@@ -83,16 +83,3 @@ def build_model(description: Mapping[str, Any]) -> nn.Module:
     arguments = dict(description)
     statistics = (arguments.pop("mean"), arguments.pop("std"))
     return create_model(**arguments, normalise=statistics)
-
-
-def _statistics(normalise: Normalisation, in_channels: int) -> Statistics:
-    if normalise == "auto":
-        return default_statistics(in_channels)
-    if normalise == "none":
-        return (0.0,) * in_channels, (1.0,) * in_channels
-    if normalise == "cifar10":
-        return CIFAR10_STATISTICS
-    if isinstance(normalise, str) or len(normalise) != 2:
-        raise ConfigError("model", "normalise", allowed="auto, cifar10, none or a pair (mean, std)", got=normalise)
-    mean, std = normalise
-    return tuple(mean), tuple(std)

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from robustfair.errors import ModelError
+from robustfair.models.normalise import Normalised
 
 Head = nn.Linear | nn.Conv2d
 
@@ -95,8 +96,22 @@ def check_outputs(model: nn.Module, num_classes: int, example: Tensor) -> None:
             f"model has {logits.shape[1]} outputs, data has {num_classes} classes. "
             "Build the model with as many outputs as the data has classes, or load the data it was trained on"
         )
-    if not torch.isfinite(logits).all():
-        raise ModelError(f"{type(model).__name__} returns logits that are not finite: its weights are not usable")
+    require_finite(model, logits)
+
+
+def require_finite(model: nn.Module, logits: Tensor, index: Tensor | None = None) -> None:
+    """Refuse logits (B, C) that are not finite; `index` (B,) are the rows of the data set they belong to.
+
+    Raises:
+        ModelError: a logit is nan or infinite; says for how many images, and names the first.
+    """
+    rows = (~logits.isfinite().all(1)).nonzero().squeeze(1)
+    if len(rows):
+        first = int(rows[0] if index is None else index[rows[0]])
+        raise ModelError(
+            f"{_name(model)} returns logits that are not finite for {len(rows)} of {len(logits)} images, the first is "
+            f"image {first}: its weights are not usable, or it was made for inputs of another scale than [0, 1]"
+        )
 
 
 def _outputs(module: Head) -> int:
@@ -120,12 +135,29 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     try:
         logits = model(x)
     except Exception as error:  # a foreign module may raise anything on an input it was not made for
-        reason = str(error).split("\n", 1)[0] or type(error).__name__
-        raise ModelError(f"{type(model).__name__} does not accept input of shape {tuple(x.shape)}: {reason}") from error
+        reason = _channels(model, x) or str(error).split("\n", 1)[0] or type(error).__name__
+        raise ModelError(f"{_name(model)} does not accept input of shape {tuple(x.shape)}: {reason}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"{type(model).__name__} must return logits (B, C), got {shape} for {len(x)} inputs")
+        raise ModelError(f"{_name(model)} must return logits (B, C), got {shape} for {len(x)} inputs")
     return logits
+
+
+def _channels(model: nn.Module, x: Tensor) -> str:
+    """What to say where images have another number of channels than the first convolution takes; "" elsewhere."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or x.ndim != 4 or first.in_channels == x.shape[1]:
+        return ""
+    return (
+        f"it takes images of {first.in_channels} channels and these have {x.shape[1]}. "
+        "Build it for the images' channels, or choose the data it was trained on"
+    )
+
+
+def _name(model: nn.Module) -> str:
+    """The class of the network, for messages."""
+    bare = unwrap(model)
+    return type(bare.network if isinstance(bare, Normalised) else bare).__name__
 
 
 def _trace(model: nn.Module, candidates: list[Head], example: Tensor | None) -> tuple[Tensor, Tensor, list[Head]]:

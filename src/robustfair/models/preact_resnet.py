@@ -1,4 +1,4 @@
-"""PreActResNet-18 for small images, and the pre-activation block that WideResNet is made of too.
+"""PreActResNet-18 for small images, the pre-activation block that WideResNet is made of too, and stages of any block.
 
 Source: He et al. 2016, "Identity mappings in deep residual networks", in the form that CFA, FAIR-TAT and AWP train:
 3x3 stem without pooling, batch norm and ReLU before the mean over the image (11,172,170 parameters for ten classes).
@@ -6,7 +6,7 @@ Source: He et al. 2016, "Identity mappings in deep residual networks", in the fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,12 +39,18 @@ class PreActBlock(nn.Module):
         return h + shortcut
 
 
-def preact_stages(in_channels: int, channels: Sequence[int], blocks: int) -> nn.Sequential:
-    """Stages of `blocks` blocks each, with `channels` outputs; every stage but the first halves the image."""
+def residual_stages(
+    block: Callable[[int, int, int], nn.Module], in_channels: int, channels: Sequence[int], blocks: int
+) -> nn.Sequential:
+    """Stages of `blocks` blocks each, with `channels` outputs; every stage but the first halves the image.
+
+    Args:
+        block: makes one from its channels in, its channels out and its stride.
+    """
     stages = []
     for i, out_channels in enumerate(channels):
-        first = PreActBlock(in_channels, out_channels, stride=1 if i == 0 else 2)
-        rest = [PreActBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1)]
+        first = block(in_channels, out_channels, 1 if i == 0 else 2)
+        rest = [block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
         stages.append(nn.Sequential(first, *rest))
         in_channels = out_channels
     return nn.Sequential(*stages)
@@ -82,7 +88,7 @@ class PreActResNet18(nn.Module):
         self.num_classes, self.in_channels, self.width = num_classes, in_channels, width
         self.normalise = Normalise(in_channels, mean, std)
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.stages = preact_stages(width, (width, 2 * width, 4 * width, 8 * width), blocks=2)
+        self.stages = residual_stages(PreActBlock, width, (width, 2 * width, 4 * width, 8 * width), blocks=2)
         self.norm = nn.BatchNorm2d(8 * width)
         self.head = nn.Linear(8 * width, num_classes)
         initialise(self)

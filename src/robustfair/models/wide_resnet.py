@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from robustfair.errors import ConfigError
 from robustfair.models.normalise import Normalise, check_sizes, initialise
-from robustfair.models.preact_resnet import preact_stages
+from robustfair.models.preact_resnet import PreActBlock, residual_stages
 from robustfair.registry import MODELS, canonical
 
 STEM_CHANNELS = 16
@@ -57,7 +57,7 @@ class WideResNet(nn.Module):
         channels = [STEM_CHANNELS * width * factor for factor in (1, 2, 4)]
         self.normalise = Normalise(in_channels, mean, std)
         self.stem = nn.Conv2d(in_channels, STEM_CHANNELS, 3, padding=1, bias=False)
-        self.stages = preact_stages(STEM_CHANNELS, channels, blocks=(depth - 4) // 6)
+        self.stages = residual_stages(PreActBlock, STEM_CHANNELS, channels, blocks=(depth - 4) // 6)
         self.norm = nn.BatchNorm2d(channels[-1])
         self.head = nn.Linear(channels[-1], num_classes)
         initialise(self)
