@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 from scipy.optimize import brentq
@@ -171,3 +172,50 @@ def textbook_intervals(hits, n, statistic, rng, draws):
         "basic": (2 * value - high, 2 * value - low),
         "bias-corrected": tuple(np.quantile(drawn, shifted)),
     }
+
+
+def paired_table(before, after, label, num_classes):
+    """Counts by [class][right before][right after]."""
+    table = [[[0, 0], [0, 0]] for _ in range(num_classes)]
+    for a, b, y in zip(before, after, label, strict=True):
+        table[y][int(a)][int(b)] += 1
+    return table
+
+
+def mcnemar(lost, won):
+    """Probability of every split of the discordant images at least as uneven as this one, added up as fractions."""
+    n = lost + won
+    splits = [k for k in range(n + 1) if abs(2 * k - n) >= abs(lost - won)]
+    return float(sum(Fraction(math.comb(n, k), 2**n) for k in splits))
+
+
+def holm(p):
+    """Step by step: the smallest p not yet taken, times the number not yet taken, never below one before."""
+    left = {i: value for i, value in enumerate(p) if not math.isnan(value)}
+    adjusted, floor = [NAN] * len(p), 0.0
+    while left:
+        i = min(left, key=lambda j: (left[j], j))
+        floor = max(floor, min(1.0, left[i] * len(left)))
+        adjusted[i] = floor
+        del left[i]
+    return adjusted
+
+
+def paired_interval(both, lost, won, neither, level):
+    """Wald interval of won - lost from mean and variance of +1, -1 and 0 over images, half an image more a cell."""
+    cells = {0: both + neither + 1, -1: lost + 0.5, 1: won + 0.5}
+    n = sum(cells.values())
+    mean = sum(score * times for score, times in cells.items()) / n
+    variance = sum((score - mean) ** 2 * times for score, times in cells.items()) / n
+    half = norm.ppf((1 + level) / 2) * math.sqrt(variance / n)
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def resample_pairs(before, after, label, num_classes, rng):
+    """Hits per class of two models on one test set drawn image by image, with replacement, within each class."""
+    hits = []
+    for c in range(num_classes):
+        pairs = [(a, b) for a, b, y in zip(before, after, label, strict=True) if y == c]
+        drawn = [pairs[rng.integers(len(pairs))] for _ in pairs]
+        hits.append((sum(a for a, _ in drawn), sum(b for _, b in drawn)))
+    return hits

@@ -151,6 +151,54 @@ def heat_map(counts_pred_true: Sequence[Sequence[int]], names: Sequence[str], *,
     return f'<div class="heat">{left}{scroll}</div>'
 
 
+def rate_map(
+    rates: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    scale: tuple[float, float],
+    tips: Sequence[Sequence[str]],
+    apart: tuple[int, int] = (0, 0),
+    label: str,
+) -> str:
+    """Rates (R, K) as percent in cells, the darker the lower.
+
+    Args:
+        scale: the rates at which shades begin and end, the higher first.
+        tips: (R, K) words of the tooltips.
+        apart: how many of the last rows and columns stand apart from the others.
+
+    Returns:
+        two drawings in one element: the names of the rows, and the cells, which scroll sideways where they must.
+    """
+    wide, high, gap, head = 46.0, 26.0, 8.0, 22.0
+    across = [k * wide + gap * (k >= len(columns) - apart[1]) for k in range(len(columns))]
+    down = [head + r * high + gap * (r >= len(rows) - apart[0]) for r in range(len(rows))]
+    shown = short_names(rows, 24)
+    gutter = max(_width(name, 12) for name in shown) + 8
+    names = [
+        _text(gutter - 8, y + high / 2 + 4, name, "name", anchor="end", tip=_tip(full), size=12)
+        for y, name, full in zip(down, shown, rows, strict=True)
+    ]
+    cells = [
+        _text(x + wide / 2, head - 8, column, "name", anchor="middle", size=12)
+        for x, column in zip(across, columns, strict=True)
+    ]
+    for y, line, words in zip(down, rates, tips, strict=True):
+        for x, rate, tip in zip(across, line, words, strict=True):
+            if not math.isnan(rate):
+                box = _box(x + 0.5, y + 0.5, wide - 1, high - 1)
+                value = _text(x + wide / 2, y + high / 2 + 4, percent(rate), "value", anchor="middle", size=12)
+                cells.append(
+                    f'<g class="h{shade(scale[0] - rate, scale[0] - scale[1])}">{_tip(tip)}<rect {box}/>{value}</g>'
+                )
+    bottom = down[-1] + high + 1
+    left = _svg(gutter, bottom, names, "heat-rows", fixed=True, label="Rows")
+    right = _svg(across[-1] + wide, bottom, cells, "heat-cells", fixed=True, label=label)
+    scroll = f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(label)}">{right}</div>'
+    return f'<div class="heat">{left}{scroll}</div>'
+
+
 def largest_error(counts_pred_true: Sequence[Sequence[int]]) -> float:
     """Largest share of a true class that is predicted as one other class; 0 without errors.
 

@@ -615,14 +615,26 @@ def _vector_rows(audit: Audit) -> dict[str, Any]:
 
 
 def _settings(audit: Audit) -> dict[str, Any]:
-    keys = list(dict.fromkeys(key for attack in audit.attacks for key in audit.settings.get(attack, {})))
+    shown = {attack: _shown_settings(audit, attack) for attack in audit.attacks}
+    keys = list(dict.fromkeys(key for settings in shown.values() for key in settings))
     return {
         "columns": keys,
         "rows": [
-            {"attack": attack, "cells": [_plain(audit.settings.get(attack, {}).get(key, "")) for key in keys]}
-            for attack in audit.attacks
+            {"attack": attack, "cells": [_plain(settings.get(key, "")) for key in keys]}
+            for attack, settings in shown.items()
         ],
     }
+
+
+def _shown_settings(audit: Audit, attack: str) -> dict[str, Any]:
+    """The settings of one attack; of a strong one what its parts are called, how far they ran and what they broke."""
+    settings = dict(audit.settings.get(attack, {}))
+    settings.pop("members", None)
+    ran = settings.pop("ran", None)
+    if ran is not None:
+        settings["ran"] = ", ".join(f"{100 * share:.0f} % of {member}" for member, share in ran.items())
+        settings["broke"] = ", ".join(f"{member} {int(n.sum())}" for member, n in audit.fell_to(attack).items())
+    return settings
 
 
 def _provenance(audit: Audit, baseline: Audit | None) -> list[tuple[str, str]]:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import IO, Literal
 
-import torch
 from torch import Tensor
 
 from robustfair import metrics
 from robustfair.config import format_eps, needed, require
-from robustfair.errors import DataError
 from robustfair.evaluate.audit import ROBUST, Audit
+from robustfair.evaluate.compare import Comparison, check_comparable
+from robustfair.evaluate.grouping import GroupRates
 from robustfair.evaluate.sanity import paired_difference
 
 with needed("rich", "a table or report"):
@@ -28,6 +28,9 @@ with needed("rich", "a table or report"):
     from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
+
+Rates = Audit | GroupRates
+Measured = Rates | Comparison
 
 NO_IMAGES = "no images"
 _UNLIMITED = 100_000
@@ -100,15 +103,20 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def threat_words(audit: Audit) -> str:
+def threat_words(audit: Measured) -> str:
     """The adversary in words: norm and radius."""
     return f"{audit.threat.norm} eps {format_eps(audit.threat.eps)}"
+
+
+def heading(title: str, audit: Measured) -> str:
+    """What a table is about: models, data, threat and unit."""
+    return f"{title} on {audit.data}, {threat_words(audit)}, percent right"
 
 
 # What the tables show
 
 
-def shown_attacks(audit: Audit) -> tuple[str, ...]:
+def shown_attacks(audit: Rates) -> tuple[str, ...]:
     """The columns of a report: the attacks, and "robust" (no attack of them succeeds) where there are several."""
     return (*audit.attacks, ROBUST) if len(audit.attacks) > 2 else audit.attacks
 
@@ -125,8 +133,8 @@ class ClassRate:
     worst: bool
 
 
-def class_rates(audit: Audit, attack: str) -> list[ClassRate]:
-    """One entry a class (C,), in the order of the data set, with its 95 % Wilson interval."""
+def class_rates(audit: Rates, attack: str) -> list[ClassRate]:
+    """One entry a class or group (C,), in the order of the data set, with its 95 % Wilson interval."""
     worst = audit.worst(attack).class_index
     rate, correct, n = audit.rate(attack).tolist(), audit.correct(attack).tolist(), audit.count().tolist()
     lower, upper = (end.tolist() for end in audit.interval(attack))
@@ -166,24 +174,6 @@ def change_of_average(before: Audit, after: Audit, attack: str) -> Change:
     return _change(before.hits(attack), after.hits(attack))
 
 
-def check_comparable(before: Audit, after: Audit) -> None:
-    """Refuse two audits that are not of the same images and classes.
-
-    Raises:
-        DataError: class names, images or labels differ.
-    """
-    if before.class_names != after.class_names:
-        raise DataError(
-            f"the audits of {before.model} and {after.model} are over different classes, {_few(before.class_names)} "
-            f"and {_few(after.class_names)}: audit both models on one data set"
-        )
-    if not (torch.equal(before.index, after.index) and torch.equal(before.labels, after.labels)):
-        raise DataError(
-            f"the audits of {before.model} and {after.model} are not of the same images ({len(before.labels)} and "
-            f"{len(after.labels)}): audit both models on one data set"
-        )
-
-
 # Tables
 
 
@@ -194,7 +184,7 @@ def class_table(audit: Audit, *, width: int | None = None) -> Table:
         width: columns of the terminal. Where the table would be wider, intervals go on lines of their own, then the
             head norms go, then the intervals. None leaves the table as wide as it wants to be.
     """
-    return _first_that_fits(
+    return first_that_fits(
         width,
         lambda: _class_table(audit),
         lambda: _class_table(audit, stacked=True),
@@ -216,7 +206,7 @@ def before_after_table(
         width: as for `class_table`.
 
     Raises:
-        DataError: the audits are not of the same images and classes.
+        DataError: the audits are not of the same images, classes and threat.
         ConfigError: an attack that one of them lacks, or none at all.
     """
     check_comparable(before, after)
@@ -226,7 +216,7 @@ def before_after_table(
     for attack in chosen:
         require(attack in shared, "report", "attack", allowed=allowed, got=attack)
     require(bool(chosen), "report", "attacks", allowed=f"at least one {allowed}", got=chosen)
-    return _first_that_fits(
+    return first_that_fits(
         width,
         lambda: _before_after_table(before, after, chosen),
         lambda: _before_after_table(before, after, chosen, stacked=True),
@@ -249,13 +239,23 @@ def summary_lines(audit: Audit) -> list[str]:
     return [f"{attack:<{first}}  {average:<{second}}  {worst}" for attack, average, worst in rows]
 
 
+def member_lines(audit: Audit) -> list[str]:
+    """For every strong attack of several parts, how many images each part broke, on what those before had left."""
+    found = []
+    for attack in audit.broken_by:
+        parts = [f"{member} {int(count.sum())}" for member, count in audit.fell_to(attack).items()]
+        if len(parts) > 1:
+            found.append(f"{attack} broke by {', '.join(parts)}")
+    return found
+
+
 # Output
 
 
 def render(table: Table, width: int | None = None) -> str:
     """A table as plain text, without colour and without spaces at line ends; None is as wide as it wants to be."""
     out = StringIO()
-    width = _natural_width(table) if width is None else width
+    width = natural_width(table) if width is None else width
     Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
@@ -272,11 +272,11 @@ def show(table: Table, file: IO[str] | None = None) -> None:
 # Parts
 
 
-def _first_that_fits(width: int | None, *builds: Callable[[], Table]) -> Table:
+def first_that_fits(width: int | None, *builds: Callable[[], Table]) -> Table:
     """The first table that is not wider than `width`; the last one if all are."""
     for build in builds:
         table = build()
-        if width is None or _natural_width(table) <= width:
+        if width is None or natural_width(table) <= width:
             break
     return table
 
@@ -285,29 +285,29 @@ def _class_table(audit: Audit, *, stacked: bool = False, norms: bool = True, int
     attacks, head_norms = shown_attacks(audit), audit.head_norms if norms else None
     table = _table(audit.model, audit, "* worst class of its column. Intervals: 95 %, Wilson; for worst, bootstrap.")
     if head_norms is not None:
-        _add_column(table, "head norm")
+        add_column(table, "head norm")
     for attack in attacks:
-        _add_column(table, attack.replace("(", "\n("))
+        add_column(table, attack.replace("(", "\n("))
 
     def cell(value: float, interval: tuple[float, float]) -> str:
         if not intervals:
             return percent(value)
-        return f"{percent(value)}{_gap(stacked)}{span(*interval)}"
+        return f"{percent(value)}{gap(stacked)}{span(*interval)}"
 
     columns = [class_rates(audit, attack) for attack in attacks]
     for c, name in enumerate(_names(audit)):
         row = [column[c] for column in columns]
         norm = [] if head_norms is None else [f"{head_norms[c]:.3f}"]
         rates = [_marked(cell(e.rate, (e.lower, e.upper)) if e.n else "", e.worst) for e in row]
-        _add(table, [name, str(row[0].n or NO_IMAGES), *norm, *rates])
+        add_row(table, [name, str(row[0].n or NO_IMAGES), *norm, *rates])
     table.add_section()
     blank = [""] * (1 if head_norms is None else 2)
     worst = {attack: audit.worst(attack) for attack in attacks}
-    _add(table, ["average", *blank, *(cell(audit.average(a), audit.average_interval(a)) for a in attacks)])
-    _add(table, ["worst", *blank, *(cell(worst[a].value, audit.worst_interval(a)) for a in attacks)])
-    _add(table, ["worst is", *blank, *(_name(worst[a].class_name, 16) for a in attacks)])
-    _add(table, ["std", *blank, *(percent(metrics.std(audit.rate(a))) for a in attacks)])
-    _add(table, ["range", *blank, *(percent(metrics.accuracy_range(audit.rate(a))) for a in attacks)])
+    add_row(table, ["average", *blank, *(cell(audit.average(a), audit.average_interval(a)) for a in attacks)])
+    add_row(table, ["worst", *blank, *(cell(worst[a].value, audit.worst_interval(a)) for a in attacks)])
+    add_row(table, ["worst is", *blank, *(_name(worst[a].class_name, 16) for a in attacks)])
+    add_row(table, ["std", *blank, *(percent(metrics.std(audit.rate(a))) for a in attacks)])
+    add_row(table, ["range", *blank, *(percent(metrics.accuracy_range(audit.rate(a))) for a in attacks)])
     return table
 
 
@@ -318,12 +318,12 @@ def _before_after_table(
     table = _table(title, after, "* worst class of its column. Changes in points, intervals 95 %, paired.")
     for attack in attacks:
         for head in (f"{attack}\nbefore", "after", "change"):
-            _add_column(table, head)
+            add_column(table, head)
 
     def change(value: Change) -> str:
         if math.isnan(value.value):
             return ""
-        return f"{points(value.value)}{_gap(stacked)}{value.span}" if intervals else points(value.value)
+        return f"{points(value.value)}{gap(stacked)}{value.span}" if intervals else points(value.value)
 
     columns = [
         (class_rates(before, attack), class_rates(after, attack), changes(before, after, attack)) for attack in attacks
@@ -333,7 +333,7 @@ def _before_after_table(
         for old, new, changed in columns:
             cells += [_marked(percent(e.rate) if e.n else "", e.worst) for e in (old[c], new[c])]
             cells.append(change(changed[c]))
-        _add(table, cells)
+        add_row(table, cells)
     table.add_section()
     rows: dict[str, list[str | Text]] = {name: [name, ""] for name in ("average", "worst", "worst is", "std", "range")}
     for attack in attacks:
@@ -349,7 +349,7 @@ def _before_after_table(
         ):
             rows[name] += [percent(old_value), percent(new_value), points(new_value - old_value)]
     for cells in rows.values():
-        _add(table, cells)
+        add_row(table, cells)
     return table
 
 
@@ -359,15 +359,10 @@ def _change(before: Tensor, after: Tensor) -> Change:
     return Change(value=value, lower=lower, upper=upper)
 
 
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"({', '.join(names[:3])}{more})"
-
-
-def _table(title: str, audit: Audit, caption: str) -> Table:
-    heading = f"{printable(title)} on {printable(audit.data)}, {threat_words(audit)}, percent right"
-    table = Table(
-        title=Text(heading),
+def empty_table(title: str, caption: str) -> Table:
+    """A table without columns; strings that reach it are never read as markup."""
+    return Table(
+        title=Text(title),
         caption=Text(caption),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -375,16 +370,20 @@ def _table(title: str, audit: Audit, caption: str) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    _add_column(table, "class", justify="left")
-    _add_column(table, "images")
+
+
+def _table(title: str, audit: Audit, caption: str) -> Table:
+    table = empty_table(printable(heading(title, audit)), caption)
+    add_column(table, "class", justify="left")
+    add_column(table, "images")
     return table
 
 
-def _add_column(table: Table, head: str, *, justify: Literal["left", "right"] = "right") -> None:
+def add_column(table: Table, head: str, *, justify: Literal["left", "right"] = "right") -> None:
     table.add_column(Text(head), justify=justify, no_wrap=True)
 
 
-def _add(table: Table, cells: Sequence[str | Text]) -> None:
+def add_row(table: Table, cells: Sequence[str | Text]) -> None:
     """Add a row; plain strings become texts, so that a bracket in a class name is not read as markup."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
@@ -394,7 +393,7 @@ def _marked(text: str, worst: bool) -> Text:
     return Text(f"{'*' if worst else ' '}{text}", style="bold" if worst else "")
 
 
-def _gap(stacked: bool) -> str:
+def gap(stacked: bool) -> str:
     """What stands between a number and its interval."""
     return "\n" if stacked else " "
 
@@ -407,6 +406,7 @@ def _name(name: str, limit: int) -> str:
     return shorten(printable(name), limit)
 
 
-def _natural_width(table: Table) -> int:
+def natural_width(table: Table) -> int:
+    """Columns that a table takes where nothing limits it."""
     console = Console(file=StringIO(), width=_UNLIMITED)
     return Measurement.get(console, console.options, table).maximum

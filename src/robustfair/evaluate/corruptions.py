@@ -1,0 +1,569 @@
+"""Audit under common corruptions: what a model predicts for every image, clean and under each corruption and severity.
+
+All numbers are read off those predictions. Where several cells of corruption and severity are taken together, accuracy
+is the mean of theirs, class by class, as the corruption benchmark averages; the worst class is the lowest of the means.
+Images are corrupted on the fly, or come from a downloaded set in the benchmark's layout (CIFAR-10-C).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustfair import metrics
+from robustfair.attacks.pgd import attacking
+from robustfair.attacks.sweep import predict
+from robustfair.checkpoint import read_json, write_json
+from robustfair.config import canonical_key, require
+from robustfair.data import ImageDataset, evaluation_batches
+from robustfair.data.corruptions import (
+    CORRUPTIONS,
+    EXTRA,
+    FAIR_TAT,
+    SEVERITIES,
+    STANDARD,
+    corrupt,
+    frost_source,
+    parameter_scale,
+    parse_corruption,
+)
+from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
+from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass
+from robustfair.evaluate.files import as_json, paths, read_arrays, write_arrays
+from robustfair.memory import kept_memory
+from robustfair.models.head import check_outputs, unwrap
+from robustfair.rundir import versions
+from robustfair.training.precision import InPrecision, Precision
+from robustfair.values import Model
+
+SCHEMA = "robustfair.corruptions/1"
+ALL = "all"
+SETS: Mapping[str, tuple[str, ...]] = {"standard": STANDARD, "fair_tat": FAIR_TAT, "extra": EXTRA, ALL: CORRUPTIONS}
+"""Names for several corruptions at once. In an audit of some corruptions, "all" is all of those."""
+
+Images = Callable[[str, int, slice], Tensor]
+"""From corruption, severity and rows to the corrupted images, uint8 (B, C, H, W)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CorruptionAudit:
+    """What a model predicts for every image of a data set, clean and under each corruption and severity.
+
+    Most methods take `what`, and a `severity` or None for the mean over all. `what` is a corruption of this audit,
+    "clean", or a set of which the audit holds every corruption, see `sets`: the mean over its corruptions. Rates are
+    fractions, nan for a class without images; tensors are on the CPU.
+
+    Attributes:
+        model: what reports call the model.
+        data: name of the data set.
+        class_names: (C,).
+        index: (N,) positions of the images in the audited data set.
+        labels: (N,) true classes.
+        severities: those audited, ascending.
+        clean: (N,) predicted classes of the images as they are.
+        predictions: corruption -> (severities, N) predicted classes.
+        fingerprint: of the data set.
+        split: part of the data set ("test").
+        groups: (C,) super-class per class, or None.
+        provenance: versions, seed, precision, device, seconds per corruption, source of the images and of the frost,
+            date, as JSON values.
+
+    Raises:
+        DataError: arrays that do not fit each other or the classes.
+    """
+
+    model: str
+    data: str
+    class_names: tuple[str, ...]
+    index: Tensor
+    labels: Tensor
+    severities: tuple[int, ...]
+    clean: Tensor
+    predictions: Mapping[str, Tensor]
+    fingerprint: str = ""
+    split: str = ""
+    groups: tuple[int, ...] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        owner, images = f"corruption audit of {self.model}", (len(self.labels),)
+        if len(self.labels) == 0 or not self.predictions:
+            raise DataError(f"{owner}: no images, or no corruption")
+        for name, column in {
+            "index": self.index,
+            "labels": self.labels,
+            CLEAN: self.clean,
+            **self.predictions,
+        }.items():
+            shape = (len(self.severities), *images) if name in self.predictions else images
+            if column.dtype != torch.int64 or column.shape != shape:
+                got = f"{str(column.dtype).removeprefix('torch.')} {tuple(column.shape)}"
+                raise DataError(f"{owner}: {name} must be int64 {shape}, got {got}")
+            if name != "index" and not 0 <= int(column.min()) <= int(column.max()) < self.num_classes:
+                raise DataError(f"{owner}: {name} holds a class outside 0 to {self.num_classes - 1}")
+
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """Names of the corruptions in order."""
+        return tuple(self.predictions)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the sets whose corruptions are all here, see `SETS`."""
+        return tuple(name for name, members in SETS.items() if name == ALL or set(members) <= set(self.corruptions))
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    def prediction(self, corruption: str, severity: int) -> Tensor:
+        """(N,) predicted classes.
+
+        Raises:
+            UnknownNameError: the audit holds no such corruption.
+            ConfigError: the audit holds no such severity.
+        """
+        name = canonical_key(corruption)
+        if name not in self.predictions:
+            raise UnknownNameError("corruption of this audit", corruption, self.corruptions)
+        allowed = f"one of {', '.join(map(str, self.severities))}"
+        require(severity in self.severities, "corruption audit", "severity", allowed=allowed, got=severity)
+        return self.predictions[name][self.severities.index(severity)]
+
+    def confusion(self, corruption: str, severity: int) -> Tensor:
+        """(C, C) int64 counts, rows predicted, columns true."""
+        predicted = self.prediction(corruption, severity)
+        return metrics.confusion_pred_true(predicted, self.labels, self.num_classes, check=False)
+
+    def share(self, what: str, severity: int | None = None) -> Tensor:
+        """(N,) float64, of how many of the cells each image is classified right; 0 or 1 for one cell.
+
+        Raises:
+            UnknownNameError: `what` names nothing in this audit.
+            ConfigError: the audit holds no such severity.
+        """
+        cells = self._cells(what, severity)
+        return torch.stack([(cell == self.labels).double() for cell in cells]).mean(0)
+
+    def correct(self, what: str, severity: int | None = None) -> Tensor:
+        """(C,) float64 images of each class that are classified right, in the mean over the cells."""
+        counts = torch.zeros(self.num_classes, dtype=torch.float64)
+        return counts.index_add_(0, self.labels, self.share(what, severity))
+
+    def count(self) -> Tensor:
+        """(C,) int64 images of each class."""
+        return torch.bincount(self.labels, minlength=self.num_classes)
+
+    def rate(self, what: str, severity: int | None = None) -> Tensor:
+        """(C,) accuracy per class."""
+        return self.correct(what, severity) / self.count()
+
+    def interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Wilson interval of `rate`: lower and upper ends, (C,) each.
+
+        An image counts as one trial, however many cells it is in: over several cells the interval is cautious, since a
+        share between 0 and 1 varies less than a hit does. So are the other intervals.
+        """
+        return metrics.wilson(self.correct(what, severity), self.count(), level)
+
+    def average(self, what: str, severity: int | None = None) -> float:
+        """Share of all images that are classified right."""
+        return float(self.share(what, severity).mean())
+
+    def average_interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[float, float]:
+        """Wilson interval of `average`."""
+        right = float(self.share(what, severity).sum())
+        lower, upper = metrics.wilson(torch.tensor(right, dtype=torch.float64), len(self.labels), level)
+        return float(lower), float(upper)
+
+    def worst(self, what: str, severity: int | None = None) -> WorstClass:
+        """The class of lowest accuracy among those with images."""
+        rate = self.rate(what, severity)
+        index = metrics.worst_class(rate)
+        return WorstClass(index, self.class_names[index], float(rate[index]))
+
+    def worst_interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[float, float]:
+        """Bootstrap interval of the worst class accuracy; see `metrics.bootstrap_statistic`."""
+        found = metrics.bootstrap_statistic(self.correct(what, severity), self.count(), "worst", level=level)
+        return found.lower, found.upper
+
+    def to_dict(self) -> dict[str, Any]:
+        """The audit as JSON values, without the predictions: nan is null.
+
+        `correct` counts images per class (C,), over several cells in the mean.
+        """
+        about = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "data": {
+                "name": self.data,
+                "split": self.split,
+                "fingerprint": self.fingerprint,
+                "images": len(self.labels),
+            },
+            "class_names": self.class_names,
+            "groups": self.groups,
+            "count": self.count(),
+            "severities": self.severities,
+            CLEAN: self._numbers(CLEAN),
+            "corruptions": {
+                name: {
+                    "mean": self._numbers(name),
+                    "severity": {str(severity): self._numbers(name, severity) for severity in self.severities},
+                }
+                for name in self.corruptions
+            },
+            "sets": {name: self._numbers(name) for name in self.sets},
+            "provenance": self.provenance,
+        }
+        return as_json(about)
+
+    def save(self, folder: Path | str, stem: str) -> tuple[Path, Path]:
+        """Write `<stem>.json` and `<stem>.npz`, each whole or not at all; an earlier audit of that name is replaced.
+
+        The npz holds `index`, `labels`, `clean` (N,) and an array per corruption (severities, N), no pickle. A slash in
+        `stem` becomes a hyphen.
+
+        Returns:
+            The two paths, JSON first.
+        """
+        json_path, npz_path = paths(Path(folder) / stem.replace("/", "-"))
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(npz_path, {"index": self.index, "labels": self.labels, CLEAN: self.clean, **self.predictions})
+        write_json(json_path, self.to_dict())
+        return json_path, npz_path
+
+    def _cells(self, what: str, severity: int | None) -> list[Tensor]:
+        name = canonical_key(what)
+        if name == CLEAN:
+            return [self.clean]
+        if name in self.predictions:
+            members: tuple[str, ...] = (name,)
+        elif name in self.sets:
+            members = self.corruptions if name == ALL else SETS[name]
+        else:
+            known = (CLEAN, *self.corruptions, *self.sets)
+            raise UnknownNameError("corruption or set of this audit", what, known)
+        chosen = self.severities if severity is None else (severity,)
+        return [self.prediction(member, each) for member in members for each in chosen]
+
+    def _numbers(self, what: str, severity: int | None = None) -> dict[str, Any]:
+        lower, upper = self.interval(what, severity)
+        return {
+            "correct": self.correct(what, severity),
+            "wilson": {"level": 0.95, "lower": lower, "upper": upper},
+            "average": self.average(what, severity),
+            "average_interval": self.average_interval(what, severity),
+            "worst": self.worst(what, severity)._asdict(),
+            "worst_interval": self.worst_interval(what, severity),
+        }
+
+
+def audit_corruptions(
+    model: nn.Module,
+    dataset: ImageDataset,
+    *,
+    corruptions: str | Sequence[str] = ALL,
+    severities: Sequence[int] = SEVERITIES,
+    batch_size: int | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    scale: str = "auto",
+    frost: Path | str | None = None,
+    published: Path | str | None = None,
+    precision: Precision = "fp32",
+    label: str = "",
+    split: str = "test",
+    on_progress: Progress | None = None,
+) -> CorruptionAudit:
+    """Keep what `model` predicts for every image of `dataset`, clean and under each corruption and severity.
+
+    The model is moved to `device`, runs in eval mode, and leaves with the modes and flags it came with. How an image is
+    corrupted depends on (seed, corruption, severity, its position in the data set) alone.
+
+    Args:
+        model: (B, C, H, W) in [0, 1] -> logits (B, K).
+        dataset: the images; never those that a checkpoint was selected on.
+        corruptions: names as a list or with commas between them, or one of `SETS`: "all", "standard" (the 15 of the
+            benchmark), "fair_tat" (18), "extra" (4).
+        severities: 1 to 5.
+        batch_size: images at a time; None is 250.
+        seed: of the corruptions.
+        scale: which parameters, see `robustfair.data.corruptions.parameter_scale`.
+        frost: folder of photographs of frost; None synthesises ice crystals.
+        published: folder of `<corruption>.npy` and `labels.npy` in the benchmark's layout, taken in place of images
+            corrupted here; it must be of the same images in the same order.
+        precision: of the forward passes, "fp32" or "bf16".
+        label: what reports call the model; its class name if empty.
+        split: which part of the data this is, for the record.
+        on_progress: called with ("clean" or corruption, images done, images in all severities) after every batch.
+
+    Raises:
+        UnknownNameError: no such corruption; shows the nearest names.
+        ConfigError: severities, a scale or images that do not fit.
+        DataError: no images; a folder that is missing, damaged, or of other images.
+        ModelError: outputs that do not fit the classes.
+    """
+    if not isinstance(dataset, ImageDataset):
+        got = type(dataset).__name__
+        raise ConfigError("corruption audit", "dataset", allowed="an ImageDataset", got=got, hint="Pass data.test")
+    chosen, levels = parse_corruptions(corruptions), _severities(severities)
+    allowed = " or ".join(get_args(Precision))
+    require(precision in get_args(Precision), "corruption audit", "precision", allowed=allowed, got=precision)
+    size = BATCH_SIZE if batch_size is None else batch_size
+    require(size >= 1, "corruption audit", "batch_size", allowed="at least 1", got=size)
+    if len(dataset) == 0:
+        raise DataError(f"{dataset.name}: no images to audit on")
+    device = torch.device(device)
+    data = dataset.to(device)
+    source = {"images": "corrupted here", "scale": parameter_scale(*_size(data), scale)}
+    images: Images = _Generated(data=data, seed=seed, scale=scale, frost=frost)
+    if published is not None:
+        images = open_published(published, chosen, data)
+        source = {"images": str(published)}
+    elif "frost" in chosen:
+        source["frost"] = frost_source(frost)
+    images(chosen[0], levels[0], slice(0, 1))  # images that cannot be corrupted are refused before the model runs
+    model.to(device)
+    check_outputs(model, data.num_classes, next(evaluation_batches(data, 2)).x)
+    sweeper = _Sweeper(
+        model=InPrecision(model, precision, device.type),
+        data=data,
+        batch_size=size,
+        on_progress=on_progress,
+    )
+    with kept_memory(device), attacking(model, "eval"):
+        clean = sweeper.clean()
+        predictions, seconds = sweeper.all(images, chosen, levels)
+    return CorruptionAudit(
+        model=label or type(unwrap(model)).__name__,
+        data=dataset.name,
+        class_names=dataset.class_names,
+        index=torch.arange(len(dataset)),
+        labels=dataset.labels.cpu(),
+        severities=levels,
+        clean=clean,
+        predictions=predictions,
+        fingerprint=dataset.fingerprint,
+        split=split,
+        groups=dataset.groups,
+        provenance={
+            "versions": versions(),
+            "seed": seed,
+            "precision": precision,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "batch_size": size,
+            "source": source,
+            "seconds": seconds,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+
+
+def parse_corruptions(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Corruptions from a set of `SETS`, from names with commas between them, or from a list; each once.
+
+    >>> parse_corruptions("fog, Gaussian-Noise"), len(parse_corruptions("fair-tat"))
+    (('fog', 'gaussian_noise'), 18)
+
+    Raises:
+        UnknownNameError: no such corruption or set; shows the nearest names.
+        ConfigError: no name at all.
+    """
+    listed = [name for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
+    require(bool(listed), "corruption audit", "corruptions", allowed="at least one name", got=names)
+    found: list[str] = []
+    for name in listed:
+        key = canonical_key(name.strip())
+        if key not in SETS and key not in CORRUPTIONS:
+            raise UnknownNameError("corruption", name.strip(), (*CORRUPTIONS, *SETS))
+        found += SETS.get(key) or [parse_corruption(name)]
+    return tuple(dict.fromkeys(found))
+
+
+def load_corruption_audit(path: Path | str) -> CorruptionAudit:
+    """Read back what `CorruptionAudit.save` wrote, from the path of either file or of both without suffix.
+
+    Raises:
+        CheckpointError: a file is missing, cut or foreign, or the counts of the two disagree.
+    """
+    json_path, npz_path = paths(Path(path))
+    for missing in (file for file in (json_path, npz_path) if not file.is_file()):
+        raise CheckpointError(f"{missing} does not exist: an audit is a .json file and the .npz file beside it")
+    about = read_json(json_path, SCHEMA)
+    columns = read_arrays(npz_path)
+    try:
+        found = CorruptionAudit(
+            model=about["model"],
+            data=about["data"]["name"],
+            class_names=tuple(about["class_names"]),
+            index=columns["index"],
+            labels=columns["labels"],
+            severities=tuple(about["severities"]),
+            clean=columns[CLEAN],
+            predictions={name: columns[name] for name in about["corruptions"]},
+            fingerprint=about["data"]["fingerprint"],
+            split=about["data"]["split"],
+            groups=None if about["groups"] is None else tuple(about["groups"]),
+            provenance=about["provenance"],
+        )
+        differing = [where for where, stored, counted in _counts(found, about) if stored != counted.tolist()]
+    except KeyError as error:
+        raise CheckpointError(f"{json_path} or {npz_path.name} lacks {error}: the audit is damaged") from None
+    except (AttributeError, TypeError, RobustFairError) as error:
+        raise CheckpointError(f"{json_path} does not describe a corruption audit ({error})") from None
+    if differing:
+        raise CheckpointError(
+            f"{json_path} and {npz_path.name} disagree on {', '.join(differing)}: run the audit again"
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Corrupted images as their authors ship them, mapped from disk: `<corruption>.npy`, severity after severity.
+
+    Attributes:
+        files: corruption -> uint8 (5 * count, H, W, C).
+        count: N, images of one severity.
+        device: where they go.
+    """
+
+    files: Mapping[str, np.ndarray]
+    count: int
+    device: torch.device
+
+    def __call__(self, corruption: str, severity: int, rows: slice) -> Tensor:
+        """uint8 (B, C, H, W)."""
+        first = (severity - 1) * self.count
+        pixels = np.array(self.files[corruption][first + rows.start : first + rows.stop])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(self.device)
+
+
+def open_published(folder: Path | str, corruptions: Sequence[str], dataset: ImageDataset) -> Published:
+    """A downloaded set of corrupted images (CIFAR-10-C), found to be of the images of `dataset`; on its device.
+
+    Raises:
+        DataError: a file is missing or damaged, or its shape or labels are not those of the data set.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"published corruptions: {str(folder)!r} is not a folder")
+    files = {canonical_key(path.stem): path for path in sorted(folder.glob("*.npy"))}
+    missing = [name for name in (*corruptions, "labels") if name not in files]
+    if missing:
+        raise DataError(f"{folder} holds no {missing[0]}.npy: name the corruptions that it holds")
+    n = len(dataset)
+    labels = _mapped(files["labels"])
+    expected = np.tile(dataset.labels.cpu().numpy(), len(SEVERITIES))
+    if labels.shape != expected.shape or not np.array_equal(labels, expected):
+        raise DataError(
+            f"{files['labels']} are not the labels of the {n} images of {dataset.name}, {len(SEVERITIES)} times over: "
+            "audit the whole test part, in its order"
+        )
+    height, width = _size(dataset)
+    shape = (len(SEVERITIES) * n, height, width, dataset.images.shape[1])
+    mapped = {name: _mapped(files[name]) for name in corruptions}
+    for name, pixels in mapped.items():
+        if pixels.dtype != np.uint8 or pixels.shape != shape:
+            raise DataError(f"{files[name]} must be uint8 {shape}, got {pixels.dtype} {pixels.shape}")
+    return Published(files=mapped, count=n, device=dataset.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Generated:
+    """Images of a data set, corrupted on its device."""
+
+    data: ImageDataset
+    seed: int
+    scale: str
+    frost: Path | str | None
+
+    def __call__(self, corruption: str, severity: int, rows: slice) -> Tensor:
+        return corrupt(
+            self.data.images[rows],
+            corruption,
+            severity,
+            index=torch.arange(rows.start, rows.stop),
+            seed=self.seed,
+            scale=self.scale,
+            frost=self.frost,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sweeper:
+    """Runs a model over a data set that is resident on the device."""
+
+    model: Model
+    data: ImageDataset
+    batch_size: int
+    on_progress: Progress | None
+
+    def clean(self) -> Tensor:
+        """(N,) predictions of the images as they are, on the CPU."""
+        return self._predict(lambda rows: self.data.images[rows], CLEAN, done=0, total=len(self.data))
+
+    def all(
+        self, images: Images, corruptions: Sequence[str], severities: Sequence[int]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Predictions (severities, N) on the CPU, and seconds, per corruption."""
+        predictions, seconds, n = {}, {}, len(self.data)
+        for name in corruptions:
+            began = time.perf_counter()
+            columns = [
+                self._predict(partial(images, name, severity), name, done=position * n, total=len(severities) * n)
+                for position, severity in enumerate(severities)
+            ]
+            predictions[name] = torch.stack(columns)
+            seconds[name] = round(time.perf_counter() - began, 3)
+        return predictions, seconds
+
+    def _predict(self, images: Callable[[slice], Tensor], name: str, *, done: int, total: int) -> Tensor:
+        columns = []
+        for start in range(0, len(self.data), self.batch_size):
+            rows = slice(start, min(start + self.batch_size, len(self.data)))
+            part = replace(self.data, images=images(rows), labels=self.data.labels[rows])
+            columns += [predict(self.model, batch) for batch in evaluation_batches(part, self.batch_size)]
+            if self.on_progress:
+                self.on_progress(name, done + rows.stop, total)
+        return torch.cat(columns).cpu()
+
+
+def _severities(severities: Sequence[int]) -> tuple[int, ...]:
+    given = list(severities)
+    fits = bool(given) and all(type(severity) is int and severity in SEVERITIES for severity in given)
+    require(fits, "corruption audit", "severities", allowed="whole numbers from 1 to 5", got=severities)
+    return tuple(sorted(set(given)))
+
+
+def _size(data: ImageDataset) -> tuple[int, int]:
+    height, width = data.images.shape[2:]
+    return height, width
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from error
+
+
+def _counts(audit: CorruptionAudit, about: Mapping[str, Any]) -> list[tuple[str, list[float], Tensor]]:
+    """(where, hits per class as stored, as counted) of every cell."""
+    cells = [(CLEAN, about[CLEAN]["correct"], audit.correct(CLEAN))]
+    for name, entry in about["corruptions"].items():
+        for severity in audit.severities:
+            stored = entry["severity"][str(severity)]["correct"]
+            cells.append((f"{name} {severity}", stored, audit.correct(name, severity)))
+    return cells

@@ -1,0 +1,88 @@
+"""Audits on disk: JSON for counts, npz for what a model predicts image by image; each written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from robustfair.errors import CheckpointError
+
+
+def paths(path: Path) -> tuple[Path, Path]:
+    """The JSON and npz files of one audit. The stem may hold dots, so only our own suffixes are cut off.
+
+    >>> [path.name for path in paths(Path("audit/clean,pgd-20.json"))]
+    ['clean,pgd-20.json', 'clean,pgd-20.npz']
+    """
+    stem = path.name.removesuffix(".json").removesuffix(".npz")
+    return path.with_name(f"{stem}.json"), path.with_name(f"{stem}.npz")
+
+
+def write_arrays(path: Path, columns: Mapping[str, Tensor]) -> None:
+    """Write tensors on the CPU by name, compressed and without pickle; an earlier file is replaced."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **{name: column.numpy() for name, column in columns.items()})  # type: ignore[arg-type]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, with text by name in the header; an earlier file is replaced."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, dict(header or {}))
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def left_beside(path: Path) -> list[Path]:
+    """What writings of `path` left that were killed."""
+    return [file for file in path.parent.glob(".*.tmp") if file.name.startswith(f".{path.name}.")]
+
+
+def read_arrays(path: Path) -> dict[str, Tensor]:
+    """What `write_arrays` wrote.
+
+    Raises:
+        CheckpointError: the file is cut or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: torch.from_numpy(stored[name]) for name in stored.files}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from None
+
+
+def as_json(value: Any) -> Any:
+    """Tensors and tuples as lists, numbers that are not finite as null.
+
+    >>> as_json({"rate": (0.5, float("nan"))})
+    {'rate': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        return as_json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

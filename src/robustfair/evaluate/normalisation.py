@@ -1,0 +1,308 @@
+"""Is this model fed as it was trained? Checks on a few hundred clean images, before hours of attacks on a wrong set-up.
+
+Images and model may disagree on the scale of pixels in ways that no error shows: the accuracy is low, or near chance.
+Every usual preparation of pixels is put in front of the model in turn; where one raises the accuracy, it is the
+diagnosis. The few best are found on some images and judged on others, so that the best of many is no better than it
+looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from robustfair.attacks.pgd import attacking
+from robustfair.data import ImageDataset, evaluation_batches
+from robustfair.errors import DataError
+from robustfair.evaluate.sanity import LEAST_SKILL, Finding, paired_difference
+from robustfair.models.head import check_outputs, unwrap
+from robustfair.models.normalise import NAMED_STATISTICS, Normalise, Statistics
+from robustfair.values import BATCH_NORM, seeded_generator
+
+SAMPLE = 400
+"""Images looked at, drawn from a fixed seed; a quarter of them chooses among the changes, the others confirm."""
+LEAST_GAIN = 0.05
+"""Gain in clean accuracy that another preparation of the pixels must exceed with the whole interval to be a finding."""
+SAME_LOGITS = 0.02
+"""Largest change of a logit between two passes, in standard deviations of the logits, that is rounding."""
+DARKEST = 32
+"""A data set without a pixel as bright as this, of 255, was scaled before its pixels became whole numbers."""
+
+_BATCH = 100
+_FINALISTS = 3
+
+Change = Callable[[Tensor], Tensor]
+
+
+def suspect_model(model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu") -> list[Finding]:
+    """All findings of this module, warnings first. The model is moved to `device` and keeps its modes.
+
+    Args:
+        model: (B, C, H, W) in [0, 1] -> logits (B, K).
+        dataset: the images of the audit.
+        device: where to run.
+
+    Raises:
+        ModelError: outputs that do not fit the classes.
+        DataError: no images.
+    """
+    if len(dataset) == 0:
+        raise DataError(f"{dataset.name}: no images to look at")
+    sample = _sample(dataset, device)
+    check_outputs(model.to(device), dataset.num_classes, next(evaluation_batches(sample, 2)).x)
+    found = [
+        *suspect_pixels(sample),
+        *suspect_normalisation(model, dataset, device),
+        *suspect_outputs(model, dataset, device),
+        *suspect_mode(model, dataset, device),
+    ]
+    return sorted(found, key=lambda finding: finding.severity != "warn")
+
+
+def suspect_normalisation(model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu") -> list[Finding]:
+    """A usual preparation of the pixels under which the model is right more often, if there is one.
+
+    The changes: normalisation by the statistics of CIFAR-10, ImageNet or MNIST (as the channels allow), by 0.5 and 0.5,
+    of each image by its own mean and std, pixels up to 255; and normalisation undone. A model with a normalisation of
+    ours has each of them in its place. The best on a quarter of the sample are judged on the rest: the paired 95 %
+    interval of the gain must lie above `LEAST_GAIN`, and the accuracy above chance. Those that do as well are named.
+
+    Returns:
+        No finding or one, of code "wrong-normalisation".
+    """
+    sample = _sample(dataset, device)
+    quarter = max(1, len(sample) // 4)
+    rows = torch.arange(len(sample), device=sample.device)
+    screen, rest = sample.subset(rows[:quarter]), sample.subset(rows[quarter:])
+    if len(rest) == 0:
+        return []
+    with attacking(model.to(device), "eval"), torch.no_grad():
+        finalists = _finalists(model, screen, _trials(model, sample))
+        before = _hits(model, rest) if finalists else None
+        after = {trial: _hits(model, rest, trial.change) for trial in finalists}
+    if before is None:
+        return []
+    best = max(finalists, key=lambda trial: int(after[trial].sum()))
+    _, lower, upper = paired_difference(after[best], before)
+    chance = 1 / dataset.num_classes
+    if lower < LEAST_GAIN or _rate(after[best]) - chance < LEAST_SKILL * (1 - chance):
+        return []
+    least = _rate(after[best]) - LEAST_GAIN
+    others = [trial for trial in finalists if trial is not best and _rate(after[trial]) > least]
+    also = "".join(f"; it is {_percent(after[trial])} when {trial.text}" for trial in others)
+    return [
+        Finding(
+            code="wrong-normalisation",
+            severity="warn",
+            text=f"On {len(rest)} clean images accuracy rises from {_percent(before)} to {_percent(after[best])} when "
+            f"{best.text} (95 % interval of the gain {100 * lower:.1f} to {100 * upper:.1f} points){also}. "
+            f"{best.verdict}",
+            advice=best.advice + (" Of those that do as well, take the one that its authors name." if others else ""),
+        )
+    ]
+
+
+def suspect_outputs(model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu") -> list[Finding]:
+    """Outputs that look like probabilities: every row within [0, 1] and summing to one; code "probabilities"."""
+    logits = _logits(model.to(device), _few(dataset, device))
+    inside = bool(((logits >= 0) & (logits <= 1)).all())
+    if not inside or not torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-3):
+        return []
+    return [
+        Finding(
+            code="probabilities",
+            severity="warn",
+            text="The outputs look like probabilities: every row lies in [0, 1] and sums to one. A softmax saturates, "
+            "so gradient attacks stall on it, and the DLR loss and margins are made for logits.",
+            advice="Return the logits: leave the softmax out of the model.",
+        )
+    ]
+
+
+def suspect_mode(model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu") -> list[Finding]:
+    """A model in train mode, or one that behaves so in eval mode; code "train-mode".
+
+    Behaving so is: other logits for the same images each time, as under dropout, or logits that depend on the other
+    images of the batch, as under batch statistics.
+    """
+    found = []
+    layers = [m for m in model.modules() if m.training and isinstance(m, BATCH_NORM | _DropoutNd)]
+    if layers:
+        found.append(
+            Finding(
+                code="train-mode",
+                severity="note",
+                text=f"The model came in train mode ({len(layers)} batch-norm or dropout layers); the audit sets it to "
+                "eval mode.",
+                advice="Call model.eval() before measuring it elsewhere.",
+            )
+        )
+    x = _few(dataset, device)
+    model.to(device)
+    together, again = _logits(model, x), _logits(model, x)
+    if _differ(together, again):
+        reason, cause = "The same images give other logits each time", "Dropout or another random layer acts"
+    elif len(x) > 1 and _differ(together, torch.cat([_logits(model, half) for half in x.chunk(2)])):
+        reason = "The logits of an image depend on the other images of its batch"
+        cause = "Batch norm without running statistics, or another layer over the batch, acts"
+    else:
+        return found
+    finding = Finding(
+        code="train-mode",
+        severity="warn",
+        text=f"{reason}, although the model is in eval mode: its accuracy is not that of a fixed function.",
+        advice=f"{cause} as in training; make it follow model.eval().",
+    )
+    return [finding, *found]
+
+
+def suspect_pixels(dataset: ImageDataset) -> list[Finding]:
+    """Images that are all but black, as pixels of [0, 1] become when stored as whole numbers; code "dark-images"."""
+    brightest = int(dataset.images.max())
+    if brightest >= DARKEST:
+        return []
+    return [
+        Finding(
+            code="dark-images",
+            severity="warn",
+            text=f"The brightest pixel is {brightest} of 255: the images look scaled before they were stored as bytes.",
+            advice="Store the pixels from 0 to 255; the model's own normalisation does the rest.",
+        )
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Trial:
+    """One preparation of the pixels in front of the model: what to say where it helps."""
+
+    change: Change
+    text: str
+    verdict: str
+    advice: str
+
+
+def _finalists(model: nn.Module, data: ImageDataset, trials: Sequence[_Trial]) -> list[_Trial]:
+    """The trials under which the model is right most often, few and close to each other; none if none gains much.
+
+    The model is in eval mode already.
+    """
+    margin = LEAST_GAIN * len(data)
+    given = int(_hits(model, data).sum())
+    if given + margin > len(data):
+        return []
+    right = {trial: int(_hits(model, data, trial.change).sum()) for trial in trials}
+    most = max(right.values())
+    if most < given + margin:
+        return []
+    ordered = sorted(trials, key=lambda trial: -right[trial])
+    return [trial for trial in ordered[:_FINALISTS] if right[trial] >= most - margin]
+
+
+def _trials(model: nn.Module, dataset: ImageDataset) -> list[_Trial]:
+    """The changes to try on this model. Those of a model with its own statistics stand in place of them."""
+    channels = dataset.images.shape[1]
+    usual = {name: pair for name, pair in NAMED_STATISTICS.items() if len(pair[0]) == channels and name != "cifar100"}
+    usual["half"] = ((0.5,) * channels, (0.5,) * channels)
+    normalise = getattr(unwrap(model), "normalise", None)
+    own = normalise.statistics() if isinstance(normalise, Normalise) else None
+    if own == ((0.0,) * channels, (1.0,) * channels):
+        own = None
+    undo, instead = (_undone(own), " in place of the model's own normalisation") if own else (_same, "")
+    backward = {"own": own} if own else usual
+    return [
+        *(_backward(name, _undone(pair)) for name, pair in backward.items()),
+        *(_forward(name, _then(_done(pair), undo), instead) for name, pair in usual.items() if pair != own),
+        _Trial(
+            change=_then(lambda x: 255 * x, undo),
+            text=f"pixels run from 0 to 255{instead}",
+            verdict="This model expects pixels up to 255.",
+            advice="Multiply its input by 255 in its factory; an audit gives images in [0, 1].",
+        ),
+        _Trial(
+            change=_then(_standardised, undo),
+            text=f"each image is normalised by its own mean and std{instead}",
+            verdict="This model expects images standardised one by one.",
+            advice="Put that in front of the network in its factory.",
+        ),
+    ]
+
+
+def _forward(name: str, change: Change, instead: str) -> _Trial:
+    return _Trial(
+        change=change,
+        text=f"the images are normalised by the statistics {name!r}{instead}",
+        verdict="This model expects input that is normalised so.",
+        advice=f"Pass --normalise {name}, or put the network behind robustfair.models.Normalised.",
+    )
+
+
+def _backward(name: str, change: Change) -> _Trial:
+    which = "the model's own normalisation" if name == "own" else f"a normalisation by the statistics {name!r}"
+    return _Trial(
+        change=change,
+        text=f"{which} is undone in front of it",
+        verdict="This model normalises what it expects as it is, or normalises twice.",
+        advice="Pass --normalise none, or leave one normalisation out of its factory.",
+    )
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _done(statistics: Statistics) -> Change:
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
+    return lambda x: (x - mean.to(x)) / std.to(x)
+
+
+def _undone(statistics: Statistics) -> Change:
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
+    return lambda x: x * std.to(x) + mean.to(x)
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Every image (C, H, W) of the batch to mean 0 and std 1; the std is at least that of one grey level in 255."""
+    std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True, correction=0)
+    return (x - mean) / std.clamp(min=1 / 255)
+
+
+def _then(first: Change, second: Change) -> Change:
+    return lambda x: second(first(x))
+
+
+def _sample(dataset: ImageDataset, device: torch.device | str) -> ImageDataset:
+    """Up to `SAMPLE` images in a random order that depends on their number alone, on `device`."""
+    rows = torch.randperm(len(dataset), generator=seeded_generator("cpu", "normalisation", len(dataset)))
+    return dataset.subset(rows[:SAMPLE]).to(device)
+
+
+def _few(dataset: ImageDataset, device: torch.device | str) -> Tensor:
+    """(B, C, H, W) in [0, 1], as many of the sample as make one batch."""
+    return next(evaluation_batches(_sample(dataset, device), _BATCH)).x
+
+
+def _rate(hits: Tensor) -> float:
+    return float(hits.float().mean())
+
+
+def _percent(hits: Tensor) -> str:
+    return f"{100 * _rate(hits):.1f} %"
+
+
+def _hits(model: nn.Module, dataset: ImageDataset, change: Change = _same) -> Tensor:
+    """(N,) bool on the CPU: right on the changed images. The model is in eval mode already."""
+    columns = [model(change(batch.x)).argmax(1) == batch.y for batch in evaluation_batches(dataset, _BATCH)]
+    return torch.cat(columns).cpu()
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    with attacking(model, "eval"), torch.no_grad():
+        return model(x).float().cpu()
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() > SAME_LOGITS * a.std().clamp(min=1e-12))

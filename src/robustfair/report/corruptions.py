@@ -1,0 +1,317 @@
+"""A corruption audit for people: a console table, and one offline page with a heat map for the average and one for the
+worst class, rows corruptions, columns severities.
+
+The page forbids itself every request, and follows the reader's light or dark scheme by the style sheet of the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from robustfair.checkpoint import write_text
+from robustfair.config import needed
+from robustfair.errors import ConfigError
+from robustfair.evaluate.audit import CLEAN
+from robustfair.evaluate.corruptions import ALL, SETS, CorruptionAudit
+from robustfair.report.figures import HEAT_STEPS, rate_map
+from robustfair.report.table import (
+    add_column,
+    add_row,
+    empty_table,
+    first_that_fits,
+    percent,
+    printable,
+    shorten,
+    span,
+)
+
+with needed("rich", "a table or report"):
+    from rich.table import Table
+    from rich.text import Text
+
+Measure = Literal["average", "worst"]
+
+MEAN = "mean"
+_SET_NAMES = {"standard": "standard", "fair_tat": "FAIR-TAT's", "extra": "extra", ALL: "all"}
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; \
+form-action 'none'">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}
+.heat .h0 rect, .legend .h0 {{ fill: var(--panel); background: var(--panel); }}
+.maps {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 40px 32px; }}
+.maps section {{ margin-top: 0; min-width: 0; }}
+</style>
+</head>
+<body>
+<main>
+<header class="top">
+<p class="eyebrow">robustfair audit under common corruptions</p>
+<h1>{title}</h1>
+<p class="lead">{lead}</p>
+<dl class="facts">{facts}</dl>
+</header>
+<section aria-labelledby="h-maps">
+<h2 id="h-maps">Corruption by severity</h2>
+<p class="note">Each cell is the percentage right under one corruption at one severity. Shades run from the best to \
+the worst cell of both maps. Point at a cell for its interval.</p>
+<div class="legend" role="img" aria-label="Scale from {highest} to {lowest} percent right"><span>{highest}</span>\
+{steps}<span>{lowest} % right</span></div>
+<div class="maps">
+<section><h3>Average</h3>{average}</section>
+<section><h3>Worst class</h3>{worst}</section>
+</div>
+</section>
+<section aria-labelledby="h-means">
+<h2 id="h-means">Means over severities</h2>
+<div class="scroll" tabindex="0" role="group" aria-label="Means over severities">
+<table class="plain sticky">
+<thead><tr><th scope="col">Corruption</th><th scope="col" class="number">Average, %</th>\
+<th scope="col" class="number">95 %</th><th scope="col" class="number">Worst class, %</th>\
+<th scope="col" class="number">95 %</th><th scope="col" class="group">Worst class is</th></tr></thead>
+<tbody>
+{means}
+</tbody>
+</table>
+</div>
+</section>
+<section aria-labelledby="h-provenance">
+<h2 id="h-provenance">Provenance</h2>
+<dl class="provenance">{provenance}</dl>
+</section>
+<footer><p>Rates are percent of images classified right. A mean over several corruptions or severities gives each the \
+same weight, class by class; the worst class of a mean is the lowest of those. Intervals of the average are Wilson \
+intervals, those of the worst class bootstraps over the test images; for a mean both are cautious. Classes without \
+images are left out.</p></footer>
+</main>
+</body>
+</html>
+"""
+
+
+def corruption_table(audit: CorruptionAudit, *, width: int | None = None) -> Table:
+    """Average and worst class accuracy under each corruption: by severity, and in the mean with intervals.
+
+    Args:
+        width: columns of the terminal. Where the table would be wider, the intervals go, or else the severities, or
+            both. None leaves it as wide as it wants to be.
+    """
+    return first_that_fits(
+        width,
+        lambda: _table(audit),
+        lambda: _table(audit, intervals=False),
+        lambda: _table(audit, severities=False),
+        lambda: _table(audit, severities=False, intervals=False),
+    )
+
+
+def summary_lines(audit: CorruptionAudit) -> list[str]:
+    """One line for the clean images, each set of corruptions, and the corruption that is hardest on the worst class."""
+    rows = []
+    for what in (CLEAN, *shown_sets(audit), _hardest(audit)):
+        worst = audit.worst(what)
+        average = f"average {percent(audit.average(what))} {span(*audit.average_interval(what))}"
+        lowest = f"worst class {percent(worst.value)} {span(*audit.worst_interval(what))}"
+        rows.append((row_name(audit, what), average, f"{lowest}, {printable(worst.class_name)}"))
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return [f"{name:<{first}}  {average:<{second}}  {worst}" for name, average, worst in rows]
+
+
+def write_corruption_report(path: Path | str, audit: CorruptionAudit, *, title: str | None = None) -> Path:
+    """Write the page of a corruption audit, whole or not at all; an earlier file of that name is replaced.
+
+    Args:
+        title: heading; None names the model.
+
+    Raises:
+        ConfigError: `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError("report", "path", allowed="a file name", got=str(path), hint=f"Try {path / 'report.html'}.")
+    page = render_corruption_report(audit, title=title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    return path
+
+
+def render_corruption_report(audit: CorruptionAudit, *, title: str | None = None) -> str:
+    """The page as text; the same audit gives the same page."""
+    rows = (CLEAN, *audit.corruptions, *shown_sets(audit))
+    highest, lowest = (percent(rate) for rate in _scale(audit))
+    return _PAGE.format(
+        title=escape(title or f"Common corruptions: {audit.model}"),
+        style=files("robustfair.report").joinpath("templates", "report.css").read_text(encoding="utf-8").strip(),
+        lead=escape(_lead(audit)),
+        facts=_definitions(_facts(audit)),
+        steps="".join(f'<i class="h{step}"></i>' for step in range(HEAT_STEPS + 1)),
+        highest=highest,
+        lowest=lowest,
+        average=corruption_map(audit, "average"),
+        worst=corruption_map(audit, "worst"),
+        means="\n".join(_mean_row(audit, what) for what in rows),
+        provenance=_definitions(_flat({"data fingerprint": audit.fingerprint, **audit.provenance})),
+    )
+
+
+def corruption_map(audit: CorruptionAudit, measure: Measure) -> str:
+    """Average or worst class accuracy as a heat map in SVG: rows corruptions, columns severities.
+
+    Means stand apart: over severities in the last column, over sets of corruptions in the last rows. Shades are the
+    same for both measures.
+    """
+    sets = shown_sets(audit)
+    rows = (*audit.corruptions, *sets)
+    columns = (*audit.severities, *([None] if len(audit.severities) > 1 else []))
+    value = {"average": audit.average, "worst": lambda *cell: audit.worst(*cell).value}[measure]
+    tip = {"average": _average_words, "worst": _worst_words}[measure]
+    title = {"average": "Average", "worst": "Worst class"}[measure]
+    return rate_map(
+        [[value(what, severity) for severity in columns] for what in rows],
+        [row_name(audit, what) for what in rows],
+        [MEAN if severity is None else str(severity) for severity in columns],
+        scale=_scale(audit),
+        tips=[
+            [f"{_where(audit, what, severity)}: {tip(audit, what, severity)}" for severity in columns] for what in rows
+        ],
+        apart=(len(sets), len(columns) - len(audit.severities)),
+        label=f"{title} accuracy under {len(audit.corruptions)} corruptions, rows, by severity, columns.",
+    )
+
+
+def shown_sets(audit: CorruptionAudit) -> tuple[str, ...]:
+    """The sets that a report averages over; not the extra corruptions, and not all where another set says the same."""
+    sets = [name for name in audit.sets if name not in ("extra", ALL)]
+    said = len(audit.corruptions) == 1 or any(len(SETS[name]) == len(audit.corruptions) for name in sets)
+    return tuple(sets if said else [*sets, ALL])
+
+
+def row_name(audit: CorruptionAudit, what: str) -> str:
+    """How reports call a corruption ("gaussian noise") or a set ("mean of standard 15")."""
+    if what not in SETS:
+        return what.replace("_", " ")
+    return f"mean of {_SET_NAMES[what]} {len(audit.corruptions) if what == ALL else len(SETS[what])}"
+
+
+# The page
+
+
+def _lead(audit: CorruptionAudit) -> str:
+    clean, what = audit.worst(CLEAN), shown_sets(audit)[-1] if shown_sets(audit) else audit.corruptions[0]
+    worst, hardest = audit.worst(what), _hardest(audit)
+    return (
+        f"Clean, {percent(audit.average(CLEAN))} % of the images are right and {percent(clean.value)} % of the worst "
+        f"class, {printable(clean.class_name)}. Under corruptions ({row_name(audit, what)}) it is "
+        f"{percent(audit.average(what))} % and {percent(worst.value)} %, {printable(worst.class_name)}. Hardest on a "
+        f"class is {row_name(audit, hardest)}: {percent(audit.worst(hardest).value)} % of "
+        f"{printable(audit.worst(hardest).class_name)}."
+    )
+
+
+def _facts(audit: CorruptionAudit) -> list[tuple[str, str]]:
+    return [
+        ("Model", audit.model),
+        ("Data", f"{audit.data} {audit.split}".strip()),
+        ("Images", f"{len(audit.labels):,}"),
+        ("Classes", str(audit.num_classes)),
+        ("Corruptions", str(len(audit.corruptions))),
+        ("Severities", ", ".join(map(str, audit.severities))),
+    ]
+
+
+def _mean_row(audit: CorruptionAudit, what: str) -> str:
+    worst = audit.worst(what)
+    numbers = (
+        percent(audit.average(what)),
+        span(*audit.average_interval(what)),
+        percent(worst.value),
+        span(*audit.worst_interval(what)),
+    )
+    cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
+    cells += f'<td class="group">{escape(worst.class_name)}</td>'
+    return f'<tr><th scope="row">{escape(row_name(audit, what))}</th>{cells}</tr>'
+
+
+def _definitions(entries: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in entries if value)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as lines: {"versions": {"torch": "2.13"}} is ("versions, torch", "2.13")."""
+    lines: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        lines += _flat(value, f"{name}, ") if isinstance(value, Mapping) else [(name, str(value))]
+    return lines
+
+
+# Numbers and words
+
+
+def _hardest(audit: CorruptionAudit) -> str:
+    """The corruption under which the worst class loses most, in the mean over severities."""
+    return min(audit.corruptions, key=lambda name: audit.worst(name).value)
+
+
+def _scale(audit: CorruptionAudit) -> tuple[float, float]:
+    """The highest average and the lowest worst class of all cells, clean images among them: the shades of both maps."""
+    cells = [(name, severity) for name in audit.corruptions for severity in audit.severities]
+    highest = max(audit.average(CLEAN), *(audit.average(*cell) for cell in cells))
+    return highest, min(audit.worst(*cell).value for cell in cells)
+
+
+def _where(audit: CorruptionAudit, what: str, severity: int | None) -> str:
+    return f"{row_name(audit, what)}, {'mean over severities' if severity is None else f'severity {severity}'}"
+
+
+def _average_words(audit: CorruptionAudit, what: str, severity: int | None) -> str:
+    return f"{percent(audit.average(what, severity))} % {span(*audit.average_interval(what, severity))}"
+
+
+def _worst_words(audit: CorruptionAudit, what: str, severity: int | None) -> str:
+    worst = audit.worst(what, severity)
+    return f"{worst.class_name} {percent(worst.value)} % {span(*audit.worst_interval(what, severity))}"
+
+
+def _table(audit: CorruptionAudit, *, severities: bool = True, intervals: bool = True) -> Table:
+    title = f"{printable(audit.model)} on {printable(audit.data)}, common corruptions, percent right"
+    notes = [
+        *(["By severity: average/worst class."] if severities else []),
+        "* lowest of its column.",
+        *(["Intervals: 95 %, Wilson; for worst, bootstrap."] if intervals else []),
+    ]
+    table = empty_table(title, " ".join(notes))
+    columns = audit.severities if severities else ()
+    add_column(table, "corruption", justify="left")
+    for head in (*(f"s{severity}" for severity in columns), "average", "worst"):
+        add_column(table, head)
+    add_column(table, "worst is", justify="left")
+    lowest, hardest = min(audit.corruptions, key=audit.average), _hardest(audit)
+
+    def both(what: str, severity: int) -> str:
+        return f"{percent(audit.average(what, severity))}/{percent(audit.worst(what, severity).value)}"
+
+    def mean(value: float, interval: Callable[[str], tuple[float, float]], what: str, *, marked: bool) -> Text:
+        text = f"{percent(value)} {span(*interval(what))}" if intervals else percent(value)
+        return Text(f"{'*' if marked else ' '}{text}", style="bold" if marked else "")
+
+    for section in ((CLEAN,), audit.corruptions, shown_sets(audit)):
+        table.add_section()
+        for what in section:
+            worst = audit.worst(what)
+            cells: list[str | Text] = [row_name(audit, what)]
+            cells += ["" if what == CLEAN else both(what, severity) for severity in columns]
+            cells.append(mean(audit.average(what), audit.average_interval, what, marked=what == lowest))
+            cells.append(mean(worst.value, audit.worst_interval, what, marked=what == hardest))
+            add_row(table, [*cells, shorten(printable(worst.class_name), 16)])
+    return table
