@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from robustfair.attacks.named import parse_attacks
+from robustfair.attacks.named import STRONG, parse_attacks
 from robustfair.data import CATALOG
 from robustfair.errors import UnknownNameError
 from robustfair.listing import listing
@@ -18,9 +18,9 @@ ENTRIES: dict[str, Callable[[], list[str]]] = {
     "recipes": lambda: list(shipped_recipes()),
     "objectives": lambda: list(OBJECTIVES),
     "methods": lambda: list(METHODS),
-    "models": lambda: [*MODELS, "wrn-D-W"],
+    "models": lambda: [*MODELS, "wrn-D-W", "dm-wrn-D-W"],
     "datasets": lambda: sorted(CATALOG),
-    "attacks": lambda: ["clean", "fgsm", "pgd-K", "cw-K"],
+    "attacks": lambda: ["clean", "fgsm", "pgd-K", "cw-K", *STRONG],
     "repairs": lambda: list(REPAIRS),
 }
 

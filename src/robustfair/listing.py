@@ -25,7 +25,7 @@ def listing(kind: str) -> list[tuple[str, str]]:
         "recipes": _recipes,
         "objectives": lambda: _registered(OBJECTIVES),
         "methods": lambda: _registered(METHODS),
-        "models": lambda: [*_registered(MODELS), ("wrn-D-W", "WideResNet of depth D = 6 n + 4 and width W")],
+        "models": _models,
         "datasets": lambda: [(name, entry.summary) for name, entry in sorted(CATALOG.items())],
         "attacks": list_attacks,
         "repairs": lambda: _registered(REPAIRS),
@@ -37,6 +37,14 @@ def listing(kind: str) -> list[tuple[str, str]]:
 
 def _registered(registry: Registry) -> list[tuple[str, str]]:
     return [(name, summary(registry.get(name))) for name in registry]
+
+
+def _models() -> list[tuple[str, str]]:
+    return [
+        *_registered(MODELS),
+        ("wrn-D-W", "WideResNet of depth D = 6 n + 4 and width W"),
+        ("dm-wrn-D-W", "DeepMind's WideResNet with SiLU, of depth D = 6 n + 4 and width W"),
+    ]
 
 
 def _recipes() -> list[tuple[str, str]]:

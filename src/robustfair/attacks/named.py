@@ -1,10 +1,10 @@
 """Attacks as users name them: `clean`, `fgsm`, `pgd-K`, `cw-K`, with options in brackets, read strictly.
 
-All of them are settings of `robustfair.attacks.pgd`. "PGD-20" is not one attack: the papers' codes differ in step,
-start and freezing. Here `pgd-K` takes steps of eps/4 (linf) from a uniform start and counts the last iterate, the
-most common reading (Rice, CFA, ARoW); `cw-K` keeps an image that was fooled once at that point, as FAAL's code does,
-which can only lower robust accuracy; `freeze` changes either. With restarts, `cw-K` picks by its own margin where
-FAAL's code picks by cross-entropy.
+All of them are settings of `robustfair.attacks.pgd`; the AutoAttack family is named in `robustfair.attacks.strong`.
+"PGD-20" is not one attack: the papers' codes differ in step, start and freezing. Here `pgd-K` takes steps of eps/4
+(linf) from a uniform start and counts the last iterate, the most common reading (Rice, CFA, ARoW); `cw-K` keeps an
+image that was fooled once at that point, as FAAL's code does, which can only lower robust accuracy; `freeze` changes
+either. With restarts, `cw-K` picks by its own margin where FAAL's code picks by cross-entropy.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from robustfair.attacks.pgd import STARTS, FreezeFooled
+from robustfair.attacks.strong import AUTOATTACK, StrongAttack, strong_attack
+from robustfair.attacks.strong import OPTIONS as STRONG_OPTIONS
 from robustfair.config import Term, build, canonical_key, format_eps, format_value, parse_composition, require
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 from robustfair.losses import MaximiseCE, MaximiseMargin
@@ -23,6 +25,8 @@ from robustfair.values import Attack, Batch, Goal, Threat
 Kind = Literal["clean", "fgsm", "pgd", "cw"]
 
 OPTIONS = ("restarts", "step_size", "start", "freeze", "keep")
+STRONG = (AUTOATTACK, *STRONG_OPTIONS)
+"""Names of `robustfair.attacks.strong`."""
 CROSS_ENTROPY, MARGIN = "cross-entropy", "margin"
 
 _GOALS: Mapping[str, tuple[str, Goal]] = {
@@ -166,7 +170,10 @@ class NamedAttack:
         return threat.eps if self.kind == "fgsm" else threat.step_size
 
 
-def parse_attacks(attacks: str | Sequence[str]) -> tuple[NamedAttack, ...]:
+AnyAttack = NamedAttack | StrongAttack
+
+
+def parse_attacks(attacks: str | Sequence[str]) -> tuple[AnyAttack, ...]:
     """Read a list of attacks, as text with commas between them or as a sequence of such texts.
 
     >>> [(attack.kind, attack.steps, attack.restarts) for attack in parse_attacks("clean, pgd-20, cw-50(restarts=5)")]
@@ -193,14 +200,23 @@ def list_attacks() -> list[tuple[str, str]]:
         ("fgsm", "one step of the full radius up the cross-entropy, from the image itself"),
         ("pgd-K", "K projected gradient steps up the cross-entropy; the step is eps/4 (linf) or 15/128 eps (l2)"),
         ("cw-K", "as pgd-K, up the CW margin of the logits: linf or l2 PGD, not the minimum-norm attack of that name"),
+        ("autoattack", "apgd-ce, apgd-t, fab-t and square in turn, each on what still stands; version=plus for six"),
+        ("apgd-ce", "100 steps of Auto-PGD up the cross-entropy"),
+        ("apgd-dlr", "the same up the difference of logits ratio"),
+        ("apgd-t", "the same up its targeted form, towards 9 classes in turn"),
+        ("fab", "the nearest point of another class, by linearising the network"),
+        ("fab-t", "the same towards 9 classes in turn"),
+        ("square", "random search by the margin alone, 5000 queries"),
     ]
 
 
-def _parse_one(text: str) -> NamedAttack:
+def _parse_one(text: str) -> AnyAttack:
     terms = parse_composition(text, example="cw-50(restarts=5)")
     if len(terms) != 1:
         raise RecipeError(f"cannot read {text!r}: attacks are separated by commas, like 'clean,pgd-20'")
     term = terms[0]
+    if term.name in STRONG:
+        return strong_attack(term)
     kind, steps = _kind_and_steps(term)
     args = {canonical_key(key): value for key, value in term.args.items()}
     if kind == "clean" and args:
@@ -220,7 +236,7 @@ def _kind_and_steps(term: Term) -> tuple[str, int]:
         return found[1], int(found[2])
     number = re.search(r"\d+$", term.name)
     steps = number[0] if number else "20"
-    raise UnknownNameError("attack", term.name, ("clean", "fgsm", f"pgd-{steps}", f"cw-{steps}"))
+    raise UnknownNameError("attack", term.name, ("clean", "fgsm", f"pgd-{steps}", f"cw-{steps}", *STRONG))
 
 
 def _split(text: str) -> Iterable[str]:

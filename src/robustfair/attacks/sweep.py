@@ -15,9 +15,15 @@ AttackOn = Callable[[Batch], Attack]
 """From a batch to the attack on it: radii are per example, so an attack exists only for given examples."""
 
 
-def predict(model: Model, batch: Batch, attack_on: AttackOn | None = None) -> Tensor:
-    """(B,) predicted classes, in eval mode, on the images or on the attacked images."""
-    x = batch.x if attack_on is None else pgd(model, batch.x, batch.y, attack_on(batch), batch.rng("attack"))
+def predict(model: Model, batch: Batch, attack_on: AttackOn | None = None, *, search: Model | None = None) -> Tensor:
+    """(B,) predicted classes, in eval mode, on the images or on the attacked images.
+
+    Args:
+        search: the model as the attack sees it, such as one in lower precision; None is `model`.
+    """
+    x = batch.x
+    if attack_on is not None:
+        x = pgd(model if search is None else search, x, batch.y, attack_on(batch), batch.rng("attack"))
     with attacking(model, "eval"), torch.no_grad():
         return model(x).argmax(1)
 

@@ -1,0 +1,135 @@
+"""The contract between a strong attack and the engine that runs it, and the measures they share.
+
+An attack of the AutoAttack family is a `Search`: the state of many independent searches side by side, a lane each, is a
+mapping of tensors with a row per lane, and a turn moves all of them by one iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from robustfair.attacks.pgd import input_gradient, per_pixel
+from robustfair.config import Norm
+from robustfair.values import Model
+
+Lanes = dict[str, Tensor]
+"""State of all lanes, a row (L, ...) each; "x" and "y" are the example."""
+Loss = Callable[..., Tensor]
+"""From logits (L, K) and columns (L,) of integers to values (L,)."""
+BF16_SLACK = 2.0**-6
+"""Share of the largest logit by which a bf16 margin may be wrong: two roundings to 8 bits, and as much again."""
+
+
+class Passes:
+    """The network as a search calls it: logits, and gradients of the images.
+
+    Args:
+        model: (L, C, H, W) -> logits (L, K), float32 at least.
+        slack: share of the largest logit by which its margins may differ from the exact model's.
+    """
+
+    def __init__(self, model: Model, slack: float = 0.0) -> None:
+        self.model = model
+        self.slack = slack
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(L, K), without a graph."""
+        with torch.no_grad():
+            return self.model(x)
+
+    def gradient(self, x: Tensor, loss: Loss, *columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (L, K) at `x`, and the gradient (L, C, H, W) of `loss(logits, *columns)`, each example's its own.
+
+        Where the gradient is no finite number it is zero, so that no search carries it on.
+        """
+        z = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = self.model(z)
+            gradient = input_gradient(loss(logits, *columns), z)
+        return logits.detach(), _finite(gradient)
+
+    def jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (L, K) at `x` and their gradients (L, K, C, H, W): K backward passes."""
+        z = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = self.model(z)
+            rows = [torch.autograd.grad(logits[:, k].sum(), z, retain_graph=True)[0] for k in range(logits.shape[1])]
+        return logits.detach(), _finite(torch.stack(rows, 1))
+
+
+class Search(Protocol):
+    """One attack as a state machine over lanes."""
+
+    @property
+    def name(self) -> str:
+        """For its random streams and for reports."""
+        ...
+
+    @property
+    def rounds(self) -> int:
+        """Searches for each example: restarts, or target classes."""
+        ...
+
+    @property
+    def turns(self) -> int:
+        """Iterations of one search."""
+        ...
+
+    @property
+    def cost(self) -> int:
+        """Forward passes that a turn takes about, a backward pass counting as one."""
+        ...
+
+    @property
+    def fine(self) -> bool:
+        """Whether it measures distances to a boundary, which low precision blurs."""
+        ...
+
+    @property
+    def targeted(self) -> bool:
+        """Whether each round goes for a class of its own: the first for the likeliest other one."""
+        ...
+
+    def begin(self, x: Tensor, y: Tensor, target: Tensor, rngs: Sequence[torch.Generator]) -> Lanes:
+        """New lanes for images (L, C, H, W) and labels (L,); a CPU generator for each draws its numbers.
+
+        Args:
+            target: (L,) class that the round goes for where the search is targeted, else the number of the round.
+        """
+        ...
+
+    def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
+        """Move all lanes by one iteration: a point of each lane (L, C, H, W) and the logits (L, K) there."""
+        ...
+
+
+def margins(logits: Tensor, y: Tensor) -> Tensor:
+    """(L,) largest other logit minus that of the label: positive where the class is wrong."""
+    own = logits.gather(1, y[:, None])
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.amax(1) - own.squeeze(1)
+
+
+def distance(x: Tensor, point: Tensor, norm: Norm) -> Tensor:
+    """(L,) norm of `point - x`, in float64."""
+    apart = (point.double() - x.double()).flatten(1)
+    return apart.abs().amax(1) if norm == "linf" else apart.norm(dim=1)
+
+
+def into_ball(x: Tensor, point: Tensor, eps: float, norm: Norm) -> Tensor:
+    """The point, put into ball and box in float64 and rounded to the type of `x`: outside by a rounding at most."""
+    apart = point.double() - x.double()
+    if norm == "linf":
+        apart = apart.clamp(-eps, eps)
+    else:
+        length = apart.flatten(1).norm(dim=1)
+        apart = apart * per_pixel((eps / length.clamp_min(1e-300)).clamp_max(1.0), apart)
+    return (x.double() + apart).clamp(0, 1).to(x.dtype)
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    return gradient.nan_to_num(0.0, posinf=0.0, neginf=0.0)
