@@ -359,6 +359,7 @@ def parser(
     *,
     batch_size: int | tuple[int, ...],
     precision: str | tuple[str, ...],
+    precisions: Sequence[str] = ("fp32", "bf16"),
     model: str = "preact-resnet18",
     width: int | None = None,
     repeats: int = 5,
@@ -375,7 +376,7 @@ def parser(
     made.add_argument(
         "--precision",
         default=precision,
-        choices=("fp32", "bf16"),
+        choices=precisions,
         help="of our passes",
         **(several if isinstance(precision, tuple) else {}),  # type: ignore[arg-type]
     )

@@ -29,13 +29,17 @@ from safetensors.torch import load_file, save_file
 from reference.layouts import IMAGE, cells, class_label, pixels, write_images, write_parquet
 from reference.runs import CFA, TINY, changes, cut_in_half, history, tensors, tree
 from robustfair import runner
+from robustfair.attacks.square import Square
 from robustfair.cli import app, main
 from robustfair.data import load_dataset
+from robustfair.evaluate import masking
 from robustfair.listing import listing
+from robustfair.loading import load_target
 from robustfair.models import create_model
 from robustfair.recipe import Recipe, read_recipe
 
 TEN = tuple("0123456789")
+INTERRUPTED = "robustfair: interrupted; a training run goes on with --resume, an audit with the same command"
 FACTORIES = """
 import torch
 from robustfair import create_model
@@ -54,6 +58,14 @@ def broken():
 
 def needs(argument):
     return argument
+
+class Noisy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = tiny()
+
+    def forward(self, x):
+        return self.model(x + 0.1 * torch.randn_like(x))
 
 class NotFinite(torch.nn.Module):
     def forward(self, x):
@@ -109,6 +121,18 @@ def flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
+STORED = {
+    "before": "run --attacks clean,pgd-2 --limit-per-class 4",
+    "after": "repaired --attacks clean,pgd-2,fgsm --limit-per-class 4",
+    "fewer": "repaired --attacks clean,pgd-2 --limit-per-class 3",
+    "pixels": "repaired --attacks clean,pgd-2 --limit-per-class 4 --image-size 12",
+    "letters": "good.pt --arch small-cnn --width 4 --attacks clean,pgd-2 --eps 0.1 --data letters.npz",
+    "radius": "repaired --attacks clean,pgd-2 --limit-per-class 4 --eps 0.2",
+    "step": "repaired --attacks clean,pgd-2 --limit-per-class 4 --alpha 0.05",
+}
+"""Folders of one audit each, by the words that made it."""
+
+
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs, weight files, images and recipes, good and bad; tests work on copies."""
@@ -126,10 +150,15 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _stock_weights(root)
         _stock_images(root)
         _stock_recipes(root)
+        _stock_groups(root)
         (root / "zoo_of_test.py").write_text(FACTORIES)
         (root / "zoo_that_fails.py").write_text("raise ZeroDivisionError('at import')\n")
         (root / "notes").mkdir()
         (root / "notes" / "plan.txt").write_text("keep")
+        for name, words in STORED.items():
+            out = ["--out", f"stored/{name}", "--report", "page.html", "--quiet"]
+            assert main(["audit", *words.split(), *out]) == 0
+        (root / "page.html").unlink()
     return root
 
 
@@ -199,6 +228,22 @@ def _stock_recipes(root: Path) -> None:
     for name, text in texts.items():
         (root / f"{name}.yaml").write_text(text)
     (root / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+
+
+def _stock_groups(root: Path) -> None:
+    parity = [f"{c},{'odd' if c % 2 else 'even'}" for c in range(10)]
+    images = [f"{n},{'first' if n < 5 else 'rest'}" for n in range(20)]
+    tables = {
+        "parity": ["class,group", *parity],
+        "images": ["index,group", *images],
+        "missing": ["class,group", *parity[:-2]],
+        "twice": ["class,group", *parity, "3,even"],
+        "unknown": ["class,group", *parity, "cat,even"],
+        "header": ["classes,group", *parity],
+        "empty-cell": ["class,group", *parity[:-1], "9,"],
+    }
+    for name, lines in tables.items():
+        (root / f"{name}.csv").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
@@ -318,7 +363,7 @@ VALUES = [
     case(["audit", "run", "--batch-size", "0", *AUDIT], "batch_size must be", "got 0"),
     case("audit run --limit-per-class 0", "limit_per_class must be", "got 0"),
     case(["audit", "run", "--image-size", "0", *AUDIT], "image_size must be", "got 0"),
-    case(["audit", "run", "--precision", "fp16", *AUDIT], "precision must be fp32 or bf16"),
+    case(["audit", "run", "--precision", "fp16", *AUDIT], "precision must be one of auto, fp32, bf16"),
     case(["audit", "run", "--norm", "l1", *AUDIT], "norm must be linf or l2"),
     case(["audit", "run", "--device", "gpu", *AUDIT], "device must be", "'gpu'"),
     case("demo --epochs 0 --out new", "epochs must be", "got 0"),
@@ -395,6 +440,78 @@ ATTACKS = [
     case("repair run --out new --attacks pgd", "unknown attack 'pgd'"),
 ]
 
+GATES = [
+    case(["audit", "run", *AUDIT, "--fail-under", "worst.robust"], "name=value, like worst.robust=0.30"),
+    case(["audit", "run", *AUDIT, "--fail-under", "robust=0.3"], "a measure and an attack"),
+    case(["audit", "run", *AUDIT, "--fail-under", "worst.robust=30"], "Did you mean 30%?"),
+    case(["audit", "run", *AUDIT, "--fail-under", "worst.robust=x"], "a fraction of 1"),
+    case(["audit", "run", *AUDIT, "--fail-under", "worst.robust=130%"], "up to 100%"),
+    case(["audit", "run", *AUDIT, "--fail-under", "worts.robust=0.3"], "unknown measure of a gate 'worts'", "worst"),
+    case(["audit", "run", *AUDIT, "--fail-under", "worst.pgd-9=0.3"], "attack in the gate worst.pgd-9=0.3", "clean"),
+    case(["audit", "run", *AUDIT, "--fail-under", "class.cat.clean=0.3"], "unknown class in the gate", "'cat'"),
+    case(["audit", "run", *AUDIT, "--fail-under", "range.robust=0.3"], "<= or >= for the range"),
+    case(["audit", "run", *AUDIT, "--fail-under", "interval.worst.robust.low=0.3"], "lower or upper"),
+    case(["audit", "run", *AUDIT, "--fail-under", "worst-group.robust=0.3"], "used with --group-by"),
+    case(["audit", "run", *AUDIT, "--fail-under", "worst.robust=0", "--fail-under", "best=0"], "measure and an attack"),
+    case(
+        ["audit", "run", *AUDIT, "--group-by", "parity.csv", "--fail-under", "group.prime.robust=0.3"],
+        "unknown group in the gate",
+        "even, odd",
+    ),
+]
+
+GROUPS = [
+    case(["audit", "run", *AUDIT, "--group-by", "superclass"], "digits has no super-classes", "class,group"),
+    case(["audit", "run", *AUDIT, "--group-by", "absent.csv"], "absent.csv does not exist"),
+    case(["audit", "run", *AUDIT, "--group-by", "missing.csv"], "missing.csv, line 9", "without class 8 and 1 more"),
+    case(["audit", "run", *AUDIT, "--group-by", "twice.csv"], "twice.csv, line 12", "class 3 has a group on line 5"),
+    case(["audit", "run", *AUDIT, "--group-by", "unknown.csv"], "unknown.csv, line 12", "'cat'"),
+    case(["audit", "run", *AUDIT, "--group-by", "header.csv"], "header.csv, line 1", "class,group or index,group"),
+    case(["audit", "run", *AUDIT, "--group-by", "empty-cell.csv"], "empty-cell.csv, line 11", "neither of them empty"),
+    case(["audit", "run", *AUDIT, "--group-by", "images.csv"], "images.csv, line 12", "none of the 10 images"),
+    case(["audit", "run", *AUDIT, "--group-by", "good.npz"], "good.npz"),
+    case(["audit", "good.safetensors", *WEIGHTS, "--group-by", "missing.csv"], "missing.csv, line 9"),
+]
+
+COMPARING = [
+    case("compare", "at least two runs or audits, got 0"),
+    case("compare run", "at least two runs or audits, got 1"),
+    case("compare stored/before run", "run holds no audit: run robustfair audit run"),
+    case("compare stored/before notes", "notes holds no audit"),
+    case("compare stored/before absent.json", "absent.json does not exist"),
+    case("compare stored/before run/manifest.json", "run/manifest"),
+    case("compare stored/before stored/fewer", "not of the same images (40 and 30)"),
+    case("compare stored/before stored/pixels", "not of the same images", "with other pixels"),
+    case("compare stored/before stored/letters", "over different classes", "(0, 1, 2 and 7 more)"),
+    case("compare stored/before stored/radius", "under different threats, linf eps 0.1 and linf eps 0.2"),
+    case("compare stored/before stored/step --paired", "pgd-2 ran with step_size", "same settings"),
+    case("compare stored/before stored/step", "pgd-2 ran with step_size", "same settings"),
+    case("compare stored/before stored/after stored/fewer", "not of the same images (40 and 30)"),
+    case("compare stored/before stored/after --attacks fgsm", "unknown attack of both audits 'fgsm'", "pgd-2"),
+    case(["compare", "stored/before", "stored/after", "--attacks", ""], "unknown attack of both audits ''"),
+    case("compare stored/before stored/after --format html", "--format", "markdown"),
+    case("compare stored/before stored/after --pared", "--paired"),
+    case("compare stored/before stored/after --out notes/plan.txt/x", "notes/plan.txt"),
+]
+
+STRONG = [
+    case("audit run --attacks autoatack", "unknown attack 'autoatack'", "autoattack"),
+    case("audit run --attacks autoattack(version=foo)", "unknown version of autoattack 'foo'", "plus, standard"),
+    case("audit run --attacks square(queries=0)", "queries must be >= 1, got 0"),
+    case("audit run --attacks apgd-ce(step=3)", "unknown option of apgd-ce 'step'", "steps"),
+    case(["audit", "run", *AUDIT, "--engine", "pyautoattack"], "engine must be one of native, reference"),
+    case(
+        "audit run --engine reference --attacks square(per_image_windows=true)",
+        "per_image_windows must be false with engine=reference",
+    ),
+    case(["audit", "run", *AUDIT, "--max-minutes", "0"], "max_minutes must be > 0, got 0"),
+    case(["audit", "run", *AUDIT, "--max-minutes", "nan"], "max_minutes must be > 0, got nan"),
+    case(["audit", "run", *AUDIT, "--max-minutes", "soon"], "--max-minutes", '"soon"'),
+    case(["audit", "good.safetensors", *WEIGHTS, "--points"], "points must be saved in a folder", "--out"),
+    case(["audit", "run", *AUDIT, "--format", "html"], "--format", "markdown"),
+    case(["audit", "run", *AUDIT, "--fromat", "json"], "--fromat", "--format"),
+]
+
 FOLDERS = [
     case(training(out="run"), "run already holds a run", "--resume"),
     case(training(out="notes"), "notes is not empty", "another folder"),
@@ -450,6 +567,10 @@ RECIPES = [
         *DATA,
         *MODELS,
         *ATTACKS,
+        *STRONG,
+        *GATES,
+        *GROUPS,
+        *COMPARING,
         *FOLDERS,
         *RESUMING,
         *RECIPES,
@@ -463,10 +584,10 @@ def test_wrong_use_is_one_line_and_changes_nothing(
     assert outcome.code == 2
     assert changes(before, tree(place)) == []
     assert outcome.out == ""
-    assert outcome.err.count("\n") == 1, outcome.err
-    assert outcome.err.startswith("robustfair: ")
+    (said,) = (line for line in outcome.err.splitlines() if not line.startswith("note: "))
+    assert said.startswith("robustfair: "), outcome.err
     for fragment in fragments:
-        assert fragment.lower() in outcome.err.lower()
+        assert fragment.lower() in said.lower()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
@@ -726,7 +847,7 @@ def test_control_c_is_one_line_and_exit_130(place: Path, command: Command, monke
     monkeypatch.setattr(runner, "fit", interrupt)
     outcome = command(*training(), "--quiet")
     assert outcome.code == 130
-    assert re.fullmatch(r"robustfair: interrupted; .*--resume\n", outcome.err)
+    assert outcome.err == f"{INTERRUPTED}\n"
 
 
 def test_a_run_interrupted_by_a_signal_goes_on_with_resume(place: Path, command: Command) -> None:
@@ -749,7 +870,7 @@ def test_a_run_interrupted_by_a_signal_goes_on_with_resume(place: Path, command:
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "robustfair: interrupted; a training run goes on with --resume"
+    assert err.splitlines()[-1] == INTERRUPTED
     assert json.loads((place / "new" / "manifest.json").read_text())["status"] == "running"
     assert 0 < len(history(place / "new")) < 400
     assert command("audit", "new", *AUDIT).code == 0
@@ -834,7 +955,7 @@ def test_a_weight_file_audits_as_the_run_it_came_from(place: Path, command: Comm
         for key in ("attacks", "robust", "threat", "data", "class_names", "head_norms", "count"):
             assert other[key] == of_run[key]
     assert len(set(np.array(of_run["attacks"]["clean"]["confusion_pred_true"]).sum(1))) > 2
-    assert (of_file["model"], of_factory["model"]) == (file, "zoo_of_test:tiny")
+    assert (of_file["model"], of_factory["model"]) == (file, f"zoo_of_test:tiny ({file})")
 
 
 def test_a_pt_file_without_code_is_read(place: Path, command: Command) -> None:
@@ -921,6 +1042,289 @@ def test_an_audit_prints_a_line_per_class_and_what_it_wrote(place: Path, command
     wrote = [Path(line.removeprefix("wrote ")) for line in lines if line.startswith("wrote ")]
     assert [path.suffix for path in wrote] == [".json", ".npz", ".html"]
     assert all(path.is_file() for path in wrote)
+
+
+# The AutoAttack family, budgets, gates, groups and formats
+
+FAST = "clean,apgd-ce(steps=5),square(queries=20)"
+
+
+@pytest.mark.parametrize("engine", ["native", "reference"])
+def test_an_audit_by_either_engine(place: Path, command: Command, engine: str) -> None:
+    words = ["--attacks", "apgd-ce(steps=5)", "--engine", engine, "--limit-per-class", 3]
+    found = command("audit", "run", *words, "--json").json()
+    assert list(found["attacks"]) == ["clean", "apgd-ce(steps=5)"]
+    about = found["attacks"]["apgd-ce(steps=5)"]
+    assert about["settings"]["ran"] == {"apgd-ce(steps=5)": 1.0}
+    assert found["provenance"]["engine"] == engine
+    lost = [c - r for c, r in zip(found["attacks"]["clean"]["correct"], about["correct"], strict=True)]
+    assert about["fell_to"] == {"apgd-ce(steps=5)": lost}
+    assert sum(lost) > 0
+
+
+def test_engines_and_points_are_audits_of_their_own(place: Path, command: Command) -> None:
+    words = ["audit", "run", "--attacks", "apgd-ce(steps=3)", "--limit-per-class", 2]
+    for engine in ("native", "reference"):
+        assert command(*words, "--engine", engine).code == 0
+    assert len(list((place / "run" / "audit").glob("*.json"))) == 2
+
+
+def test_points_are_saved_beside_the_audit(place: Path, command: Command) -> None:
+    outcome = command("audit", "run", "--attacks", FAST, "--limit-per-class", 3, "--points")
+    assert outcome.code == 0, outcome.err
+    wrote = [Path(line.removeprefix("wrote ")) for line in outcome.out.splitlines() if line.startswith("wrote ")]
+    assert [path.suffix for path in wrote] == [".json", ".npz", ".safetensors", ".html"]
+    points, arrays = load_file(wrote[2]), np.load(wrote[1])
+    images = load_dataset("digits").test.limit_per_class(3).images / 255
+    model = load_target("run").model
+    assert len(points["apgd-ce(steps=5)/image"])
+    for name in ("apgd-ce(steps=5)", "square(queries=20)"):
+        rows = points[f"{name}/image"].tolist()
+        assert sorted(rows) == (arrays[f"{name}:broken_by"] == 0).nonzero()[0].tolist()
+        for row, point in zip(rows, points[f"{name}/pixels"], strict=True):
+            assert (point - images[row]).abs().max() <= 0.1 + 1e-6
+            assert int(model(point[None]).argmax()) == arrays[name][row] != arrays["labels"][row]
+
+
+def test_checks_say_what_hides_gradients(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking, "SAMPLE", 10)
+    monkeypatch.setattr(masking, "SQUARE", "square(queries=20)")
+    words = ["--attacks", "fgsm", "--limit-per-class", 2, "--checks"]
+    plain = command("audit", "run", *words, "--json").json()["provenance"]["checks"]
+    assert {check["code"] for check in plain} <= {"not-converged"}
+    noisy = command("audit", "zoo_of_test:Noisy", "--data", "digits", *words)
+    assert noisy.code == 0
+    lines = noisy.out.splitlines()
+    assert any(line.startswith("warning: The same images give other logits at every pass") for line in lines)
+
+
+def test_random_output_is_said_without_being_asked(place: Path, command: Command) -> None:
+    found = command("audit", "zoo_of_test:Noisy", "--data", "digits", *AUDIT, "--json").json()
+    assert "random-output" in {check["code"] for check in found["provenance"]["checks"]}
+
+
+@pytest.mark.parametrize(
+    ("gates", "code", "lines"),
+    [
+        (["worst.robust=0"], 0, [r"passed: worst\.robust is 0\.\d+ \(\d\), at least 0\.00"]),
+        (["average.clean>=0.99"], 1, [r"failed: average\.clean is 0\.\d+, below 0\.99"]),
+        (
+            ["range.robust<=1", "average.clean=99%", "interval.worst.robust.lower=0"],
+            1,
+            [r"passed: range\.robust is .*, at most 1\.00", r"failed: average\.clean .*", r"passed: interval\.worst.*"],
+        ),
+        (
+            ["class.3.pgd-2=0", "worst-10pct.clean=0"],
+            0,
+            [r"passed: class\.3\.pgd-2 .*", r"passed: worst-10pct\.clean .*"],
+        ),
+    ],
+)
+def test_gates_decide_the_exit_code(
+    place: Path, command: Command, gates: list[str], code: int, lines: list[str]
+) -> None:
+    words = [word for gate in gates for word in ("--fail-under", gate)]
+    audit = ["audit", "run", "--attacks", "clean,pgd-2", "--limit-per-class", 3]
+    outcome = command(*audit, *words)
+    assert outcome.code == code, outcome.err
+    said = outcome.out.splitlines()[-len(lines) :]
+    assert all(re.fullmatch(line, text) for line, text in zip(lines, said, strict=True)), said
+    assert list((place / "run" / "audit").glob("*.json")), "an audit that fails a gate is saved too"
+    as_json = command(*audit, *words, "--json")
+    assert as_json.code == code
+    found = json.loads(as_json.out)["gates"]
+    assert [gate["gate"] for gate in found] == gates
+    assert {gate["status"] for gate in found} <= {"passed", "failed"}
+    assert [line for line in as_json.err.splitlines() if re.match("passed|failed", line)] == [
+        gate["line"] for gate in found
+    ]
+
+
+def test_groups_of_classes_and_of_images(place: Path, command: Command) -> None:
+    audit = ["audit", "run", "--attacks", "clean,pgd-2", "--limit-per-class", 2]
+    stored = command(*audit, "--json").json()
+    right = stored["attacks"]["pgd-2"]["correct"]
+    found = command(*audit, "--group-by", "parity.csv", "--json").json()["by_group"]
+    assert found["groups"] == ["even", "odd"]
+    assert found["count"] == [10, 10]
+    assert found["attacks"]["pgd-2"]["correct"] == [sum(right[0::2]), sum(right[1::2])]
+    by_image = command(*audit, "--group-by", "images.csv", "--json").json()["by_group"]
+    assert by_image["groups"] == ["first", "rest"]
+    assert by_image["count"] == [5, 15]
+    shown = command(
+        *audit, "--group-by", "parity.csv", "--fail-under", "group.odd.clean=0", "--fail-under", "worst-group.pgd-2=1"
+    )
+    assert shown.code == 1
+    for name in ("even", "odd"):
+        assert sum(line.split()[:2] == [name, "10"] for line in shown.out.splitlines()) == 1
+    assert shown.out.splitlines()[-2].startswith("passed: group.odd.clean is ")
+    assert shown.out.splitlines()[-1].startswith("failed: worst-group.pgd-2 is ")
+
+
+def test_an_audit_for_papers(place: Path, command: Command) -> None:
+    audit = ["audit", "run", "--attacks", "clean,pgd-2", "--limit-per-class", 2, "--group-by", "parity.csv"]
+    outcomes = {form: command(*audit, "--format", form) for form in ("markdown", "latex", "json", "table")}
+    assert all(outcome.code == 0 for outcome in outcomes.values())
+    assert "wrote" not in "".join(outcomes[form].out for form in ("markdown", "latex", "json"))
+    assert re.search(r"^\|.*pgd-2.*\|$", outcomes["markdown"].out, re.MULTILINE)
+    assert outcomes["latex"].out.count(r"\begin{tabular}") == 2
+    assert outcomes["latex"].out.count(r"\bottomrule") == 2
+    for text in (outcomes["markdown"].out, outcomes["latex"].out):
+        assert "even" in text
+        assert "odd" in text
+    assert outcomes["json"].json()["by_group"]["groups"] == ["even", "odd"]
+    assert "wrote" in outcomes["table"].out
+
+
+def test_a_budget_ends_an_audit_and_the_same_command_goes_on(place: Path, command: Command) -> None:
+    audit = ["audit", "run", "--attacks", FAST, "--limit-per-class", 2]
+    cut = command(*audit, "--max-minutes", "1e-9", "--fail-under", "worst.robust=0")
+    assert cut.code == 1
+    warned = [line for line in cut.err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1
+    assert "apgd-ce(steps=5) did not run" in warned[0]
+    assert "The same command goes on" in warned[0]
+    assert any(line.startswith("warning: Time was up before all attacks had run") for line in cut.out.splitlines())
+    assert cut.out.splitlines()[-1].startswith("undecided: worst.robust is ")
+    first = {path.name for path in (place / "run" / "audit").iterdir()}
+    assert sum("_cut_" in name for name in first) == 2
+    (unfinished,) = (name for name in first if name.startswith("unfinished-"))
+    whole = command(*audit, "--json").json()
+    second = {path.name for path in (place / "run" / "audit").iterdir()}
+    assert first - second == {unfinished}
+    assert not any("_cut_" in name for name in second - first)
+    assert list(whole["attacks"]) == ["clean", "apgd-ce(steps=5)", "square(queries=20)"]
+    assert not whole["provenance"]["not_run"]
+    fresh = command("audit", "run", "--attacks", FAST, "--limit-per-class", 2, "--out", "fresh", "--json").json()
+    assert fresh["attacks"] == whole["attacks"]
+
+
+def test_a_budget_without_a_folder_promises_nothing(place: Path, command: Command) -> None:
+    before = tree(place)
+    model = ["good.safetensors", "--arch", "small-cnn", "--width", 4, "--data", "digits"]
+    outcome = command("audit", *model, "--attacks", "square(queries=9)", "--max-minutes", "1e-9")
+    assert outcome.code == 0
+    assert "did not run" in outcome.err
+    assert "goes on" not in outcome.err
+    assert changes(before, tree(place)) == []
+
+
+def test_control_c_in_an_audit_is_one_line_and_the_same_command_goes_on(
+    place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = ["audit", "run", "--attacks", FAST, "--limit-per-class", 2]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    turn, turns, gone_on = Square.turn, [], []
+
+    def interrupted(self: Square, *args: Any) -> Any:
+        turns.append(1)
+        if len(turns) == 7 and not gone_on:
+            signal.raise_signal(signal.SIGINT)
+        return turn(self, *args)
+
+    monkeypatch.setattr(Square, "turn", interrupted)
+    try:
+        outcome = command(*audit)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.err == f"{INTERRUPTED}\n"
+    (left,) = (place / "run" / "audit").iterdir()
+    assert left.name.startswith("unfinished-")
+    turns.clear()
+    gone_on.append(True)
+    found = command(*audit, "--json").json()
+    assert len(turns) == 15, "the turns of Square that were done are not done again"
+    assert not left.exists()
+    fresh = command(*audit, "--out", "fresh", "--json").json()
+    assert fresh["attacks"] == found["attacks"]
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, lambda path: path.write_bytes(b"")], ids=["cut", "empty"])
+def test_a_damaged_journal_is_refused_and_left_as_it_is(
+    place: Path, command: Command, damage: Callable[[Path], Any]
+) -> None:
+    audit = ["audit", "run", "--attacks", FAST, "--limit-per-class", 2]
+    command(*audit, "--max-minutes", "1e-9")
+    (left,) = (place / "run" / "audit").glob("unfinished-*")
+    damage(left)
+    before = tree(place)
+    outcome = command(*audit)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.fullmatch(r"robustfair: .*unfinished-\w+\.safetensors is damaged .*delete it.*\n", outcome.err)
+    assert changes(before, tree(place)) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--weights", "good.pt"], "there is no module timm: pip install"), ([], "add --weights with its")],
+)
+def test_a_network_of_timm_without_timm(
+    place: Path, command: Command, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    before = tree(place)
+    outcome = command("audit", "timm:resnet50", "--data", "digits", *words, *AUDIT)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.fullmatch(r"robustfair: timm:resnet50\b.*\n", outcome.err)
+    assert said in outcome.err
+    assert changes(before, tree(place)) == []
+
+
+# Comparing
+
+
+def test_two_stored_audits_side_by_side(place: Path, command: Command) -> None:
+    before = tree(place)
+    outcome = command("compare", "stored/before", "stored/after")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    for name in TEN:
+        assert sum(line.split()[:2] == [name, "4"] for line in lines) == 1
+    for part in ("before", "after"):
+        assert any(line.startswith(f"{part}  ") and "pgd-2" in line for line in lines)
+    notes = [line for line in outcome.err.splitlines() if line.startswith("note: stored/")]
+    assert len(notes) == 2
+    assert changes(before, tree(place)) == []
+
+
+def test_paired_tests_of_two_runs(place: Path, command: Command) -> None:
+    for run in ("run", "repaired"):
+        assert command("audit", run, "--attacks", "clean,pgd-2", "--limit-per-class", 4).code == 0
+    outcome = command("compare", "run", "repaired", "--paired")
+    assert outcome.code == 0, outcome.err
+    for word in ("McNemar", "Holm", "pgd-2", "clean", "worst"):
+        assert word in outcome.out
+    found = command("compare", "run", "repaired", "--paired", "--json").json()
+    assert found["schema"] == "robustfair.compare/1"
+    assert list(found["attacks"]) == ["clean", "pgd-2", "robust"]
+    arrays = [np.load(next((place / run / "audit").glob("*.npz"))) for run in ("run", "repaired")]
+    hits = [stored["pgd-2"] == stored["labels"] for stored in arrays]
+    average = found["attacks"]["pgd-2"]["average"]
+    assert (average["lost"], average["won"]) == (int((hits[0] & ~hits[1]).sum()), int((~hits[0] & hits[1]).sum()))
+    assert average["change"] == pytest.approx(hits[1].mean() - hits[0].mean())
+    assert [tested["name"] for tested in found["attacks"]["pgd-2"]["classes"]] == list(TEN)
+
+
+def test_comparisons_of_some_attacks_in_other_forms(place: Path, command: Command) -> None:
+    pair = ["compare", "stored/before", "stored/after"]
+    only = command(*pair, "--attacks", "PGD_2", "--json").json()
+    assert list(only["attacks"]) == ["pgd-2"]
+    for form, mark in (("markdown", "|"), ("latex", r"\begin{tabular}")):
+        outcome = command(*pair, "--format", form)
+        assert outcome.code == 0
+        assert mark in outcome.out
+    outcome = command(*pair, "--paired", "--out", "deep/table.txt")
+    assert outcome.out == "wrote deep/table.txt\n"
+    assert (place / "deep" / "table.txt").read_text() == command(*pair, "--paired").out
+
+
+def test_a_third_is_compared_with_the_first(place: Path, command: Command) -> None:
+    outcome = command("compare", "stored/before", "stored/after", "stored/before", "--json")
+    found = outcome.json()
+    assert len(found) == 2
+    assert found[1]["attacks"]["pgd-2"]["average"]["change"] == 0
+    assert found[1]["attacks"]["pgd-2"]["average"]["p"] == 1
 
 
 # Repairing

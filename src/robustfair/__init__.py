@@ -17,6 +17,7 @@ from typing import Any
 
 _PUBLIC = {
     "Audit": "robustfair.evaluate.audit",
+    "Comparison": "robustfair.evaluate.compare",
     "CCM": "robustfair.methods.cfa",
     "CCR": "robustfair.methods.cfa",
     "CropFlip": "robustfair.data.augment",
@@ -33,6 +34,8 @@ _PUBLIC = {
     "Standard": "robustfair.objectives.standard",
     "Trades": "robustfair.objectives.trades",
     "audit": "robustfair.evaluate.audit",
+    "audit_corruptions": "robustfair.evaluate.corruptions",
+    "compare": "robustfair.evaluate.compare",
     "compose": "robustfair.methods.base",
     "create_model": "robustfair.models.build",
     "find_head": "robustfair.models.head",

@@ -12,7 +12,7 @@ import sys
 import typing
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -51,6 +51,54 @@ def _recipe_flags() -> type:
 
 RecipeFlags = _recipe_flags()
 NO_FLAGS = RecipeFlags()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetFlags:
+    """Which model and which images: shared by the commands that measure a model."""
+
+    data: Annotated[str | None, Parameter(help="Name or path of the images; a run's own if not given.")] = None
+    checkpoint: Annotated[str | None, Parameter(help="Of a run: best, last, ema, ...")] = None
+    arch: Annotated[str | None, Parameter(help="Architecture of a weight file, or timm:NAME.")] = None
+    weights: Annotated[str | None, Parameter(help="Weight file for a factory's or timm's model.")] = None
+    width: Annotated[int | None, Parameter(help="Width of the architecture of a weight file.")] = None
+    normalise: Annotated[
+        str,
+        Parameter(help="Input statistics of a model without: auto, none, half, cifar10, cifar100, imagenet or mnist."),
+    ] = "auto"
+    image_size: Annotated[int | None, Parameter(help="Resize images to squares of this side.")] = None
+    limit_per_class: Annotated[int | None, Parameter(help="Only the first N test images of each class.")] = None
+    batch_size: Annotated[int | None, Parameter(help="Images per batch.")] = None
+    seed: Annotated[int, Parameter(help="Of everything random.")] = 0
+    device: Annotated[str, Parameter(help="cpu, cuda, or auto.")] = "auto"
+
+    def load(self, target: str, images: tuple[Any, str] | None) -> Any:
+        """The target, ready for these images; says on stderr what was done to read it."""
+        from robustfair.loading import load_target
+
+        shape = images[0].images.shape if images else None
+        found = load_target(
+            target,
+            checkpoint=self.checkpoint,
+            arch=self.arch,
+            weights=self.weights,
+            width=self.width,
+            normalise=self.normalise,
+            num_classes=images[0].num_classes if images else None,
+            in_channels=shape[1] if shape else None,
+            image_size=(shape[2], shape[3]) if shape else None,
+        )
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
+        return found
+
+    def asked(self) -> dict[str, Any]:
+        """What of it an `AuditRequest` holds."""
+        names = ("data", "image_size", "limit_per_class", "batch_size", "seed", "device")
+        return {name: getattr(self, name) for name in names}
+
+
+NO_TARGET_FLAGS = TargetFlags()
 
 
 @app.command
@@ -117,65 +165,55 @@ def audit(
     /,
     *,
     attacks: str = "clean,pgd-20",
-    data: str | None = None,
     eps: str | None = None,
     norm: str | None = None,
     step_size: Annotated[str | None, Parameter(name=["--step-size", "--alpha"])] = None,
-    checkpoint: str | None = None,
-    arch: str | None = None,
-    weights: str | None = None,
-    width: int | None = None,
-    normalise: str = "auto",
-    image_size: int | None = None,
-    limit_per_class: int | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    precision: str = "fp32",
-    device: str = "auto",
+    precision: str = "auto",
+    engine: str = "native",
+    max_minutes: float | None = None,
+    points: Annotated[bool, Parameter(negative=())] = False,
+    checks: Annotated[bool, Parameter(negative=())] = False,
+    fail_under: Annotated[list[str] | None, Parameter(negative=())] = None,
+    group_by: str | None = None,
     baseline: Path | None = None,
     out: Path | None = None,
     report: Path | None = None,
     quiet: Annotated[bool, Parameter(negative=())] = False,
+    format_: Annotated[Literal["table", "json", "markdown", "latex"], Parameter(name="--format")] = "table",
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    flags: Annotated[TargetFlags, Parameter(name="*")] = NO_TARGET_FLAGS,
 ) -> int:
     """Audit a model class by class under attacks, on the test images.
 
     Parameters
     ----------
     target
-        A run folder; a weight file with --arch; or package.module:factory.
+        A run folder; a weight file with --arch; package.module:factory; timm:NAME with --weights; robustbench:NAME.
     attacks
-        Comma-separated: clean, fgsm, pgd-K, cw-K, each with options, such as cw-50(restarts=5).
-    data
-        Name or path of the images; a run's own if not given.
+        Comma-separated: clean, fgsm, pgd-K, cw-K, autoattack, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, each with
+        options, such as cw-50(restarts=5) or autoattack(version=plus).
     eps
         Radius in pixel units, like 8/255; a run's own if not given, else 8/255.
     norm
         linf or l2; a run's own if not given.
     step_size
         Length of an attack step; eps/4 under linf if not given.
-    checkpoint
-        Of a run: best, last, ema, ...
-    arch
-        Architecture of a weight file.
-    weights
-        Weight file for a factory's model.
-    width
-        Width of the architecture of a weight file.
-    normalise
-        Input statistics of a weight file that has none: auto, none or cifar10.
-    image_size
-        Resize images to squares of this side.
-    limit_per_class
-        Only the first N test images of each class.
-    batch_size
-        Images per batch.
-    seed
-        Of the attacks' random starts.
     precision
-        fp32 or bf16.
-    device
-        cpu, cuda, or auto.
+        In which attacks search: fp32, bf16, or auto, which is bf16 for the AutoAttack family where the hardware has
+        it. Predictions are always the model's own.
+    engine
+        Of the AutoAttack family: native, or reference for pyautoattack.
+    max_minutes
+        Stop then, and say what ran. The same command goes on where it stopped.
+    points
+        Save the attacked images of the AutoAttack family too.
+    checks
+        Look for masked gradients: attack a sample with more steps, restarts, by queries and at a large radius.
+    fail_under
+        A gate, such as worst.robust=0.30, average.clean=80%, interval.worst.robust.lower=0.25 or "range.robust<=0.5";
+        may be repeated. Exit code 1 if one fails.
+    group_by
+        Rates of groups too: superclass, or a CSV file of class,group or index,group.
     baseline
         Audit JSON of another model on the same images, shown side by side.
     out
@@ -184,55 +222,178 @@ def audit(
         Path of the HTML report; report.html in the run folder if not given.
     quiet
         No progress bar.
+    format_
+        Of what is printed.
     json_
-        Print the audit as JSON.
+        The same as --format json.
     """
+    from robustfair.attacks.named import parse_attacks
     from robustfair.evaluate.audit import load_audit
-    from robustfair.loading import load_target
+    from robustfair.evaluate.gates import check, parse_gate, require_known
+    from robustfair.evaluate.grouping import read_groups, regroup
     from robustfair.workflows import (
         AuditRequest,
-        audit_lines,
         audit_target,
-        before_after_lines,
+        audit_text,
         require_outputs,
         write_outputs,
     )
 
+    gates = [parse_gate(text) for text in fail_under or ()]
     request = AuditRequest(
         attacks=attacks,
-        data=data,
         eps=eps,
         norm=norm,
         step_size=step_size,
-        image_size=image_size,
-        limit_per_class=limit_per_class,
-        batch_size=batch_size,
-        seed=seed,
         precision=precision,
-        device=device,
+        engine=engine,
+        max_minutes=max_minutes,
+        points=points,
+        checks=checks,
+        **flags.asked(),
     )
     before = None if baseline is None else load_audit(baseline)
     images = None if Path(target).is_dir() else request.images()
-    found = load_target(
-        target,
-        checkpoint=checkpoint,
-        arch=arch,
-        weights=weights,
-        width=width,
-        normalise=normalise,
-        num_classes=images[0].num_classes if images else None,
-        in_channels=images[0].images.shape[1] if images else None,
-    )
-    for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
-    require_outputs(found, out=out, report=report)
-    result = audit_target(found, request, images=images, quiet=quiet)
+    found = flags.load(target, images)
+    require_outputs(found, out=out, report=report, points=points)
+    if images is None and (gates or group_by):
+        images = request.images(found.meta.get("data"))
+    groups = read_groups(group_by, images[0]) if group_by and images else None
+    if gates and images:
+        names = [attack.name for attack in parse_attacks(attacks)]
+        known = None if groups is None else groups.names
+        require_known(gates, attacks=names, classes=images[0].class_names, groups=known)
+    result = audit_target(found, request, images=images, out=out, quiet=quiet)
     written = write_outputs(found, result, baseline=before, out=out, report=report)
+    rates = None if groups is None else regroup(result, groups)
+    checked = check(gates, result, rates)
+    form = "json" if json_ else format_
+    print(audit_text(result, form, baseline=before, rates=rates, checked=checked, width=_width()))
+    if form == "table":
+        print(*(f"wrote {path}" for path in written), *(gate.line for gate in checked), sep="\n")
+    else:
+        print(*(gate.line for gate in checked), sep="\n", end="\n" * bool(checked), file=sys.stderr)
+    return 0 if all(gate.passed for gate in checked) else 1
+
+
+@app.command
+def corruptions(
+    target: str,
+    /,
+    *,
+    which: str = "all",
+    severities: Annotated[list[int] | None, Parameter(negative=())] = None,
+    frost: Path | None = None,
+    published: Path | None = None,
+    precision: str = "fp32",
+    out: Path | None = None,
+    report: Path | None = None,
+    quiet: Annotated[bool, Parameter(negative=())] = False,
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    flags: Annotated[TargetFlags, Parameter(name="*")] = NO_TARGET_FLAGS,
+) -> int:
+    """Audit a model class by class under common corruptions of the test images.
+
+    Parameters
+    ----------
+    target
+        As for audit.
+    which
+        all (19), standard (15), fair-tat (18), extra (4), or names with commas between them, such as fog,snow.
+    severities
+        1 to 5, all of them if not given; may be repeated.
+    frost
+        Folder of photographs of frost; ice crystals are synthesised if not given.
+    published
+        Folder of a published set such as CIFAR-10-C: <corruption>.npy and labels.npy.
+    precision
+        fp32 or bf16.
+    out
+        Folder for the JSON and npz; inside the run folder if not given.
+    report
+        Path of the HTML page; corruptions.html in the run folder if not given.
+    quiet
+        No progress bar.
+    json_
+        Print the audit as JSON.
+    """
+    from robustfair.data.corruptions import SEVERITIES
+    from robustfair.report.corruptions import corruption_table, summary_lines
+    from robustfair.report.table import render
+    from robustfair.workflows import AuditRequest, corruptions_of, require_outputs, write_corruptions
+
+    request = AuditRequest(attacks="clean", precision=precision, **flags.asked())
+    images = None if Path(target).is_dir() else request.images()
+    found = flags.load(target, images)
+    require_outputs(found, out=out, report=report)
+    result = corruptions_of(
+        found,
+        request,
+        corruptions=which,
+        severities=severities or SEVERITIES,
+        frost=frost,
+        published=published,
+        images=images,
+        quiet=quiet,
+    )
+    written = write_corruptions(found, result, out=out, report=report)
     if json_:
         print(json.dumps(result.to_dict(), allow_nan=False))
         return 0
-    shown = audit_lines(result, _width()) if before is None else before_after_lines(before, result, _width())
-    print(*shown, *(f"wrote {path}" for path in written), sep="\n")
+    table = render(corruption_table(result, width=_width()), _width())
+    print(table, *summary_lines(result), *(f"wrote {path}" for path in written), sep="\n")
+    return 0
+
+
+@app.command
+def compare(
+    *targets: str,
+    attacks: str | None = None,
+    paired: Annotated[bool, Parameter(negative=())] = False,
+    format_: Annotated[Literal["table", "json", "markdown", "latex"], Parameter(name="--format")] = "table",
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    out: Path | None = None,
+) -> int:
+    """Compare stored audits on the same images, class by class; attacks nothing.
+
+    Parameters
+    ----------
+    targets
+        Two or more run folders, whose newest audits that fit each other are taken, or audit files. Every later one is
+        compared with the first.
+    attacks
+        Only these attacks of the audits, comma-separated.
+    paired
+        Exact McNemar tests per class with Holm's correction, and paired intervals for the average, the worst class and
+        the range.
+    format_
+        Of what is printed.
+    json_
+        The same as --format json.
+    out
+        Write it into this file instead.
+    """
+    from robustfair.checkpoint import write_text
+    from robustfair.config import require
+    from robustfair.evaluate.compare import compare_many
+    from robustfair.evaluate.stored import comparable_audits
+    from robustfair.workflows import before_after_lines, comparison_text
+
+    require(len(targets) >= 2, "compare", "targets", allowed="at least two runs or audits", got=len(targets))
+    form = "json" if json_ else format_
+    stored = comparable_audits(targets)
+    audits, width = [audit for _, audit in stored], None if out else _width()
+    compared = compare_many(audits, attacks=attacks)
+    for path, _ in stored:
+        print(f"note: {path}", file=sys.stderr)
+    if paired or attacks or form != "table":
+        text = comparison_text(compared, form, width)
+    else:
+        text = "\n".join(line for later in audits[1:] for line in before_after_lines(audits[0], later, width))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, text + "\n")
+    print(text if out is None else f"wrote {out}")
     return 0
 
 
@@ -425,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
         except RobustFairError as error:
             return _fail(_one_line(str(error)), 2)
         except KeyboardInterrupt:
-            return _fail("interrupted; a training run goes on with --resume", 130)
+            return _fail("interrupted; a training run goes on with --resume, an audit with the same command", 130)
         except BrokenPipeError:
             return 141
         except OSError as error:

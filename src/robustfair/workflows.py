@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from robustfair.attacks.named import parse_attacks
 from robustfair.checkpoint import Checkpoint, write_checkpoint
 from robustfair.config import RobustFairWarning, build, format_eps, parse_norm, require
-from robustfair.data import ImageDataset, load_dataset
+from robustfair.data import ImageDataset, evaluation_batches, load_dataset
 from robustfair.errors import CheckpointError, DataError, ModelError
 from robustfair.evaluate.audit import Audit, audit
+from robustfair.evaluate.compare import Comparison, compare
+from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
+from robustfair.evaluate.gates import GateResult
+from robustfair.evaluate.grouping import GroupRates
+from robustfair.evaluate.masking import random_output, thorough_findings
+from robustfair.evaluate.normalisation import suspect_model
 from robustfair.evaluate.sanity import Finding, compare_findings, findings
 from robustfair.loading import Target, load_target
 from robustfair.models.head import head_norms
 from robustfair.progress import AuditProgress, TrainingProgress
 from robustfair.recipe import Recipe, read_recipe
+from robustfair.report.compare import comparison_tables, group_table
+from robustfair.report.corruptions import write_corruption_report
 from robustfair.report.html import write_report
-from robustfair.report.table import before_after_table, check_comparable, class_table, render, summary_lines
+from robustfair.report.table import (
+    before_after_table,
+    check_comparable,
+    class_table,
+    member_lines,
+    render,
+    summary_lines,
+)
+from robustfair.report.text import latex, markdown
 from robustfair.rundir import RunFolder, environment
 from robustfair.runner import read_repair, resolve_device, train
 
@@ -37,7 +57,9 @@ class AuditRequest:
         attacks: comma-separated names.
         data, image_size, limit_per_class: the images: test split of a named set, or all of a source without splits.
         norm, eps, step_size: the threat; 8/255 under linf if the run does not say.
-        batch_size, seed, precision, device: see `robustfair.evaluate.audit.audit`.
+        batch_size, seed, precision, engine, max_minutes, device: see `robustfair.evaluate.audit.audit`.
+        points: keep where the model fails under attacks of the AutoAttack family.
+        checks: attack a sample again and again, to see whether the gradients lead anywhere.
     """
 
     attacks: str
@@ -49,7 +71,11 @@ class AuditRequest:
     step_size: str | None = None
     batch_size: int | None = None
     seed: int = 0
-    precision: str = "fp32"
+    precision: str = "auto"
+    engine: str = "native"
+    max_minutes: float | None = None
+    points: bool = False
+    checks: bool = False
     device: str = "auto"
 
     def images(self, default: Mapping[str, Any] | None = None) -> tuple[ImageDataset, str]:
@@ -72,13 +98,17 @@ class AuditRequest:
         return data if self.limit_per_class is None else data.limit_per_class(self.limit_per_class), part
 
 
-def require_outputs(target: Target, *, out: Path | None = None, report: Path | None = None) -> None:
+def require_outputs(
+    target: Target, *, out: Path | None = None, report: Path | None = None, points: bool = False
+) -> None:
     """Refuse, before an audit runs, places that its files could not be written to.
 
     Raises:
-        ConfigError: `report` is a folder, `out` is a file, or a file stands above them.
+        ConfigError: `report` is a folder, `out` is a file, a file stands above them, or `points` have no folder.
         RecipeError: the recipe of the run is damaged.
     """
+    placed = not points or out is not None or target.folder is not None
+    require(placed, "audit", "points", allowed="saved in a folder", got=target.label, hint="Name one with --out")
     if report is not None:
         hint = f"Try {report}/report.html"
         require(not report.is_dir(), "report", "path", allowed="a file name", got=str(report), hint=hint)
@@ -92,45 +122,135 @@ def require_outputs(target: Target, *, out: Path | None = None, report: Path | N
 
 
 def audit_target(
-    target: Target, request: AuditRequest, *, images: tuple[ImageDataset, str] | None = None, quiet: bool = False
+    target: Target,
+    request: AuditRequest,
+    *,
+    images: tuple[ImageDataset, str] | None = None,
+    out: Path | None = None,
+    quiet: bool = False,
 ) -> Audit:
     """Audit a loaded model on the images and the threat it was made for, or the requested ones.
 
     Args:
         images: what `request.images` gave, where the caller has loaded them already.
+        out: where the audit will be saved, if not in the run's folder; an unfinished one keeps what it knows there.
 
     Raises:
         DataError: the images' classes are not those the model was trained on.
     """
+    data, part = _images_for(target, request, images)
+    trained_for = target.meta.get("threat") or {}
+    norm = trained_for.get("norm", "linf") if request.norm is None else request.norm
+    usual = trained_for["eps"] if parse_norm(norm) == trained_for.get("norm") else None
+    eps = usual if request.eps is None else request.eps
+    device = resolve_device(request.device)
+    found = [*suspect_model(target.model, data, device), *random_output(target.model, _few(data, device))]
+    with AuditProgress(quiet=quiet) as progress:
+        result = audit(
+            target.model,
+            data,
+            attacks=request.attacks,
+            norm=norm,
+            eps=eps,
+            step_size=request.step_size,
+            batch_size=request.batch_size,
+            seed=request.seed,
+            precision=request.precision,  # type: ignore[arg-type]
+            engine=request.engine,  # type: ignore[arg-type]
+            max_minutes=request.max_minutes,
+            journal=_journal(target, request, data, norm, eps, out),
+            keep_points=request.points,
+            device=device,
+            label=target.label,
+            split=part,
+            on_progress=progress,
+        )
+    if request.checks:
+        found += thorough_findings(target.model, data, result.threat, seed=request.seed, batch_size=request.batch_size)
+    return replace(result, provenance={**result.provenance, "checks": [asdict(finding) for finding in found]})
+
+
+def corruptions_of(
+    target: Target,
+    request: AuditRequest,
+    *,
+    corruptions: str,
+    severities: Sequence[int],
+    frost: Path | None = None,
+    published: Path | None = None,
+    images: tuple[ImageDataset, str] | None = None,
+    quiet: bool = False,
+) -> CorruptionAudit:
+    """Audit a loaded model under common corruptions; arguments as for `audit_corruptions` and `audit_target`."""
+    data, part = _images_for(target, request, images)
+    with AuditProgress(quiet=quiet) as progress:
+        return audit_corruptions(
+            target.model,
+            data,
+            corruptions=corruptions,
+            severities=severities,
+            frost=frost,
+            published=published,
+            batch_size=request.batch_size,
+            device=resolve_device(request.device),
+            seed=request.seed,
+            precision="bf16" if request.precision == "bf16" else "fp32",
+            label=target.label,
+            split=part,
+            on_progress=progress,
+        )
+
+
+def write_corruptions(
+    target: Target, result: CorruptionAudit, *, out: Path | None = None, report: Path | None = None
+) -> list[Path]:
+    """Save a corruption audit, and its page, into the run's folder or where the user said; the paths written."""
+    audits = out or (target.folder.audits if target.folder else None)
+    written: list[Path] = []
+    if audits is not None:
+        identity = [result.fingerprint, result.corruptions, result.severities, result.provenance["source"]]
+        about = repr([*identity, result.provenance["seed"], None if target.folder else target.label])
+        parts = ["corruptions", target.checkpoint, f"{len(result.labels)}-images"]
+        stem = "_".join(part for part in parts if part)
+        written += result.save(audits, f"{stem}_{hashlib.sha256(about.encode()).hexdigest()[:8]}")
+    page = report or (target.folder.path / "corruptions.html" if target.folder else None)
+    if page is not None:
+        written.append(write_corruption_report(page, result))
+    return written
+
+
+def _images_for(
+    target: Target, request: AuditRequest, images: tuple[ImageDataset, str] | None
+) -> tuple[ImageDataset, str]:
+    """The images of an audit and their part, of the classes that the model was trained on."""
     data, part = request.images(target.meta.get("data")) if images is None else images
     if part == "train" and data.fingerprint == target.meta.get("data", {}).get("fingerprint"):
         text = f"{data.name} has no test part: this audits the images the model was trained on, which flatters it"
-        warnings.warn(text, RobustFairWarning, stacklevel=2)
+        warnings.warn(text, RobustFairWarning, stacklevel=3)
     trained_on = tuple(target.meta.get("class_names", data.class_names))
     if trained_on != data.class_names:
         raise DataError(
             f"{target.label} was trained on the classes {', '.join(trained_on[:4])}, ... and {data.name} has "
             f"{', '.join(data.class_names[:4])}, ...: labels would not mean the same; choose the model's own data"
         )
-    trained_for = target.meta.get("threat") or {}
-    norm = trained_for.get("norm", "linf") if request.norm is None else request.norm
-    usual = trained_for["eps"] if parse_norm(norm) == trained_for.get("norm") else None
-    with AuditProgress(quiet=quiet) as progress:
-        return audit(
-            target.model,
-            data,
-            attacks=request.attacks,
-            norm=norm,
-            eps=usual if request.eps is None else request.eps,
-            step_size=request.step_size,
-            batch_size=request.batch_size,
-            seed=request.seed,
-            precision=request.precision,  # type: ignore[arg-type]
-            device=resolve_device(request.device),
-            label=target.label,
-            split=part,
-            on_progress=progress,
-        )
+    return data, part
+
+
+def _few(data: ImageDataset, device: str) -> Tensor:
+    return next(evaluation_batches(data.subset(range(min(64, len(data)))).to(device), 64)).x
+
+
+def _journal(
+    target: Target, request: AuditRequest, data: ImageDataset, norm: str, eps: Any, out: Path | None
+) -> Path | None:
+    """Where an audit that is not finished keeps what it knows; None where there is nowhere to."""
+    audits = out or (target.folder.audits if target.folder else None)
+    if audits is None:
+        return None
+    names = [attack.name for attack in parse_attacks(request.attacks)]
+    about = [names, norm, eps, request.step_size, request.seed, request.precision, request.engine, request.batch_size]
+    about += [data.fingerprint, len(data), target.checkpoint, target.label, request.points]
+    return audits / f"unfinished-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}.safetensors"
 
 
 def write_outputs(
@@ -169,8 +289,14 @@ def _stem(target: Target, result: Audit) -> str:
         target.checkpoint,
     ]
     seed = result.provenance["seed"]
-    parts += [f"{len(result.labels)}-images", f"seed-{seed}" if seed else None]
-    identity = [attacks, result.fingerprint, result.threat.step_size, result.provenance["precision"]]
+    parts += [f"{len(result.labels)}-images", f"seed-{seed}" if seed else None, None if result.complete else "cut"]
+    identity = [
+        attacks,
+        result.fingerprint,
+        result.threat.step_size,
+        result.provenance["precision"],
+        result.provenance["engine"],
+    ]
     parts.append(hashlib.sha256(repr([*identity, None if target.folder else target.label]).encode()).hexdigest()[:8])
     return re.sub(r"[^\w.,=+-]+", "-", "_".join(part for part in parts if part))
 
@@ -260,7 +386,33 @@ def run_demo(
 
 def audit_lines(result: Audit, width: int | None = None) -> list[str]:
     """An audit in text: class table within `width` columns, a line per attack, findings."""
-    return [render(class_table(result, width=width), width), *summary_lines(result), *_finding_lines(findings(result))]
+    table = render(class_table(result, width=width), width)
+    return [table, *summary_lines(result), *member_lines(result), *_finding_lines(findings(result))]
+
+
+def audit_text(
+    result: Audit,
+    form: str,
+    *,
+    baseline: Audit | None = None,
+    rates: GroupRates | None = None,
+    checked: Sequence[GateResult] = (),
+    width: int | None = None,
+) -> str:
+    """An audit, its groups and its gates as "table" (without the gates), "json", "markdown" or "latex"."""
+    if form == "json":
+        about = result.to_dict()
+        if rates is not None:
+            about["by_group"] = rates.to_dict()
+        if checked:
+            about["gates"] = [gate.to_dict() for gate in checked]
+        return json.dumps(about, allow_nan=False)
+    if form == "table":
+        shown = audit_lines(result, width) if baseline is None else before_after_lines(baseline, result, width)
+        return "\n".join([*shown, *([] if rates is None else [render(group_table(rates, width=width), width)])])
+    write = {"markdown": markdown, "latex": latex}[form]
+    first = result if baseline is None else compare(baseline, result)
+    return "\n".join(write(part) for part in (first, rates) if part is not None)
 
 
 def before_after_lines(before: Audit, after: Audit, width: int | None = None) -> list[str]:
@@ -272,6 +424,16 @@ def before_after_lines(before: Audit, after: Audit, width: int | None = None) ->
         *(f"after   {line}" for line in summary_lines(after)),
         *_finding_lines(found),
     ]
+
+
+def comparison_text(found: Sequence[Comparison], form: str, width: int | None = None) -> str:
+    """Comparisons as "table", "json", "markdown" or "latex"."""
+    if form == "json":
+        dicts = [one.to_dict() for one in found]
+        return json.dumps(dicts if len(dicts) > 1 else dicts[0], allow_nan=False)
+    if form == "table":
+        return "\n".join(render(table, width) for one in found for table in comparison_tables(one, width=width))
+    return "\n".join({"markdown": markdown, "latex": latex}[form](one) for one in found)
 
 
 def _finding_lines(found: Iterable[Finding]) -> list[str]:

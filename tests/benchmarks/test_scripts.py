@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attack, epoch, memory, train_step
+from benchmarks import attack, autoattack, epoch, memory, train_step
 from benchmarks.external import external_attackers
 from benchmarks.measure import ROOT, SCHEMA, Report
 from benchmarks.naive import EPS, STEP_SIZE
 from benchmarks.workload import build, one_batch, synthetic
 from robustfair.checkpoint import read_json
+from robustfair.evaluate.audit import audit
 from robustfair.objectives import PGDAT
 
 TINY = [
@@ -240,10 +241,29 @@ def test_memory_reports_medians_over_repeats_and_growth(monkeypatch: pytest.Monk
     assert report.notes == ["Resident memory from epoch 2 to epoch 4: +2.0 MiB."]
 
 
+# autoattack
+
+
+def test_verdicts_of_both_engines_are_counted_image_by_image() -> None:
+    model, data = build("small-cnn", 2).eval(), synthetic(30)
+    data = replace(data, labels=model(data.images.float() / 255).argmax(1))
+    found = [audit(model, data, attacks="apgd-ce(steps=2)", eps=0.01, seed=seed) for seed in (0, 1)]
+    attack = "apgd-ce(steps=2)"
+    ours = found[0].hits(attack)
+    reference = ours.clone()
+    reference[ours.nonzero()[0]] = False
+    row = autoattack.compared(found, reference, attack)
+    assert row["ours"] - row["reference"] == pytest.approx(1 / 30)
+    assert row["difference"] == pytest.approx(100 / 30)
+    assert (row["reference_alone"], row["ours_alone"]) == (1, 0)
+    assert row["agree"] == pytest.approx(29 / 30)
+    assert row["fell_to"] == {attack: 30 - int(ours.sum())}
+
+
 # All
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "autoattack"])
 def test_every_script_explains_its_options_in_the_same_words(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         importlib.import_module(f"benchmarks.{name}").main(["--help"])

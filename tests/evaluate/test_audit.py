@@ -181,7 +181,7 @@ def test_a_restart_takes_only_the_images_that_are_left() -> None:
     calls: list[tuple[str, int, int]] = []
     name = "pgd-1(restarts=3, freeze=true)"
     found = audit(model, data, attacks=name, eps=0.032, step_size=0.005, on_progress=lambda *call: calls.append(call))
-    seen = seen[1:]  # the first pass looks for masked gradients
+    seen = seen[2:]  # the first passes measure memory and look for masked gradients
     assert seen[0] == 200 > seen[1] > seen[2] > int(found.hits(name).sum()) > 0
     assert [call for call in calls if call[0] == name] == [(name, done, 600) for done in (200, 400, 600)]
 
@@ -229,13 +229,15 @@ def test_what_is_recorded() -> None:
     assert audit(model, data, attacks="clean").model == "Linear"
 
 
-def test_precision_is_that_of_the_forward_pass() -> None:
+def test_a_low_precision_searches_and_the_model_itself_predicts() -> None:
     model, data = two_classes()
+    seen: set[torch.dtype] = set()
+    model.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     found = audit(model, data, attacks="pgd-5", eps=0.02, precision="bf16")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = model(data.images / 255).argmax(1)
-    assert torch.equal(found.prediction("clean"), expected)
+    assert torch.equal(found.prediction("clean"), model(data.images / 255).argmax(1))
     assert found.provenance["precision"] == "bf16"
+    assert found.provenance["search_precision"] == {"pgd": "bf16", "strong": "bf16", "fab": "bf16"}
+    assert seen == {torch.bfloat16, torch.float32}
     assert 0 < found.average("pgd-5") < found.average("clean")
 
 

@@ -2,49 +2,51 @@
 
 A robust hit requires a clean hit: an image that is misclassified as it is counts as lost under every attack, with its
 clean prediction, and is not attacked. Each attack runs on all other images, so its column stands alone: adding an
-attack to an audit never changes another's numbers. On disk an audit is counts (JSON) and predictions (npz), never rates
-alone.
+attack to an audit never changes another's numbers. Every prediction is that of the model as given: a lower precision
+only searches. On disk an audit is counts (JSON) and predictions (npz), never rates alone.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import os
 import time
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustfair import metrics
-from robustfair.attacks.named import NamedAttack, parse_attacks
-from robustfair.attacks.pgd import attacking, input_gradient
-from robustfair.attacks.sweep import predict
+from robustfair.attacks.named import AnyAttack, NamedAttack, parse_attacks
+from robustfair.attacks.pgd import attacking
+from robustfair.attacks.strong import Engine, StrongAttack
 from robustfair.checkpoint import read_json, write_json
-from robustfair.config import Norm, parse_eps, parse_norm, require
+from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, require
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
-from robustfair.losses import cross_entropy
+from robustfair.evaluate.capacity import images_that_fit
+from robustfair.evaluate.columns import Columns, Progress, Sweeper, search_precisions
+from robustfair.evaluate.files import as_json, paths, read_arrays, write_arrays, write_tensors
+from robustfair.evaluate.journal import Journal, weights_fingerprint
+from robustfair.evaluate.strong import require_reference
 from robustfair.memory import kept_memory
 from robustfair.models.head import check_outputs, head_norms, unwrap
 from robustfair.registry import canonical
 from robustfair.rundir import versions
-from robustfair.training.precision import InPrecision, Precision
-from robustfair.values import Model, Threat, default_eps, default_step, derive_seed
+from robustfair.values import Threat, default_eps, default_step
 
 SCHEMA = "robustfair.audit/1"
 CLEAN, ROBUST = "clean", "robust"
 BATCH_SIZE = 250
 """Images at a time by default: one number for all hardware, since a random start depends on its batch."""
 
-Progress = Callable[[str, int, int], None]
+SearchPrecision = Literal["auto", "fp32", "bf16"]
+BROKEN_BY = ":broken_by"
+"""What follows an attack's name in the npz."""
 
 
 class WorstClass(NamedTuple):
@@ -76,6 +78,9 @@ class Audit:
         split: part of the data set ("test").
         head_norms: (C,) row norms of the head; None if the model has no plain linear head.
         groups: (C,) super-class per class, or None.
+        group_names: names of the super-classes, empty without groups.
+        broken_by: strong attack -> (N,) number of the member that broke the image, -1 where none did.
+        points: strong attack -> image -> (C, H, W) where the model gives the prediction; kept only if asked for.
         provenance: versions, seed, precision, device, seconds per attack, date, as JSON values.
 
     Raises:
@@ -94,6 +99,9 @@ class Audit:
     split: str = ""
     head_norms: list[float] | None = None
     groups: tuple[int, ...] | None = None
+    group_names: tuple[str, ...] = ()
+    broken_by: Mapping[str, Tensor] = field(default_factory=dict)
+    points: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -121,6 +129,12 @@ class Audit:
     def num_classes(self) -> int:
         """C."""
         return len(self.class_names)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every attack that was asked for ran to its end."""
+        shares = [share for about in self.settings.values() for share in about.get("ran", {}).values()]
+        return min(shares, default=1.0) >= 1 and not self.provenance.get("not_run")
 
     def prediction(self, attack: str) -> Tensor:
         """(N,) predicted classes.
@@ -223,31 +237,37 @@ class Audit:
             },
             "class_names": self.class_names,
             "groups": self.groups,
+            "group_names": self.group_names,
             "count": self.count(),
             "threat": {"norm": self.threat.norm, "eps": self.threat.eps, "step_size": self.threat.step_size},
             "head_norms": self.head_norms,
             "attacks": {
-                name: {"settings": self.settings.get(name, {}), **self._numbers(name)} for name in self.attacks
+                name: {"settings": self.settings.get(name, {}), **self._numbers(name), **self._members(name)}
+                for name in self.attacks
             },
             ROBUST: self._numbers(ROBUST),
             "provenance": self.provenance,
         }
-        return _as_json(about)
+        return as_json(about)
 
-    def save(self, folder: Path | str, stem: str) -> tuple[Path, Path]:
+    def save(self, folder: Path | str, stem: str) -> tuple[Path, ...]:
         """Write `<stem>.json` and `<stem>.npz`, each whole or not at all; an earlier audit of that name is replaced.
 
         The npz holds `index`, `labels` and an array per attack (N,), no pickle. A slash in `stem` becomes a hyphen, so
         that a list of attacks may serve.
 
+        Attacked images that were kept go to `<stem>.points.safetensors`: for each strong attack `<name>/image` (M,)
+        and `<name>/pixels` (M, C, H, W).
+
         Returns:
-            The two paths, JSON first.
+            The paths, JSON first.
         """
-        json_path, npz_path = _paths(Path(folder) / stem.replace("/", "-"))
+        json_path, npz_path = paths(Path(folder) / stem.replace("/", "-"))
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        _write_arrays(npz_path, {"index": self.index, "labels": self.labels, **self.predictions})
+        broken_by = {f"{name}{BROKEN_BY}": column for name, column in self.broken_by.items()}
+        write_arrays(npz_path, {"index": self.index, "labels": self.labels, **self.predictions, **broken_by})
         write_json(json_path, self.to_dict())
-        return json_path, npz_path
+        return json_path, npz_path, *self._save_points(json_path)
 
     def to_html(self, path: Path | str, **options: Any) -> Path:
         """Write the report, one offline file; `options` are those of `robustfair.report.html.write_report`."""
@@ -255,12 +275,37 @@ class Audit:
 
         return write_report(path, self, **options)
 
+    def _save_points(self, beside: Path) -> tuple[Path, ...]:
+        path = beside.with_name(f"{beside.name.removesuffix('.json')}.points.safetensors")
+        if not self.points:
+            path.unlink(missing_ok=True)
+            return ()
+        tensors = {}
+        for name, points in self.points.items():
+            tensors[f"{name}/image"] = torch.tensor(list(points), dtype=torch.int64)
+            tensors[f"{name}/pixels"] = torch.stack(list(points.values())) if points else torch.empty(0)
+        write_tensors(path, tensors)
+        return (path,)
+
     def _robust(self) -> Tensor:
         prediction = self.labels
         for name in reversed(self.attacks):
             column = self.predictions[name]
             prediction = torch.where(column != self.labels, column, prediction)
         return prediction
+
+    def fell_to(self, attack: str) -> dict[str, Tensor]:
+        """Of a strong attack: member -> (C,) images of each class that it broke, each on what the ones before left."""
+        if attack not in self.broken_by:
+            return {}
+        column = self.broken_by[attack]
+        return {
+            member: torch.bincount(self.labels[column == number], minlength=self.num_classes)
+            for number, member in enumerate(self.settings[attack]["ran"])
+        }
+
+    def _members(self, attack: str) -> dict[str, Any]:
+        return {"fell_to": self.fell_to(attack)} if attack in self.broken_by else {}
 
     def _numbers(self, attack: str) -> dict[str, Any]:
         lower, upper = self.interval(attack)
@@ -301,7 +346,11 @@ def audit(
     batch_size: int | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
-    precision: Precision = "fp32",
+    precision: SearchPrecision = "auto",
+    engine: Engine = "native",
+    max_minutes: float | None = None,
+    journal: Path | None = None,
+    keep_points: bool = False,
     label: str = "",
     split: str = "test",
     on_progress: Progress | None = None,
@@ -309,8 +358,8 @@ def audit(
     """Attack `model` on every image of `dataset` and keep what it predicts.
 
     The model is moved to `device`, runs in eval mode, and leaves with the modes and flags it came with. Random starts
-    are keyed by (seed, attack, restart, position of the batch): they depend on `batch_size` and on which images are
-    right when clean, never on the other attacks.
+    of pgd-K and cw-K are keyed by (seed, attack, restart, position of the batch): they depend on `batch_size` and on
+    which images are right when clean, never on the other attacks. The AutoAttack family's are keyed by the image.
 
     Args:
         model: (B, C, H, W) in [0, 1] -> logits (B, K).
@@ -319,25 +368,35 @@ def audit(
         eps: radius in pixel units, also as "8/255"; None is 8/255 under linf and 128/255 under l2.
         norm: "linf" or "l2".
         step_size: of pgd-K and cw-K; None follows the radius, see `threat`.
-        batch_size: images at a time; None is 250.
+        batch_size: images at a time; None is 250. Fewer where so many would not fit, see `capacity`.
         seed: of the random starts.
-        precision: of the forward and backward passes, "fp32" or "bf16".
+        precision: in which attacks search, "fp32" or "bf16"; "auto" is fp32 for fgsm, pgd-K and cw-K, and for the
+            AutoAttack family, but for FAB, bf16 where the hardware has instructions for it. Predictions are the
+            model's own always.
+        engine: of the AutoAttack family: "native", or "reference" for pyautoattack.
+        max_minutes: stop then; what ran by then is in the audit, and `settings[attack]["ran"]` says how much of it.
+        journal: file that keeps what is known while the audit runs; where it exists the audit goes on from it.
+        keep_points: keep where the model fails, per strong attack.
         label: what reports call the model; its class name if empty.
         split: which part of the data this is, for the record.
-        on_progress: called with (attack, images done, images in all) after every batch; restarts count anew.
+        on_progress: called with (attack, images done, images in all) as work goes on; restarts count anew.
 
     Raises:
-        UnknownNameError, ConfigError: attacks or radii that cannot be read.
+        UnknownNameError, ConfigError: attacks or radii that cannot be read, or that the engine cannot run.
         DataError: no images.
-        ModelError: outputs that do not fit the classes.
+        ModelError: outputs that do not fit the classes, or are no numbers.
+        CheckpointError: a journal of another audit.
     """
     if not isinstance(dataset, ImageDataset):
         got = type(dataset).__name__
         raise ConfigError("audit", "dataset", allowed="an ImageDataset", got=got, hint="Of splits, pass data.test")
     suite = _suite(attacks)
     limits = threat(norm, eps, step_size)
-    allowed = get_args(Precision)
-    require(precision in allowed, "audit", "precision", allowed=" or ".join(allowed), got=precision)
+    for field_name, value, kind in (("precision", precision, SearchPrecision), ("engine", engine, Engine)):
+        allowed = get_args(kind)
+        require(value in allowed, "audit", field_name, allowed=f"one of {', '.join(allowed)}", got=value)
+    usable = max_minutes is None or max_minutes > 0
+    require(usable, "audit", "max_minutes", allowed="> 0", got=max_minutes)
     if len(dataset) == 0:
         raise DataError(f"{dataset.name}: no images to audit on")
     device = torch.device(device)
@@ -345,36 +404,65 @@ def audit(
     model.to(device)
     example = next(evaluation_batches(data, 2)).x
     check_outputs(model, data.num_classes, example)
-    sweeper = _Sweeper(
-        model=InPrecision(model, precision, device.type),
+    if engine == "reference":
+        for attack in _strong(suite):
+            require_reference(attack, data.num_classes)
+    _warn_of_few_classes(suite, data.num_classes)
+    asked = BATCH_SIZE if batch_size is None else batch_size
+    sweeper = Sweeper(
+        model=model,
+        data=data,
         threat=limits,
-        batch_size=BATCH_SIZE if batch_size is None else batch_size,
+        batch_size=min(asked, images_that_fit(model, example)) if len(suite) > 1 else asked,
         seed=seed,
+        precisions=search_precisions(precision, device),
+        engine=engine,
+        deadline=None if max_minutes is None else time.monotonic() + 60 * max_minutes,
+        keep_points=keep_points,
         on_progress=on_progress,
     )
+    settings = {attack.name: attack.settings(limits) for attack in suite}
+    identity = {
+        "images": [dataset.fingerprint, len(dataset)],
+        "model": weights_fingerprint(model) if journal else None,
+        "attacks": settings,
+        "seed": seed,
+        "batch_size": sweeper.batch_size,
+        "precisions": sweeper.precisions,
+        "engine": engine,
+        "points": keep_points,
+    }
     with kept_memory(device), attacking(model, "eval"):
-        predictions, seconds, gradients = sweeper.all(data, suite)
+        found = sweeper.run(suite, None if journal is None else Journal(journal, identity))
+    ran = {name: {**settings[name], **found.about(name)} for name in found.predictions}
+    _warn_of_cut(found, max_minutes, journal)
     return Audit(
         model=label or type(unwrap(model)).__name__,
         data=dataset.name,
         class_names=dataset.class_names,
         index=torch.arange(len(dataset)),
         labels=dataset.labels.cpu(),
-        predictions=predictions,
-        settings={attack.name: attack.settings(limits) for attack in suite},
+        predictions=found.predictions,
+        settings=ran,
         threat=limits,
         fingerprint=dataset.fingerprint,
         split=split,
         head_norms=_head_norms(model, example),
         groups=dataset.groups,
+        group_names=dataset.group_names,
+        broken_by=found.broken_by,
+        points=found.points,
         provenance={
             "versions": versions(),
             "seed": seed,
             "precision": precision,
+            "search_precision": sweeper.precisions,
+            "engine": engine,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "batch_size": sweeper.batch_size,
-            "seconds": seconds,
-            "input_gradients": gradients,
+            "seconds": found.seconds,
+            "not_run": found.not_run,
+            "input_gradients": found.gradients,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
@@ -386,11 +474,11 @@ def load_audit(path: Path | str) -> Audit:
     Raises:
         CheckpointError: a file is missing, cut or foreign, or the counts of the two disagree.
     """
-    json_path, npz_path = _paths(Path(path))
+    json_path, npz_path = paths(Path(path))
     for missing in (file for file in (json_path, npz_path) if not file.is_file()):
         raise CheckpointError(f"{missing} does not exist: an audit is a .json file and the .npz file beside it")
     about = read_json(json_path, SCHEMA)
-    columns = _read_arrays(npz_path)
+    columns = read_arrays(npz_path)
     try:
         found = Audit(
             model=about["model"],
@@ -405,6 +493,10 @@ def load_audit(path: Path | str) -> Audit:
             split=about["data"]["split"],
             head_norms=about["head_norms"],
             groups=None if about["groups"] is None else tuple(about["groups"]),
+            group_names=tuple(about.get("group_names", ())),
+            broken_by={
+                name: columns[f"{name}{BROKEN_BY}"] for name in about["attacks"] if f"{name}{BROKEN_BY}" in columns
+            },
             provenance=about["provenance"],
         )
         stored = {**about["attacks"], ROBUST: about[ROBUST]}
@@ -420,77 +512,39 @@ def load_audit(path: Path | str) -> Audit:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sweeper:
-    """Runs attacks on a data set that is resident on the device."""
-
-    model: Model
-    threat: Threat
-    batch_size: int
-    seed: int
-    on_progress: Progress | None
-
-    def all(
-        self, data: ImageDataset, suite: Sequence[NamedAttack]
-    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, int] | None]:
-        """Predictions (N,) on the CPU and seconds, per attack, and `_gradients`; `suite` begins with clean."""
-        predictions: dict[str, Tensor] = {}
-        seconds: dict[str, float] = {}
-        gradients = None
-        survivors, rows = data, torch.arange(len(data))
-        for attack in suite:
-            began = time.perf_counter()
-            column = self._restarts(survivors, attack).cpu()
-            seconds[attack.name] = round(time.perf_counter() - began, 3)
-            if attack.needs_gradient:
-                column = predictions[CLEAN].clone().index_copy_(0, rows, column)
-            else:
-                rows = (column == data.labels.cpu()).nonzero().squeeze(1)
-                survivors = data.subset(rows.to(data.device))
-                gradients = self._gradients(survivors) if len(suite) > 1 else None
-            predictions[attack.name] = column
-        return predictions, seconds, gradients
-
-    def _gradients(self, data: ImageDataset) -> dict[str, int]:
-        """How many images give the cross-entropy a gradient that no attack can follow: all zero, or not finite."""
-        found = {"images": len(data), "zero": 0, "not_finite": 0}
-        for batch in evaluation_batches(data, self.batch_size):
-            x = batch.x.detach().requires_grad_(True)
-            with torch.enable_grad():
-                gradient = input_gradient(cross_entropy(self.model(x), batch.y), x).flatten(1)
-            found["zero"] += int((gradient == 0).all(1).sum())
-            found["not_finite"] += int((~gradient.isfinite()).any(1).sum())
-        return found
-
-    def _restarts(self, data: ImageDataset, attack: NamedAttack) -> Tensor:
-        """Predictions (N,) under `attack`. Where fooled images stay so, a restart takes only those that are left."""
-        if not attack.freeze or attack.restarts == 1:
-            return self._predict(data, attack, attack.name, done=0, total=len(data))
-        column, rows = data.labels.clone(), torch.arange(len(data), device=data.device)
-        for restart in range(attack.restarts):
-            done, total = (restart + 1) * len(data) - len(rows), attack.restarts * len(data)
-            once = replace(attack, restarts=1)
-            column[rows] = self._predict(data.subset(rows), once, attack.name, restart, done=done, total=total)
-            rows = (column == data.labels).nonzero().squeeze(1)
-        return column
-
-    def _predict(self, data: ImageDataset, attack: NamedAttack, name: str, *keys: int, done: int, total: int) -> Tensor:
-        columns = [data.labels[:0]]
-        for position, batch in enumerate(evaluation_batches(data, self.batch_size)):
-            batch = replace(batch, seed=derive_seed("audit", self.seed, name, *keys, position))
-            on = (lambda batch: attack.on(batch, self.threat)) if attack.needs_gradient else None
-            columns.append(predict(self.model, batch, on))
-            done += len(batch.y)
-            if self.on_progress:
-                self.on_progress(name, done, total)
-        return torch.cat(columns)
-
-
-def _suite(attacks: str | Sequence[str]) -> tuple[NamedAttack, ...]:
+def _suite(attacks: str | Sequence[str]) -> tuple[AnyAttack, ...]:
     """The attacks to run, with clean first whether it was named or not."""
     parsed = parse_attacks(attacks)
     clean = NamedAttack(kind="clean", steps=0)
     return clean, *(attack for attack in parsed if attack != clean)
+
+
+def _strong(suite: Sequence[AnyAttack]) -> list[StrongAttack]:
+    return [attack for attack in suite if isinstance(attack, StrongAttack)]
+
+
+def _warn_of_few_classes(suite: Sequence[AnyAttack], classes: int) -> None:
+    members = [member for attack in _strong(suite) for member in attack.members]
+    for text in dict.fromkeys(member.warning(classes) for member in members):
+        if text:
+            warnings.warn(text, RobustFairWarning, stacklevel=3)
+
+
+def _warn_of_cut(found: Columns, max_minutes: float | None, journal: Path | None) -> None:
+    """Say that the time was up, and what that means."""
+    cut = [name for name in found.ran if min(found.ran[name].values()) < 1]
+    if not cut and not found.not_run:
+        return
+    parts = [f"{name} ran {_shares(found.ran[name])}" for name in cut]
+    parts += [f"{name} did not run" for name in found.not_run]
+    means = " Its accuracy is an upper bound." if cut else ""
+    again = " The same command goes on where it stopped." if journal else ""
+    text = f"audit: {max_minutes:g} minutes are over: {'; '.join(parts)}.{means}{again}"
+    warnings.warn(text, RobustFairWarning, stacklevel=3)
+
+
+def _shares(ran: Mapping[str, float]) -> str:
+    return ", ".join(f"{share:.0%} of {member}" for member, share in ran.items())
 
 
 def _head_norms(model: nn.Module, example: Tensor) -> list[float] | None:
@@ -507,41 +561,3 @@ def _agrees(audit: Audit, attack: str, entry: Mapping[str, Any]) -> bool:
         "count": audit.count(),
     }
     return all(entry[key] == value.tolist() for key, value in counted.items())
-
-
-def _paths(path: Path) -> tuple[Path, Path]:
-    """The JSON and npz files of one audit. The stem may hold dots, so only our own suffixes are cut off."""
-    stem = path.name.removesuffix(".json").removesuffix(".npz")
-    return path.with_name(f"{stem}.json"), path.with_name(f"{stem}.npz")
-
-
-def _write_arrays(path: Path, columns: Mapping[str, Tensor]) -> None:
-    content = io.BytesIO()
-    np.savez_compressed(content, **{name: column.numpy() for name, column in columns.items()})  # type: ignore[arg-type]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_arrays(path: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: torch.from_numpy(stored[name]) for name in stored.files}
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from None
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items()}
-    if isinstance(value, Tensor):
-        return _as_json(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,16 +10,16 @@ WRN-28-5 results.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from robustfair import metrics
 from robustfair.attacks.named import CROSS_ENTROPY
 from robustfair.errors import DataError
 from robustfair.evaluate.audit import CLEAN, Audit
@@ -37,7 +37,6 @@ LEAST_SKILL = 0.1
 """Clean accuracy above chance, as a share of what is possible above chance, below which a model looks untrained."""
 EQUAL_NORMS = 1.01
 
-_Z95 = 1.959963984540054
 _DRAWS = 2000
 
 
@@ -47,8 +46,8 @@ class Finding:
 
     Attributes:
         code: what it is about, stable: "flattered-attack", "unconfirmed-gain", "gain-unchecked", "clean-near-chance",
-            "no-images", "few-images", "weak-attacks",
-            "masked-gradient".
+            "no-images", "few-images", "weak-attacks", "masked-gradient", "not-finite", "cut-short", and those of
+            `robustfair.evaluate.masking` and `robustfair.evaluate.normalisation`.
         severity: "warn" where a number misleads, "note" where it needs care.
         text: what was found, with the numbers.
         advice: what to do.
@@ -65,7 +64,10 @@ def findings(audit: Audit) -> tuple[Finding, ...]:
     for attack in audit.attacks:
         assert bool((audit.correct(attack) <= audit.correct(CLEAN)).all()), f"{attack} beats clean in a class"
     found = (
+        *(Finding(**found) for found in audit.provenance.get("checks", ())),
+        *_cut(audit),
         *_masked(audit),
+        *_not_finite(audit),
         *_near_chance(audit),
         *_flattered(audit),
         *_no_images(audit),
@@ -115,18 +117,15 @@ def compare_findings(before: Audit, after: Audit) -> tuple[Finding, ...]:
 def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     """Difference of two hit rates on the same images, mean(a) - mean(b), with its 95 % interval: (value, lower, upper).
 
-    `a` and `b` are flags (N,). The interval is that of Agresti and Min (2005): the Wald interval of the paired table
-    with half an image added to each of its four cells.
+    `a` and `b` are flags (N,); the interval is `metrics.paired_interval`.
 
     >>> value, lower, upper = paired_difference(torch.tensor([True] * 8 + [False] * 2), torch.tensor([False] * 10))
     >>> round(value, 3), round(lower, 3), round(upper, 3)
     (0.8, 0.354, 0.979)
     """
-    n = len(a)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    centre = (only_a - only_b) / (n + 2)
-    half = _Z95 * math.sqrt((only_a + only_b + 1) / (n + 2) - centre**2) / math.sqrt(n + 2)
-    return (only_a - only_b) / n, max(-1.0, centre - half), min(1.0, centre + half)
+    lower, upper = metrics.paired_interval(only_b, only_a, len(a))
+    return (only_a - only_b) / len(a), float(lower), float(upper)
 
 
 def _flattered(audit: Audit) -> list[Finding]:
@@ -174,6 +173,47 @@ def _masked(audit: Audit) -> list[Finding]:
                 )
             ]
     return []
+
+
+def _not_finite(audit: Audit) -> list[Finding]:
+    """Attacked points without a prediction, which the strong attacks never count as broken."""
+    points = {name: about.get("not_finite", 0) for name, about in audit.settings.items()}
+    named = [f"{name} met {count:,}" for name, count in points.items() if count]
+    if not named:
+        return []
+    return [
+        Finding(
+            code="not-finite",
+            severity="warn",
+            text=f"At some attacked points the logits are no finite numbers: {_listed(named)}. They count as no "
+            "success, so that a model which fails there looks robust.",
+            advice="Find where the model overflows or divides by zero on attacked images, and audit it again.",
+        )
+    ]
+
+
+def _cut(audit: Audit) -> list[Finding]:
+    """Attacks that the time budget ended or left out."""
+    cut = [f"{name} ran {_listed(_shares(about['ran']))}" for name, about in audit.settings.items() if _is_cut(about)]
+    cut += [f"{name} did not run" for name in audit.provenance.get("not_run") or ()]
+    if not cut:
+        return []
+    return [
+        Finding(
+            code="cut-short",
+            severity="warn",
+            text=f"Time was up before all attacks had run: {'; '.join(cut)}. Robust accuracies are upper bounds.",
+            advice="Give it more time: where the audit is saved, the same command goes on where it stopped.",
+        )
+    ]
+
+
+def _is_cut(settings: Mapping[str, Any]) -> bool:
+    return min(settings.get("ran", {}).values(), default=1.0) < 1
+
+
+def _shares(ran: Mapping[str, float]) -> list[str]:
+    return [f"{100 * share:.0f} % of {member}" for member, share in ran.items()]
 
 
 def _near_chance(audit: Audit) -> list[Finding]:
