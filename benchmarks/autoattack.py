@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -75,14 +75,14 @@ VICTIMS = {
         model="preact-resnet18",
         width=16,
         objective=PGDAT(),
-        schedule=Schedule(epochs=8, lr=0.2, kind="one-cycle"),
+        schedule=Schedule(epochs=6, lr=0.2, kind="one-cycle"),
     ),
     "CIFAR-10, resnet9, TRADES": Victim(
         data="cifar10",
         model="resnet9",
         width=8,
         objective=Trades(beta=6.0),
-        schedule=Schedule(epochs=8, lr=0.2, kind="one-cycle"),
+        schedule=Schedule(epochs=6, lr=0.2, kind="one-cycle"),
     ),
     "CIFAR-10, small-cnn, standard, small l2 ball": Victim(
         data="cifar10",
@@ -123,7 +123,6 @@ def main(argv: Sequence[str] | None = None) -> Report:
     options.add_argument("--victims", nargs="+", choices=tuple(VICTIMS), default=tuple(VICTIMS), help="for agreement")
     options.add_argument("--images", type=int, default=500, help="test images of the part agreement, at most")
     options.add_argument("--timed-images", type=int, default=200, help="test images of the part speed")
-    options.add_argument("--epochs", type=int, default=None, help="of the victims' training, instead of their own")
     return measure.run(options, report, argv)
 
 
@@ -143,7 +142,7 @@ def agreement(args: argparse.Namespace) -> Table:
     rows = []
     for name in args.victims:
         victim = VICTIMS[name]
-        model, test = trained(victim, args), images_of(victim, args.images)
+        model, test = trained(name, args.device), images_of(victim, args.images)
         measure.say(f"{name}: reference")
         reference = Reference(model, test, victim, args.device).attack() == test.labels
         for precision in args.precision:
@@ -174,7 +173,7 @@ def compared(found: Sequence[Audit], reference: Tensor, attack: str = ATTACK) ->
 def speed(args: argparse.Namespace) -> Table:
     """Seconds of whole evaluations in turn."""
     victim = VICTIMS[TIMED]
-    model, test = trained(victim, args), images_of(victim, args.timed_images)
+    model, test = trained(TIMED, args.device), images_of(victim, args.timed_images)
     with Apart(reference_calls, model, test, victim, args.device) as reference:
         cases: dict[str, Callable[[], float]] = {"reference": partial(reference, "seconds")}
         for precision in args.precision:
@@ -224,14 +223,16 @@ def memory_child() -> None:
     print(json.dumps({"images": len(data), "asked": asked, "taken": taken, "peak": in_use("cpu")["peak"]}))
 
 
-def trained(victim: Victim, args: argparse.Namespace) -> nn.Module:
-    """The victim's model, in eval mode."""
+@cache
+def trained(name: str, device: str) -> nn.Module:
+    """The model of one of `VICTIMS`, in eval mode; trained once a process."""
+    victim = VICTIMS[name]
     measure.say(f"training {victim.model} on {victim.data}")
     data = load_dataset(victim.data).train
     data = data.subset(torch.arange(min(victim.images, len(data))))
-    schedule = victim.schedule if args.epochs is None else Schedule(epochs=args.epochs, lr=0.1, kind="one-cycle")
     model = initialised(victim.model, victim.width, data, seed=0)
-    return fit(model, data, victim.objective, schedule=schedule, validation=0, select="last", device=args.device).model
+    options: dict[str, Any] = {"validation": 0, "select": "last", "precision": "bf16", "device": device}
+    return fit(model, data, victim.objective, schedule=victim.schedule, **options).model.eval()
 
 
 def images_of(victim: Victim, count: int) -> ImageDataset:
