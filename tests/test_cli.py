@@ -39,7 +39,7 @@ from robustfair.models import create_model
 from robustfair.recipe import Recipe, read_recipe
 
 TEN = tuple("0123456789")
-INTERRUPTED = "robustfair: interrupted; a training run goes on with --resume, an audit with the same command"
+INTERRUPTED = "robustfair: interrupted; training goes on with --resume, a saved audit with the same command"
 FACTORIES = """
 import torch
 from robustfair import create_model
@@ -1182,7 +1182,7 @@ def test_a_budget_ends_an_audit_and_the_same_command_goes_on(place: Path, comman
     assert cut.code == 1
     warned = [line for line in cut.err.splitlines() if line.startswith("warning: ")]
     assert len(warned) == 1
-    assert "apgd-ce(steps=5) did not run" in warned[0]
+    assert "apgd-ce(steps=5) was not finished" in warned[0]
     assert "The same command goes on" in warned[0]
     assert any(line.startswith("warning: Time was up before all attacks had run") for line in cut.out.splitlines())
     assert cut.out.splitlines()[-1].startswith("undecided: worst.robust is ")
@@ -1204,7 +1204,7 @@ def test_a_budget_without_a_folder_promises_nothing(place: Path, command: Comman
     model = ["good.safetensors", "--arch", "small-cnn", "--width", 4, "--data", "digits"]
     outcome = command("audit", *model, "--attacks", "square(queries=9)", "--max-minutes", "1e-9")
     assert outcome.code == 0
-    assert "did not run" in outcome.err
+    assert "was not finished" in outcome.err
     assert "goes on" not in outcome.err
     assert changes(before, tree(place)) == []
 
@@ -1491,3 +1491,32 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
         assert running.stderr is not None
         running.stdout.close()
         assert running.stderr.read() == ""
+
+
+def test_a_stored_audit_is_read_again_without_attacking(place: Path, command: Command) -> None:
+    first = command("audit", "run", "--attacks", "clean,pgd-2", "--limit-per-class", 2, "--json")
+    stored = next(path for path in (place / "run" / "audit").glob("clean,pgd-2*.json"))
+    before = tree(place)
+    again = command("audit", stored, "--json", "--fail-under", "average.clean=0")
+    assert again.code == 0
+    assert json.loads(again.out)["attacks"] == json.loads(first.out)["attacks"]
+    assert command("audit", stored, "--fail-under", "worst.pgd-2=100%").code == 1
+    assert changes(before, tree(place)) == []
+
+
+def test_audits_of_two_models_in_one_folder_stay_apart(place: Path, command: Command) -> None:
+    shutil.copytree(place / "run", place / "other")
+    for run in ("run", "other"):
+        assert command("audit", run, "--attacks", "clean", "--limit-per-class", 2, "--out", "shared").code == 0
+        which = ["--which", "fog", "--severities", 1, "--limit-per-class", 2]
+        assert command("corruptions", run, *which, "--out", "shared").code == 0
+    assert len(list((place / "shared").glob("clean_*.json"))) == 2
+    assert len(list((place / "shared").glob("corruptions_*.json"))) == 2
+
+
+def test_a_baseline_of_other_images_is_refused_before_any_attack(place: Path, command: Command) -> None:
+    command("audit", "run", "--attacks", "clean", "--limit-per-class", 2)
+    stored = next(path for path in (place / "run" / "audit").glob("clean_*20-images*.json"))
+    outcome = command("audit", "run", "--attacks", "clean,pgd-400(restarts=50)", "--baseline", stored)
+    assert outcome.code == 2
+    assert "not of the same images" in outcome.err

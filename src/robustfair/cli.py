@@ -11,6 +11,7 @@ import shutil
 import sys
 import typing
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -188,7 +189,8 @@ def audit(
     Parameters
     ----------
     target
-        A run folder; a weight file with --arch; package.module:factory; timm:NAME with --weights; robustbench:NAME.
+        A run folder; a weight file with --arch; package.module:factory; timm:NAME with --weights; robustbench:NAME; or
+        the JSON of a stored audit, which is read again for groups, gates and formats without attacking.
     attacks
         Comma-separated: clean, fgsm, pgd-K, cw-K, autoattack, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, each with
         options, such as cw-50(restarts=5) or autoattack(version=plus).
@@ -229,17 +231,20 @@ def audit(
     """
     from robustfair.attacks.named import parse_attacks
     from robustfair.evaluate.audit import load_audit
-    from robustfair.evaluate.gates import check, parse_gate, require_known
-    from robustfair.evaluate.grouping import read_groups, regroup
+    from robustfair.evaluate.gates import parse_gate, require_known
+    from robustfair.evaluate.grouping import read_groups
     from robustfair.workflows import (
         AuditRequest,
         audit_target,
-        audit_text,
         require_outputs,
         write_outputs,
     )
 
     gates = [parse_gate(text) for text in fail_under or ()]
+    form = "json" if json_ else format_
+    if target.endswith(".json"):
+        stored = load_audit(target)
+        return _judge(stored, form, gates, read_groups(group_by, stored) if group_by else None)
     request = AuditRequest(
         attacks=attacks,
         eps=eps,
@@ -263,16 +268,27 @@ def audit(
         names = [attack.name for attack in parse_attacks(attacks)]
         known = None if groups is None else groups.names
         require_known(gates, attacks=names, classes=images[0].class_names, groups=known)
-    result = audit_target(found, request, images=images, out=out, quiet=quiet)
+    result = audit_target(found, request, images=images, out=out, baseline=before, quiet=quiet)
     written = write_outputs(found, result, baseline=before, out=out, report=report)
+    return _judge(result, form, gates, groups, baseline=before, written=written)
+
+
+def _judge(
+    result: Any, form: str, gates: Sequence[Any], groups: Any, *, baseline: Any = None, written: Sequence[Path] = ()
+) -> int:
+    """Print an audit, its groups and its gates; the exit code."""
+    from robustfair.evaluate.gates import check
+    from robustfair.evaluate.grouping import regroup
+    from robustfair.workflows import audit_text
+
     rates = None if groups is None else regroup(result, groups)
     checked = check(gates, result, rates)
-    form = "json" if json_ else format_
-    print(audit_text(result, form, baseline=before, rates=rates, checked=checked, width=_width()))
+    print(audit_text(result, form, baseline=baseline, rates=rates, checked=checked, width=_width()))
+    lines = [gate.line for gate in checked]
     if form == "table":
-        print(*(f"wrote {path}" for path in written), *(gate.line for gate in checked), sep="\n")
-    else:
-        print(*(gate.line for gate in checked), sep="\n", end="\n" * bool(checked), file=sys.stderr)
+        lines = [*(f"wrote {path}" for path in written), *lines]
+    if lines:
+        print(*lines, sep="\n", file=sys.stdout if form == "table" else sys.stderr)
     return 0 if all(gate.passed for gate in checked) else 1
 
 
@@ -373,6 +389,7 @@ def compare(
     out
         Write it into this file instead.
     """
+    from robustfair.attacks.named import parse_attacks
     from robustfair.checkpoint import write_text
     from robustfair.config import require
     from robustfair.evaluate.compare import compare_many
@@ -381,7 +398,8 @@ def compare(
 
     require(len(targets) >= 2, "compare", "targets", allowed="at least two runs or audits", got=len(targets))
     form = "json" if json_ else format_
-    stored = comparable_audits(targets)
+    wanted = [attack.name for attack in parse_attacks(attacks.replace("robust", ""))] if attacks else []
+    stored = comparable_audits(targets, wanted)
     audits, width = [audit for _, audit in stored], None if out else _width()
     compared = compare_many(audits, attacks=attacks)
     for path, _ in stored:
@@ -586,7 +604,7 @@ def main(argv: list[str] | None = None) -> int:
         except RobustFairError as error:
             return _fail(_one_line(str(error)), 2)
         except KeyboardInterrupt:
-            return _fail("interrupted; a training run goes on with --resume, an audit with the same command", 130)
+            return _fail("interrupted; training goes on with --resume, a saved audit with the same command", 130)
         except BrokenPipeError:
             return 141
         except OSError as error:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from robustfair.attacks.named import parse_attacks
@@ -18,7 +19,7 @@ from robustfair.checkpoint import Checkpoint, write_checkpoint
 from robustfair.config import RobustFairWarning, build, format_eps, parse_norm, require
 from robustfair.data import ImageDataset, evaluation_batches, load_dataset
 from robustfair.errors import CheckpointError, DataError, ModelError
-from robustfair.evaluate.audit import Audit, audit
+from robustfair.evaluate.audit import CLEAN, Audit, audit, threat
 from robustfair.evaluate.compare import Comparison, compare
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
 from robustfair.evaluate.gates import GateResult
@@ -44,6 +45,7 @@ from robustfair.report.table import (
 from robustfair.report.text import latex, markdown
 from robustfair.rundir import RunFolder, environment
 from robustfair.runner import read_repair, resolve_device, train
+from robustfair.values import Threat
 
 SEVERITY = {"warn": "warning", "note": "note"}
 DEMO_ATTACKS = "clean,pgd-20,cw-50(restarts=5)"
@@ -127,6 +129,7 @@ def audit_target(
     *,
     images: tuple[ImageDataset, str] | None = None,
     out: Path | None = None,
+    baseline: Audit | None = None,
     quiet: bool = False,
 ) -> Audit:
     """Audit a loaded model on the images and the threat it was made for, or the requested ones.
@@ -134,6 +137,7 @@ def audit_target(
     Args:
         images: what `request.images` gave, where the caller has loaded them already.
         out: where the audit will be saved, if not in the run's folder; an unfinished one keeps what it knows there.
+        baseline: an audit that this one will be compared with; one of other images is refused before any attack.
 
     Raises:
         DataError: the images' classes are not those the model was trained on.
@@ -144,7 +148,12 @@ def audit_target(
     usual = trained_for["eps"] if parse_norm(norm) == trained_for.get("norm") else None
     eps = usual if request.eps is None else request.eps
     device = resolve_device(request.device)
+    limits = threat(norm, eps, request.step_size)
+    if baseline is not None:
+        _require_comparable(baseline, data, limits)
     found = [*suspect_model(target.model, data, device), *random_output(target.model, _few(data, device))]
+    if request.checks:
+        found += thorough_findings(target.model, data, limits, seed=request.seed, batch_size=request.batch_size)
     with AuditProgress(quiet=quiet) as progress:
         result = audit(
             target.model,
@@ -165,9 +174,25 @@ def audit_target(
             split=part,
             on_progress=progress,
         )
-    if request.checks:
-        found += thorough_findings(target.model, data, result.threat, seed=request.seed, batch_size=request.batch_size)
     return replace(result, provenance={**result.provenance, "checks": [asdict(finding) for finding in found]})
+
+
+def _require_comparable(baseline: Audit, data: ImageDataset, limits: Threat) -> None:
+    """Refuse a baseline that the audit to come could not be compared with."""
+    labels = data.labels.cpu()
+    to_come = replace(
+        baseline,
+        model="this model",
+        data=data.name,
+        class_names=data.class_names,
+        index=torch.arange(len(data)),
+        labels=labels,
+        predictions={CLEAN: labels},
+        broken_by={},
+        threat=limits,
+        fingerprint=data.fingerprint,
+    )
+    check_comparable(baseline, to_come)
 
 
 def corruptions_of(
@@ -194,7 +219,7 @@ def corruptions_of(
             batch_size=request.batch_size,
             device=resolve_device(request.device),
             seed=request.seed,
-            precision="bf16" if request.precision == "bf16" else "fp32",
+            precision=request.precision,  # type: ignore[arg-type]
             label=target.label,
             split=part,
             on_progress=progress,
@@ -209,7 +234,8 @@ def write_corruptions(
     written: list[Path] = []
     if audits is not None:
         identity = [result.fingerprint, result.corruptions, result.severities, result.provenance["source"]]
-        about = repr([*identity, result.provenance["seed"], None if target.folder else target.label])
+        identity += [result.provenance["seed"], result.provenance["precision"]]
+        about = repr([*identity, target.label if out is not None or target.folder is None else None])
         parts = ["corruptions", target.checkpoint, f"{len(result.labels)}-images"]
         stem = "_".join(part for part in parts if part)
         written += result.save(audits, f"{stem}_{hashlib.sha256(about.encode()).hexdigest()[:8]}")
@@ -272,7 +298,7 @@ def write_outputs(
     written: list[Path] = []
     audits = out or (folder.audits if folder else None)
     if audits is not None:
-        written += result.save(audits, _stem(target, result))
+        written += result.save(audits, _stem(target, result, elsewhere=out is not None))
     page = report or (folder.report if folder and html else None)
     if page is not None:
         history = folder.history() if folder else None
@@ -281,7 +307,8 @@ def write_outputs(
     return written
 
 
-def _stem(target: Target, result: Audit) -> str:
+def _stem(target: Target, result: Audit, *, elsewhere: bool) -> str:
+    """A name that only the same audit has; `elsewhere` than in a run's own folder it tells models apart too."""
     attacks = ",".join(result.attacks)
     parts = [
         attacks if len(attacks) <= 80 else f"{attacks[:80]}...",
@@ -296,8 +323,12 @@ def _stem(target: Target, result: Audit) -> str:
         result.threat.step_size,
         result.provenance["precision"],
         result.provenance["engine"],
+        result.provenance["batch_size"],
+        result.provenance["not_run"],
+        bool(result.points),
+        target.label if elsewhere or target.folder is None else None,
     ]
-    parts.append(hashlib.sha256(repr([*identity, None if target.folder else target.label]).encode()).hexdigest()[:8])
+    parts.append(hashlib.sha256(repr(identity).encode()).hexdigest()[:8])
     return re.sub(r"[^\w.,=+-]+", "-", "_".join(part for part in parts if part))
 
 

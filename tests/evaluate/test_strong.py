@@ -425,7 +425,7 @@ def test_logits_that_are_no_numbers_on_clean_images_are_one_clear_error(small: S
     model, data = small
     marked = (data.images[[7, 9, 11]] / 255).flatten(1)
     nan = NotFinite(model, lambda x: (x.flatten(1)[:, None] == marked).all(2).any(1))
-    with pytest.raises(ModelError, match="no finite numbers for 3 of 16 clean images") as caught:
+    with pytest.raises(ModelError, match="not finite for 3 of 16 images, the first is image 7") as caught:
         audit(nan, data, attacks="autoattack", eps=0.03)
     assert "\n" not in str(caught.value)
     assert "[0, 1]" in str(caught.value)
@@ -653,20 +653,20 @@ def test_a_budget_says_what_ran(small: Small, clock: Callable[[nn.Module], None]
     assert shares[0] == 1
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] == 0
-    assert "square(queries=5) did not run" in said
+    assert "square(queries=5) was not finished" in said
     assert "0% of square(queries=30)" in said
     assert "upper bound" in said
     assert "goes on" not in said
     (finding,) = [finding for finding in findings(found) if finding.code == "cut-short"]
     assert finding.severity == "warn"
     assert "0 % of square(queries=30)" in finding.text
-    assert "square(queries=5) did not run" in finding.text
+    assert "square(queries=5) was not finished" in finding.text
 
 
 def test_a_budget_that_is_over_at_once_leaves_the_clean_audit(small: Small, tmp_path: Path, same: Same) -> None:
     model, data = small
     journal = tmp_path / "journal.safetensors"
-    with pytest.warns(RobustFairWarning, match=r"autoattack did not run.* The same command goes on"):
+    with pytest.warns(RobustFairWarning, match=r"autoattack was not finished.* The same command goes on"):
         found = audit(model, data, attacks="autoattack", eps=0.02, max_minutes=1e-9, journal=journal)
     assert found.attacks == ("clean",)
     assert found.provenance["not_run"] == ["autoattack"]

@@ -94,6 +94,7 @@ class Ensemble:
         exact: the model as given, in eval mode; its word breaks an example.
         passes: the network that the searches see.
         fine: what those see that measure distances to a boundary, where it is another.
+        keep_points: keep where each example was broken.
         searches: in order.
         eps, norm: the ball.
         seed: of all draws.
@@ -112,9 +113,10 @@ class Ensemble:
         seed: int,
         lanes: int,
         fine: Passes | None = None,
+        keep_points: bool = True,
     ) -> None:
         self.exact, self.passes, self.victims, self.searches = exact, passes, victims, tuple(searches)
-        self.fine = passes if fine is None else fine
+        self.fine, self.keep_points = passes if fine is None else fine, keep_points
         self.eps, self.norm, self.seed, self.most = eps, norm, seed, lanes
         self.verdicts = Verdicts(victims.labels.cpu().clone(), torch.full_like(victims.labels, STANDS, device="cpu"))
         self.broken_in = torch.full_like(self.verdicts.broken_by, NEVER)
@@ -272,7 +274,8 @@ class Ensemble:
             rows = rows[distance(lanes["x"][rows], point[rows], self.norm) <= most]
             inside = into_ball(lanes["x"][rows], point[rows], self.eps, self.norm)
             self._judge(lanes["example"][rows], lanes["round"][rows], inside)
-            lanes["tested"] = lanes["tested"].index_copy(0, rows, margin[rows].to(lanes["tested"]))
+            tested = torch.where(margin.isfinite(), margin, lanes["tested"])
+            lanes["tested"] = lanes["tested"].index_copy(0, rows, tested[rows].to(lanes["tested"]))
             leaves = leaves | (self.broken_in.to(leaves.device)[lanes["example"]] <= lanes["round"])
         stays = (~leaves).nonzero().squeeze(1)
         if len(stays) < len(leaves):
@@ -293,7 +296,8 @@ class Ensemble:
             self.broken_in[example] = turn
             self.verdicts.prediction[example] = int(wrong[at])
             self.verdicts.broken_by[example] = self.member
-            self.verdicts.points[example] = points[at].cpu().clone()
+            if self.keep_points:
+                self.verdicts.points[example] = points[at].cpu().clone()
 
     def _exact(self, x: Tensor) -> Tensor:
         with torch.no_grad():

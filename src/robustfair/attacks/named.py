@@ -121,8 +121,8 @@ class NamedAttack:
             restarts=self.restarts,
         )
 
-    def settings(self, threat: Threat) -> dict[str, Any]:
-        """Everything that defines the attack, as JSON values; empty for `clean`."""
+    def settings(self, threat: Threat, classes: int | None = None) -> dict[str, Any]:
+        """Everything that defines the attack, as JSON values, whatever the classes; empty for `clean`."""
         if self.kind == "clean":
             return {}
         return {

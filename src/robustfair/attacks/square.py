@@ -155,8 +155,9 @@ class Square:
         def drawn(name: str) -> Tensor:
             return lanes[name][rows, query] if name in lanes else getattr(shared, name)[at]
 
-        room = torch.tensor(x.shape[2:], device=x.device).repeat(2) - side[:, None]
-        place = (drawn("place") * room).floor().long()
+        drawn_place = drawn("place")
+        rows_and_columns = (drawn_place[:, k] * (x.shape[2 + k % 2] - side) for k in range(4))
+        place = torch.stack(list(rows_and_columns), 1).floor().long()
         return side, place, drawn("sign").to(x), drawn("turned")
 
     def _bumps(self, x: Tensor, side: Tensor, turned: Tensor, place: Tensor) -> Tensor:

@@ -89,9 +89,16 @@ class Member:
         inside = ", ".join(f"{key}={format_value(value)}" for key, value in given.items())
         return f"{self.kind}({inside})" if inside else self.kind
 
-    def settings(self) -> dict[str, Any]:
-        """Everything that defines the attack beside its threat, as JSON values."""
-        return {"attack": self.kind, "goal": GOALS[self.kind]} | {key: getattr(self, key) for key in OPTIONS[self.kind]}
+    def settings(self, classes: int | None = None) -> dict[str, Any]:
+        """Everything that defines the attack beside its threat, as JSON values; as it runs on so many classes."""
+        found = {"attack": self.kind, "goal": GOALS[self.kind]} | {
+            key: getattr(self, key) for key in OPTIONS[self.kind]
+        }
+        if classes is None:
+            return found
+        if "targets" in found:
+            found["targets"] = min(self.targets, classes - 1)
+        return found | ({"goal": GOALS["apgd-ce"]} if self.warning(classes) else {})
 
     def search(self, threat: Threat, classes: int, seed: int) -> Search:
         """The attack on a model of so many classes."""
@@ -155,12 +162,12 @@ class StrongAttack:
 
     needs_gradient = True
 
-    def settings(self, threat: Threat) -> dict[str, Any]:
-        """Everything that defines the attack, as JSON values."""
+    def settings(self, threat: Threat, classes: int | None = None) -> dict[str, Any]:
+        """Everything that defines the attack, as JSON values; as it runs on so many classes."""
         about = {"norm": threat.norm, "eps": threat.eps}
         if self.name == self.members[0].name:
-            return about | self.members[0].settings()
-        return about | {"goal": "ensemble", "members": [member.settings() for member in self.members]}
+            return about | self.members[0].settings(classes)
+        return about | {"goal": "ensemble", "members": [member.settings(classes) for member in self.members]}
 
     def describe(self, threat: Threat) -> str:
         """One line for reports.

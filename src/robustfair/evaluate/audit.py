@@ -37,6 +37,7 @@ from robustfair.memory import kept_memory
 from robustfair.models.head import check_outputs, head_norms, unwrap
 from robustfair.registry import canonical
 from robustfair.rundir import versions
+from robustfair.training.precision import full_float32
 from robustfair.values import Threat, default_eps, default_step
 
 SCHEMA = "robustfair.audit/1"
@@ -415,25 +416,25 @@ def audit(
         threat=limits,
         batch_size=min(asked, images_that_fit(model, example)) if len(suite) > 1 else asked,
         seed=seed,
-        precisions=search_precisions(precision, device),
+        precisions=search_precisions(precision if engine == "native" else "fp32", device),
         engine=engine,
         deadline=None if max_minutes is None else time.monotonic() + 60 * max_minutes,
         keep_points=keep_points,
         on_progress=on_progress,
     )
-    settings = {attack.name: attack.settings(limits) for attack in suite}
+    settings = {attack.name: attack.settings(limits, data.num_classes) for attack in suite}
     identity = {
         "images": [dataset.fingerprint, len(dataset)],
         "model": weights_fingerprint(model) if journal else None,
         "attacks": settings,
         "seed": seed,
-        "batch_size": sweeper.batch_size,
+        "batch_size": asked,
         "precisions": sweeper.precisions,
         "engine": engine,
         "points": keep_points,
     }
-    with kept_memory(device), attacking(model, "eval"):
-        found = sweeper.run(suite, None if journal is None else Journal(journal, identity))
+    with kept_memory(device), full_float32(), attacking(model, "eval"):
+        found = sweeper.run(suite, None if journal is None else Journal(Path(journal), identity))
     ran = {name: {**settings[name], **found.about(name)} for name in found.predictions}
     _warn_of_cut(found, max_minutes, journal)
     return Audit(
@@ -536,9 +537,9 @@ def _warn_of_cut(found: Columns, max_minutes: float | None, journal: Path | None
     if not cut and not found.not_run:
         return
     parts = [f"{name} ran {_shares(found.ran[name])}" for name in cut]
-    parts += [f"{name} did not run" for name in found.not_run]
+    parts += [f"{name} was not finished" for name in found.not_run]
     means = " Its accuracy is an upper bound." if cut else ""
-    again = " The same command goes on where it stopped." if journal else ""
+    again = " The same command goes on from what is finished." if journal else ""
     text = f"audit: {max_minutes:g} minutes are over: {'; '.join(parts)}.{means}{again}"
     warnings.warn(text, RobustFairWarning, stacklevel=3)
 

@@ -16,15 +16,18 @@ from robustfair.attacks.strong import Engine, StrongAttack
 from robustfair.attacks.sweep import predict
 from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.errors import ModelError
+from robustfair.evaluate.capacity import CPU_BUDGET
 from robustfair.evaluate.journal import Journal
 from robustfair.evaluate.strong import Outcome, Terms, run_native, run_reference
 from robustfair.losses import cross_entropy
+from robustfair.models.head import require_finite
 from robustfair.training.precision import InPrecision
 from robustfair.values import Batch, Threat, derive_seed
 
 Progress = Callable[[str, int, int], None]
 CLEAN = "clean"
+JACOBIANS = 4
+"""Copies of the gradients of all classes that untargeted FAB holds at a time."""
 NOW = "now/"
 """Prefix in a journal of the state of the attack that runs."""
 
@@ -191,7 +194,8 @@ class Sweeper:
         terms = Terms(
             threat=self.threat,
             seed=self.seed,
-            lanes=self.batch_size,
+            lanes=self._lanes(attack),
+            keep_points=self.keep_points,
             precision=self.precisions["strong"],
             fine_precision=self.precisions["fab"],
             deadline=self.deadline,
@@ -232,7 +236,9 @@ class Sweeper:
         for batch in evaluation_batches(data, self.batch_size):
             x = batch.x.detach().requires_grad_(True)
             with torch.enable_grad():
-                gradient = input_gradient(cross_entropy(self.model(x), batch.y), x).flatten(1)
+                loss = cross_entropy(self.model(x), batch.y)
+                gradient = input_gradient(loss, x) if loss.requires_grad else torch.zeros_like(x)
+            gradient = gradient.flatten(1)
             found["zero"] += int((gradient == 0).all(1).sum())
             found["not_finite"] += int((~gradient.isfinite()).any(1).sum())
         return found
@@ -266,13 +272,15 @@ class Sweeper:
     def _clean(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             logits = self.model(batch.x)
-        bad = int((~logits.isfinite()).any(1).sum())
-        if bad:
-            raise ModelError(
-                f"the model's logits are no finite numbers for {bad} of {len(batch.y)} clean images: check its "
-                "weights, its precision and that it takes images in [0, 1]"
-            )
+        require_finite(self.model, logits, batch.index)
         return logits.argmax(1)
+
+    def _lanes(self, attack: StrongAttack) -> int:
+        """Searches at a time: fewer where one holds the gradients of every class."""
+        if all(member.kind != "fab" for member in attack.members):
+            return self.batch_size
+        each = JACOBIANS * 4 * self.data.num_classes * self.data.images[0].numel()
+        return max(1, min(self.batch_size, CPU_BUDGET // (2 * each)))
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline

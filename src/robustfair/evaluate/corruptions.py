@@ -40,10 +40,9 @@ from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFai
 from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass
 from robustfair.evaluate.files import as_json, paths, read_arrays, write_arrays
 from robustfair.memory import kept_memory
-from robustfair.models.head import check_outputs, unwrap
+from robustfair.models.head import check_outputs, require_finite, unwrap
 from robustfair.rundir import versions
 from robustfair.training.precision import InPrecision, Precision
-from robustfair.values import Model
 
 SCHEMA = "robustfair.corruptions/1"
 ALL = "all"
@@ -505,7 +504,7 @@ class _Generated:
 class _Sweeper:
     """Runs a model over a data set that is resident on the device."""
 
-    model: Model
+    model: nn.Module
     data: ImageDataset
     batch_size: int
     on_progress: Progress | None
@@ -530,11 +529,15 @@ class _Sweeper:
         return predictions, seconds
 
     def _predict(self, images: Callable[[slice], Tensor], name: str, *, done: int, total: int) -> Tensor:
-        columns = []
+        columns: list[Tensor] = []
         for start in range(0, len(self.data), self.batch_size):
             rows = slice(start, min(start + self.batch_size, len(self.data)))
             part = replace(self.data, images=images(rows), labels=self.data.labels[rows])
-            columns += [predict(self.model, batch) for batch in evaluation_batches(part, self.batch_size)]
+            for batch in evaluation_batches(part, self.batch_size):
+                if name == CLEAN and start == 0:
+                    with torch.no_grad():
+                        require_finite(self.model, self.model(batch.x))
+                columns.append(predict(self.model, batch))
             if self.on_progress:
                 self.on_progress(name, done + rows.stop, total)
         return torch.cat(columns).cpu()

@@ -195,7 +195,7 @@ def _not_finite(audit: Audit) -> list[Finding]:
 def _cut(audit: Audit) -> list[Finding]:
     """Attacks that the time budget ended or left out."""
     cut = [f"{name} ran {_listed(_shares(about['ran']))}" for name, about in audit.settings.items() if _is_cut(about)]
-    cut += [f"{name} did not run" for name in audit.provenance.get("not_run") or ()]
+    cut += [f"{name} was not finished" for name in audit.provenance.get("not_run") or ()]
     if not cut:
         return []
     return [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from robustfair.errors import CheckpointError, DataError
-from robustfair.evaluate.audit import Audit, load_audit
+from robustfair.evaluate.audit import ROBUST, Audit, load_audit
 from robustfair.evaluate.compare import check_comparable
+from robustfair.registry import canonical
 from robustfair.rundir import RunFolder
 
 
@@ -20,25 +22,26 @@ class StoredAudit(NamedTuple):
     audit: Audit
 
 
-def comparable_audits(names: Sequence[Path | str]) -> list[StoredAudit]:
+def comparable_audits(names: Sequence[Path | str], attacks: Sequence[str] = ()) -> list[StoredAudit]:
     """One audit a name, all of the same images, classes and threat.
 
     A run folder, or a folder of audits, stands for its newest audit for which every other name has a comparable one;
-    that of the first name decides. Models that bear one label get the names of their files behind it.
+    that of the first name decides, and of the others the one that shares most attacks with it. Models that bear one
+    label get the names of their files behind it.
 
     Args:
         names: run folders, folders of audits, and audit JSON files.
+        attacks: what the audits are wanted for: those of a folder that hold it all come first.
 
     Raises:
         CheckpointError: a name without an audit, or an audit that is damaged.
         DataError: no audit of the first name fits the others; says how the newest differ.
     """
-    candidates = [_candidates(Path(name)) for name in names]
+    candidates = [sorted(_candidates(Path(name)), key=partial(_lacks, attacks)) for name in names]
     for first in candidates[0]:
-        others = [next((each for each in found if _fit(first.audit, each.audit)), None) for found in candidates[1:]]
-        chosen = [first, *(other for other in others if other is not None)]
-        if len(chosen) == len(names):
-            return _told_apart(chosen)
+        fitting = [[each for each in found if _fit(first.audit, each.audit)] for found in candidates[1:]]
+        if all(fitting):
+            return _told_apart([first, *(min(found, key=partial(_unlike, first)) for found in fitting)])
     newest = candidates[0][0].audit
     for found in candidates[1:]:
         check_comparable(newest, found[0].audit)
@@ -60,6 +63,14 @@ def _candidates(path: Path) -> list[StoredAudit]:
     if not found:
         raise failed or CheckpointError(f"{path} holds no audit: run robustfair audit {path}")
     return sorted(found, key=lambda each: str(each.audit.provenance.get("date", "")), reverse=True)
+
+
+def _lacks(attacks: Sequence[str], stored: StoredAudit) -> int:
+    return len({canonical(attack) for attack in attacks} - set(stored.audit.attacks) - {ROBUST})
+
+
+def _unlike(first: StoredAudit, other: StoredAudit) -> int:
+    return len(set(first.audit.attacks) ^ set(other.audit.attacks))
 
 
 def _fit(one: Audit, other: Audit) -> bool:

@@ -56,6 +56,7 @@ class Terms:
         precision: of the searches; the verdict is always that of the model as given.
         fine_precision: of FAB's: it measures distances to a boundary, and alone in bf16 it was found weaker.
         deadline: `time.monotonic()` at which to stop; None never does.
+        keep_points: keep where each image was broken.
     """
 
     threat: Threat
@@ -64,6 +65,7 @@ class Terms:
     precision: Precision = "fp32"
     fine_precision: Precision = "fp32"
     deadline: float | None = None
+    keep_points: bool = False
 
 
 def run_native(
@@ -102,6 +104,7 @@ def run_native(
         seed=seed,
         lanes=terms.lanes,
         fine=_passes(model, terms.fine_precision, data.images.device.type),
+        keep_points=terms.keep_points,
     )
     if state:
         ensemble.restore(state)

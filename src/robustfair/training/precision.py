@@ -56,6 +56,18 @@ def numerics(deterministic: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision = before
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 without TF32, whose ten bits CUDA's convolutions take unless told otherwise; restored on leaving."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = conv.fp32_precision, matmul.fp32_precision
+    conv.fp32_precision = matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
+
+
 def allow_deterministic_products() -> None:
     """Give cuBLAS the fixed workspace that its deterministic products need, for the rest of the process.
 
