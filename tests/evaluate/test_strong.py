@@ -744,3 +744,20 @@ def test_parsed_names_are_those_of_the_columns(small: Small) -> None:
     found = audit(deepcopy(model), data, attacks="APGD_CE(steps=6), square(queries=40, restarts=1)", eps=0.01)
     assert found.attacks == ("clean", "apgd-ce(steps=6)", "square(queries=40)")
     assert [attack.name for attack in parse_attacks(found.attacks[1:])] == list(found.attacks[1:])
+
+
+@pytest.mark.parametrize(("name", "low"), [("fab-t(steps=2, targets=1)", False), ("autoattack", True)])
+def test_fab_searches_in_float32_by_itself_and_as_the_others_in_an_ensemble(
+    small: Small, monkeypatch: pytest.MonkeyPatch, name: str, low: bool
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(columns, "has_bf16", lambda device: True)
+    monkeypatch.setattr(columns, "run_native", lambda *given, **named: seen.append(given[4]) or _stop())
+    with pytest.raises(KeyboardInterrupt):
+        audit(*small, attacks=name, eps=0.03)
+    assert seen[0].fine_precision == ("bf16" if low else "fp32")
+    assert seen[0].precision == "bf16"
+
+
+def _stop() -> Any:
+    raise KeyboardInterrupt

@@ -372,8 +372,8 @@ def audit(
         batch_size: images at a time; None is 250. Fewer where so many would not fit, see `capacity`.
         seed: of the random starts.
         precision: in which attacks search, "fp32" or "bf16"; "auto" is fp32 for fgsm, pgd-K and cw-K, and for the
-            AutoAttack family, but for FAB, bf16 where the hardware has instructions for it. Predictions are the
-            model's own always.
+            AutoAttack family, but for FAB by itself, bf16 where the hardware has instructions for it. Predictions are
+            the model's own always.
         engine: of the AutoAttack family: "native", or "reference" for pyautoattack.
         max_minutes: stop then; what ran by then is in the audit, and `settings[attack]["ran"]` says how much of it.
         journal: file that keeps what is known while the audit runs; where it exists the audit goes on from it.

@@ -54,7 +54,7 @@ class Terms:
         seed: of its draws.
         lanes: images at a time.
         precision: of the searches; the verdict is always that of the model as given.
-        fine_precision: of FAB's: it measures distances to a boundary, and alone in bf16 it was found weaker.
+        fine_precision: of FAB's, which measures distances to a boundary.
         deadline: `time.monotonic()` at which to stop; None never does.
         keep_points: keep where each image was broken.
     """
