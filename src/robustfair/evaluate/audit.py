@@ -24,13 +24,13 @@ from robustfair import metrics
 from robustfair.attacks.named import AnyAttack, NamedAttack, parse_attacks
 from robustfair.attacks.pgd import attacking
 from robustfair.attacks.strong import Engine, StrongAttack
-from robustfair.checkpoint import read_json, write_json
+from robustfair.checkpoint import write_json
 from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, require
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
 from robustfair.evaluate.capacity import images_that_fit
 from robustfair.evaluate.columns import Columns, Progress, Sweeper, search_precisions
-from robustfair.evaluate.files import as_json, paths, read_arrays, write_arrays, write_tensors
+from robustfair.evaluate.files import as_json, paths, read_pair, write_arrays, write_tensors
 from robustfair.evaluate.journal import Journal, weights_fingerprint
 from robustfair.evaluate.strong import require_reference
 from robustfair.memory import kept_memory
@@ -476,10 +476,7 @@ def load_audit(path: Path | str) -> Audit:
         CheckpointError: a file is missing, cut or foreign, or the counts of the two disagree.
     """
     json_path, npz_path = paths(Path(path))
-    for missing in (file for file in (json_path, npz_path) if not file.is_file()):
-        raise CheckpointError(f"{missing} does not exist: an audit is a .json file and the .npz file beside it")
-    about = read_json(json_path, SCHEMA)
-    columns = read_arrays(npz_path)
+    about, columns = read_pair(json_path, npz_path, SCHEMA)
     try:
         found = Audit(
             model=about["model"],

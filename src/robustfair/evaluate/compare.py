@@ -26,7 +26,7 @@ SCHEMA = "robustfair.compare/1"
 AVERAGE = "average"
 
 _OUTER_COMMA = re.compile(r",(?![^()]*\))")
-_HOW_IT_RAN = ("ran", "not_finite", "engine")
+_HOW_IT_RAN = ("ran", "not_finite")
 """What settings say of the run of an attack, and may differ between two of them."""
 
 

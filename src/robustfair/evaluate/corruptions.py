@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from robustfair import metrics
 from robustfair.attacks.pgd import attacking
 from robustfair.attacks.sweep import predict
-from robustfair.checkpoint import read_json, write_json
+from robustfair.checkpoint import write_json
 from robustfair.config import canonical_key, require
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.data.corruptions import (
@@ -38,7 +38,7 @@ from robustfair.data.corruptions import (
 )
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
 from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass
-from robustfair.evaluate.files import as_json, paths, read_arrays, write_arrays
+from robustfair.evaluate.files import as_json, paths, read_pair, write_arrays
 from robustfair.memory import kept_memory
 from robustfair.models.head import check_outputs, require_finite, unwrap
 from robustfair.rundir import versions
@@ -397,10 +397,7 @@ def load_corruption_audit(path: Path | str) -> CorruptionAudit:
         CheckpointError: a file is missing, cut or foreign, or the counts of the two disagree.
     """
     json_path, npz_path = paths(Path(path))
-    for missing in (file for file in (json_path, npz_path) if not file.is_file()):
-        raise CheckpointError(f"{missing} does not exist: an audit is a .json file and the .npz file beside it")
-    about = read_json(json_path, SCHEMA)
-    columns = read_arrays(npz_path)
+    about, columns = read_pair(json_path, npz_path, SCHEMA)
     try:
         found = CorruptionAudit(
             model=about["model"],

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from robustfair.checkpoint import read_json
 from robustfair.errors import CheckpointError
 
 
@@ -71,6 +72,17 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
             return {name: torch.from_numpy(stored[name]) for name in stored.files}
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from None
+
+
+def read_pair(json_path: Path, npz_path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the two files of an audit hold.
+
+    Raises:
+        CheckpointError: one is missing, cut or foreign.
+    """
+    for missing in (file for file in (json_path, npz_path) if not file.is_file()):
+        raise CheckpointError(f"{missing} does not exist: an audit is a .json file and the .npz file beside it")
+    return read_json(json_path, schema), read_arrays(npz_path)
 
 
 def as_json(value: Any) -> Any:
