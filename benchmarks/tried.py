@@ -125,7 +125,9 @@ def usual_ways(model: nn.Module, precision: Any, device: str) -> dict[str, Pass]
     plain = copied(model, precision, device)
     trained = deepcopy(model).requires_grad_(True)
     return {
-        "NCHW, gradients of all weights": partial(all_gradients, InPrecision(trained, precision, device)),
+        "NCHW, gradients of all weights": partial(
+            all_gradients, InPrecision(trained, precision, device, bundled=False)
+        ),
         "NCHW, gradient of the images": nchw(copied(model, precision, device, last=False)),
         "channels last": partial(gradient, plain),
         f"channels last, {CHUNK} images at a time": partial(in_chunks, plain),
@@ -136,17 +138,20 @@ def kept_ways(model: nn.Module, precision: Any, device: str, *, compiled: bool) 
     """Name -> pass, for ways that run with freed memory kept."""
     run = partial(copied, model, precision, device)
     found: dict[str, Pass] = {
-        "channels last, memory kept (eager engine)": partial(gradient, run()),
+        "channels last, memory kept": partial(gradient, run()),
         "the same, batch norm backward as one product": partial(gradient, run(with_short_backward)),
         "the same, batch norm folded where it follows a convolution": partial(gradient, run(folded)),
+        "the same, small images in bundles": partial(gradient, run(bundled=True)),
     }
     if compiled:
         found["compiled forward and backward apart"] = partial(gradient, torch.compile(run(), dynamic=False))
-        found["compiled whole (compiled engine)"] = torch.compile(partial(pure, run()), dynamic=False)
+        found["compiled whole"] = torch.compile(partial(pure, run()), dynamic=False)
         found["compiled whole, folded"] = torch.compile(partial(pure, run(folded)), dynamic=False)
         if precision == "bf16":
             cast = partial(pure, run(with_cast_weights))
             found["compiled whole, weights cast once"] = torch.compile(cast, dynamic=False)
+        bundled = partial(pure, run(bundled=True))
+        found["compiled whole, small images in bundles"] = torch.compile(bundled, dynamic=False)
     return found
 
 
@@ -157,12 +162,13 @@ def copied(
     edit: Callable[[nn.Module], Any] = lambda net: None,
     *,
     last: bool = True,
+    bundled: bool = False,
 ) -> Model:
-    """A copy of the model, edited, channels last or as it is."""
+    """A copy of the model, edited, channels last or as it is, its convolutions in bundles or as they are."""
     net = deepcopy(model)
     if last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return InPrecision(edit(net) or net, precision, torch.device(device).type)
+    return InPrecision(edit(net) or net, precision, torch.device(device).type, bundled=bundled)
 
 
 # Passes

@@ -56,7 +56,7 @@ class Engine:
     ) -> None:
         device = torch.device(device)
         self.model = model
-        self.eager = InPrecision(model, precision, device.type)
+        self.eager = InPrecision(model, precision, device.type, bundled=True if compile else None)
         self.batch_size = batch_size
         self._compiled: Callable[[Model, Tensor], Tensor] | None = None
         self._ascent: Ascent = ascend

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from robustfair.config import Precision
+from robustfair.training.bundle import Bundled
 
 
 class InPrecision(nn.Module):
     """A model whose forward pass runs in `precision` and whose logits come out as float32 at least.
 
     Weights stay in their own type; losses, attack updates and the optimizer never see bf16. With "fp32" the model is
-    called as it is. Shares the model's parameters and modes.
+    called as it is, unless `bundled`. Shares the model's parameters and modes.
+
+    Args:
+        bundled: let a CPU convolve several small images at a time, which adds up in another order; None does so in
+            bf16.
     """
 
-    def __init__(self, model: nn.Module, precision: Precision, device_type: str) -> None:
+    def __init__(
+        self, model: nn.Module, precision: Precision, device_type: str, *, bundled: bool | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.bf16 = precision == "bf16"
         self.device_type = device_type
+        self.bundled = device_type == "cpu" and (self.bf16 if bundled is None else bundled)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, K)."""
-        if not self.bf16:
-            return self.model(x)
-        with torch.autocast(self.device_type, dtype=torch.bfloat16):
-            return self.model(x).float()
+        with Bundled() if self.bundled else nullcontext():
+            if not self.bf16:
+                return self.model(x)
+            with torch.autocast(self.device_type, dtype=torch.bfloat16):
+                return self.model(x).float()
 
 
 @contextmanager
