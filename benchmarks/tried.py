@@ -26,6 +26,7 @@ from benchmarks.workload import build, one_batch
 from robustfair.attacks.pgd import input_gradient
 from robustfair.losses import cross_entropy
 from robustfair.memory import kept_memory
+from robustfair.models.normalise import Normalise
 from robustfair.training.precision import InPrecision
 from robustfair.values import Model
 
@@ -233,9 +234,16 @@ def with_short_backward(model: nn.Module) -> None:
             norm.forward = MethodType(lambda self, x: ShortBackward.apply(x, self), norm)  # type: ignore[method-assign]
 
 
+class Layers(fx.Tracer):
+    """Looks into everything but torch's own layers and the normalisation of the input, which looks at shapes."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Normalise) or super().is_leaf_module(m, module_qualified_name)
+
+
 def folded(model: nn.Module) -> fx.GraphModule:
     """The network with every batch norm that alone reads a convolution taken into that convolution's weights."""
-    traced = fx.symbolic_trace(model)
+    traced = fx.GraphModule(model, Layers().trace(model))
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         norm = modules.get(node.target) if node.op == "call_module" else None

@@ -140,11 +140,15 @@ def test_a_compiled_engine_bundles_and_attacks_and_learns_as_the_plain_one(monke
     assert {(6, 3, 4, 4), (6, 6, 4, 4)} <= set(bundled)
 
 
-def test_float32_runs_as_it_is_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered = []
+def test_it_is_entered_in_bf16_where_a_layer_may_gain_or_where_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[object] = []
+    small, large = nn.Conv2d(1, 1, 3), nn.Conv2d(256, 256, 3)
     monkeypatch.setattr(Bundled, "__enter__", lambda self: entered.append(self) or self)
     monkeypatch.setattr(Bundled, "__exit__", lambda self, *error: None)
-    for precision, bundled, expected in (("fp32", None, 0), ("bf16", None, 1), ("fp32", True, 1), ("bf16", False, 0)):
+    cases = [(large, "fp32", None, 0), (large, "bf16", None, 1), (small, "bf16", None, 0)]
+    cases += [(small, "fp32", True, 1), (large, "bf16", False, 0)]
+    for model, precision, bundled, expected in cases:
         entered.clear()
-        InPrecision(nn.Flatten(), precision, "cpu", bundled=bundled)(torch.zeros(2, 3))  # type: ignore[arg-type]
+        x = torch.zeros(1, model.in_channels, 3, 3)
+        InPrecision(model, precision, "cpu", bundled=bundled)(x)  # type: ignore[arg-type]
         assert len(entered) == expected

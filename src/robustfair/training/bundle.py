@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 WIDEST = 4
@@ -36,6 +36,12 @@ class Bundled(TorchFunctionMode):
         if func is torch.conv2d:
             return conv2d(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def may_gain(model: nn.Module) -> bool:
+    """Whether a model has a layer that could be bundled: the scope costs every operation a detour through Python."""
+    layers = (module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+    return any(_many(weight) and weight.shape[3] > 1 for weight in layers)
 
 
 class Geometry(NamedTuple):
@@ -109,9 +115,8 @@ def from_bundles(x: Tensor, b: int) -> Tensor:
 
 def bundle_size(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
     """Images to a bundle; 1 where a convolution is better left as it is."""
-    few = weight.shape[0] * weight.shape[1] < FEWEST_WEIGHTS
     narrow = min(weight.shape[3], x.shape[3]) < max(geometry.stride[1], 2)
-    if few or narrow or not 0 < result_columns(x, weight, geometry) <= WIDEST:
+    if not _many(weight) or narrow or not 0 < result_columns(x, weight, geometry) <= WIDEST:
         return 1
     return max(b for b in range(1, LARGEST_BUNDLE + 1) if x.shape[0] % b == 0)
 
@@ -119,6 +124,10 @@ def bundle_size(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
 def result_columns(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
     """W', the width of a convolution's result."""
     return (x.shape[3] + 2 * geometry.padding[1] - weight.shape[3]) // geometry.stride[1] + 1
+
+
+def _many(weight: Tensor) -> bool:
+    return weight.shape[0] * weight.shape[1] >= FEWEST_WEIGHTS
 
 
 def _plain(x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry | None:

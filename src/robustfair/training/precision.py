@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.config import Precision
-from robustfair.training.bundle import Bundled
+from robustfair.training.bundle import Bundled, may_gain
 
 
 class InPrecision(nn.Module):
@@ -21,7 +21,7 @@ class InPrecision(nn.Module):
 
     Args:
         bundled: let a CPU convolve several small images at a time, which adds up in another order; None does so in
-            bf16.
+            bf16 where the model has layers that gain by it.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class InPrecision(nn.Module):
         self.model = model
         self.bf16 = precision == "bf16"
         self.device_type = device_type
-        self.bundled = device_type == "cpu" and (self.bf16 if bundled is None else bundled)
+        self.bundled = device_type == "cpu" and (self.bf16 and may_gain(model) if bundled is None else bundled)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, K)."""
