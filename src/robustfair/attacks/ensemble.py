@@ -4,9 +4,9 @@ An example is attacked until it is broken and then leaves. Lanes know nothing of
 example, and where several rounds of an example run side by side the earliest that breaks it counts: what becomes of an
 example depends neither on the batch size nor on its neighbours, up to the rounding of the network.
 
-An example is broken only by the verdict of the exact model: its class is wrong there, at a point inside the ball and
-the box. The search may run in a lower precision; points that it takes for adversarial, or nearly so, are suspects that
-the exact model is asked about.
+An example is broken only by the verdict of the exact model: at a point inside the ball and the box its class is wrong
+there, or it has none because its logits are no finite numbers. The search may run in a lower precision; points that it
+takes for adversarial, or nearly so, are suspects that the exact model is asked about.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from robustfair.attacks.lanes import Lanes, Passes, Search, distance, into_ball, margins
+from robustfair.attacks.sweep import predicted
 from robustfair.config import Norm
 from robustfair.errors import ModelError
 from robustfair.values import Model, seeded_generator
@@ -50,16 +51,41 @@ class Verdicts:
     """What is known of each of n victims, on the CPU.
 
     Attributes:
-        prediction: (n,) class that the exact model gives at the point found: the label while the example stands.
+        prediction: (n,) class that the exact model gives at the point found, the one after the label where it gives
+            none: the label while the example stands.
         broken_by: (n,) number of the search that broke it, -1 while it stands.
         points: example -> (C, H, W) where the exact model gives that class, inside ball and box.
-        not_finite: points at which the exact model's logits were no finite numbers; they break nothing.
+        not_finite: points at which the exact model's logits were no finite numbers.
     """
 
     prediction: Tensor
     broken_by: Tensor
     points: dict[int, Tensor] = field(default_factory=dict)
     not_finite: int = 0
+
+    @staticmethod
+    def none_on(labels: Tensor) -> Verdicts:
+        """All examples stand."""
+        return Verdicts(labels.cpu().clone(), torch.full_like(labels, STANDS, device="cpu"))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `of_state` needs."""
+        found = {
+            "prediction": self.prediction,
+            "broken_by": self.broken_by,
+            "not_finite": torch.tensor(self.not_finite),
+        }
+        if self.points:
+            found["points/example"] = torch.tensor(list(self.points))
+            found["points/pixels"] = torch.stack(list(self.points.values()))
+        return found
+
+    @staticmethod
+    def of_state(state: Mapping[str, Tensor]) -> Verdicts:
+        """What `state` gave."""
+        examples = state.get("points/example", torch.empty(0)).tolist()
+        points = dict(zip(examples, state.get("points/pixels", torch.empty(0)), strict=True))
+        return Verdicts(state["prediction"].clone(), state["broken_by"].clone(), points, int(state["not_finite"]))
 
 
 @dataclass
@@ -118,7 +144,7 @@ class Ensemble:
         self.exact, self.passes, self.victims, self.searches = exact, passes, victims, tuple(searches)
         self.fine, self.keep_points = passes if fine is None else fine, keep_points
         self.eps, self.norm, self.seed, self.most = eps, norm, seed, lanes
-        self.verdicts = Verdicts(victims.labels.cpu().clone(), torch.full_like(victims.labels, STANDS, device="cpu"))
+        self.verdicts = Verdicts.none_on(victims.labels)
         self.broken_in = torch.full_like(self.verdicts.broken_by, NEVER)
         self.member = 0
         self.queue: Queue | None = None
@@ -162,19 +188,10 @@ class Ensemble:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `restore` needs, on the CPU."""
-        found = {
-            "prediction": self.verdicts.prediction,
-            "broken_by": self.verdicts.broken_by,
-            "broken_in": self.broken_in,
-            "not_finite": torch.tensor(self.verdicts.not_finite),
-            "member": torch.tensor(self.member),
-        }
+        found = {**self.verdicts.state(), "broken_in": self.broken_in, "member": torch.tensor(self.member)}
         for name, rows in self.lanes.items():
             last = _channels_last(rows)
             found[f"{'channels_last' if last else 'lanes'}/{name}"] = (rows.movedim(1, -1) if last else rows).cpu()
-        if self.verdicts.points:
-            found["points/example"] = torch.tensor(list(self.verdicts.points))
-            found["points/pixels"] = torch.stack(list(self.verdicts.points.values()))
         if self.queue is not None:
             found |= {"queue/examples": self.queue.examples, "queue/position": torch.tensor(self.queue.position)}
         return {name: value.contiguous().clone() for name, value in found.items()}
@@ -183,15 +200,7 @@ class Ensemble:
         """Go on from where `state` was taken, with the same searches on the same victims."""
         device = self.victims.labels.device
         self.member, self.broken_in = int(state["member"]), state["broken_in"].clone()
-        self.queue, self.lanes = None, {}
-        pixels = state.get("points/pixels", torch.empty(0))
-        examples = state.get("points/example", torch.empty(0)).tolist()
-        self.verdicts = Verdicts(
-            state["prediction"].clone(),
-            state["broken_by"].clone(),
-            dict(zip(examples, pixels, strict=True)),
-            int(state["not_finite"]),
-        )
+        self.queue, self.lanes, self.verdicts = None, {}, Verdicts.of_state(state)
         if "queue/position" in state:
             rounds = self.searches[self.member].rounds
             self.queue = Queue(state["queue/examples"], rounds, int(state["queue/position"]))
@@ -286,9 +295,10 @@ class Ensemble:
         if len(rows) == 0:
             return
         logits = self._exact(points)
-        finite, wrong = logits.isfinite().all(1), logits.argmax(1)
+        labels, finite = self.victims.labels[rows], logits.isfinite().all(1)
         self.verdicts.not_finite += int((~finite).sum())
-        broken = (finite & (wrong != self.victims.labels[rows])).cpu()
+        wrong = predicted(logits, labels)
+        broken = (wrong != labels).cpu()
         for at in broken.nonzero().squeeze(1).tolist():
             example, turn = int(rows[at]), int(rounds[at])
             if turn >= self.broken_in[example]:

@@ -125,14 +125,14 @@ class Square:
         """The best point, moved to a corner of the ball inside a window, channel by channel."""
         x, (side, place, sign, _) = lanes["x"], self._draws(lanes)
         window = _window(place[:, 0], place[:, 1], side, x)
-        moved = torch.addcmul(lanes["point"], window, 2 * self.eps * sign[:, :, None, None])
-        return torch.minimum(torch.maximum(moved, x - self.eps), x + self.eps).clamp(0, 1)
+        corner = torch.add(x, sign[:, :, None, None], alpha=self.eps).clamp(0, 1)
+        return torch.where(window, corner, lanes["point"])
 
     def _moved_bump(self, lanes: Lanes) -> Tensor:
         """The displacement with the mass of a second window moved into a bump in the first."""
         x, (side, place, sign, turned) = lanes["x"], self._draws(lanes)
         apart = lanes["point"] - x
-        first, second = _window(place[:, 0], place[:, 1], side, x), _window(place[:, 2], place[:, 3], side, x)
+        first, second = (_window(place[:, k], place[:, k + 1], side, x).to(x) for k in (0, 2))
 
         def length(v: Tensor) -> Tensor:
             return v.square().sum((2, 3), keepdim=True).sqrt()
@@ -217,9 +217,9 @@ def _within(start: Tensor, side: Tensor, size: int) -> Tensor:
 
 
 def _window(top: Tensor, left: Tensor, side: Tensor, x: Tensor) -> Tensor:
-    """(L, 1, H, W) one inside the square at each lane's place, zero outside."""
+    """(L, 1, H, W) flags of the pixels inside the square at each lane's place."""
     rows, columns = _within(top, side, x.shape[2]) >= 0, _within(left, side, x.shape[3]) >= 0
-    return (rows[:, :, None] & columns[:, None])[:, None].to(x.dtype)
+    return (rows[:, :, None] & columns[:, None])[:, None]
 
 
 def _unit(v: Tensor) -> Tensor:

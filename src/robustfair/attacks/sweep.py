@@ -16,9 +16,7 @@ AttackOn = Callable[[Batch], Attack]
 
 
 def predict(model: Model, batch: Batch, attack_on: AttackOn | None = None, *, search: Model | None = None) -> Tensor:
-    """(B,) predicted classes, in eval mode, on the images or on the attacked images.
-
-    Where the logits are no finite numbers there is no prediction: it counts as the class after the label, a wrong one.
+    """(B,) predicted classes, see `predicted`, in eval mode, on the images or on the attacked images.
 
     Args:
         search: the model as the attack sees it, such as one in lower precision; None is `model`.
@@ -28,8 +26,12 @@ def predict(model: Model, batch: Batch, attack_on: AttackOn | None = None, *, se
         x = pgd(model if search is None else search, x, batch.y, attack_on(batch), batch.rng("attack"))
     with attacking(model, "eval"), torch.no_grad():
         logits = model(x)
-    broken = (~logits.isfinite()).any(1)
-    return torch.where(broken, (batch.y + 1) % logits.shape[1], logits.argmax(1))
+    return predicted(logits, batch.y)
+
+
+def predicted(logits: Tensor, y: Tensor) -> Tensor:
+    """(B,) classes of logits (B, K): where they are no finite numbers there is none, and the one after `y` counts."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), (y + 1) % logits.shape[1])
 
 
 def sweep(model: Model, batches: Iterable[Batch], num_classes: int, attack_on: AttackOn | None = None) -> ClassTally:
