@@ -24,7 +24,7 @@ from robustfair import cli, workflows
 from robustfair.attacks import strong as family
 from robustfair.attacks.strong import StrongAttack, cheaper
 from robustfair.data import load_dataset
-from robustfair.evaluate import files, journal, strong
+from robustfair.evaluate import columns, files, journal, strong
 from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.columns import Sweeper
 from robustfair.models import create_model
@@ -97,9 +97,10 @@ def half_a_writing() -> None:
 KILLS: dict[str, Callable[[], None]] = {
     "clean": before(Sweeper, "_clean"),
     "clean is known": after_writing(1),
-    "pgd is known": after_writing(2),
-    "targeted": after_writing(20),
-    "square": after_writing(60),
+    "pgd is half way": after_writing(2),
+    "pgd is known": after_writing(5),
+    "targeted": after_writing(24),
+    "square": after_writing(64),
     "half a writing": half_a_writing,
     "before a rename": before(os, "fsync", call=9),
     "last column": before(journal.Journal, "remove"),
@@ -132,7 +133,7 @@ def main(root: Path) -> None:
     model = create_model("small-cnn", in_channels=1, width=4)
     schedule = Schedule(epochs=8, lr=0.01, kind="constant", batch_size=16, optimizer="adam", weight_decay=0.0)
     save_file(fit(model, data, Standard(), schedule=schedule).model.state_dict(), root / "weights.safetensors")
-    strong.SAVE_EVERY = 0.0
+    strong.SAVE_EVERY = columns.SAVE_EVERY = 0.0
     standard = StrongAttack(name="standard", members=family.VERSIONS["standard"])
     family.VERSIONS["standard"] = cheaper(standard, steps=5, targets=2, queries=30).members  # type: ignore[index]
 
@@ -199,7 +200,9 @@ def test_a_killed_audit_ends_with_the_files_of_the_uninterrupted_one(
     assert contents(root / name) == contents(root / "whole")
 
 
-@pytest.mark.parametrize("name", ["clean is known", "pgd is known", "targeted", "square", "last column"])
+@pytest.mark.parametrize(
+    "name", ["clean is known", "pgd is half way", "pgd is known", "targeted", "square", "last column"]
+)
 def test_a_killed_audit_leaves_its_journal_alone(audits: tuple[Path, dict[str, Any]], name: str) -> None:
     (left,) = audits[1][name]["left"]
     assert left.startswith("unfinished-")

@@ -432,7 +432,7 @@ def test_logits_that_are_no_numbers_on_clean_images_are_one_clear_error(small: S
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_logits_that_are_no_numbers_at_attacked_points_break_nothing(small: Small, precision: Any) -> None:
+def test_logits_that_are_no_numbers_at_attacked_points_break_an_image(small: Small, precision: Any) -> None:
     model, data = small
 
     def off_the_grid(x: Tensor) -> Tensor:
@@ -440,12 +440,13 @@ def test_logits_that_are_no_numbers_at_attacked_points_break_nothing(small: Smal
         return ((levels - levels.round()).abs() > 1e-3).flatten(1).any(1)
 
     found = audit(
-        NotFinite(model, off_the_grid), data, attacks=["autoattack", *MEMBERS], eps=0.0301, precision=precision
+        NotFinite(model, off_the_grid), data, attacks=["pgd-2", "autoattack", *MEMBERS], eps=0.0301, precision=precision
     )
+    assert torch.equal(found.prediction("pgd-2"), (data.labels + 1) % 4)
     for name in found.broken_by:
-        assert (found.broken_by[name] == -1).all()
-        assert found.average(name) == 1
         assert found.settings[name]["not_finite"] > 0
+        if not name.startswith("fab"):  # FAB leaves the ball, where nothing is judged
+            assert found.average(name) == 0
     (finding,) = [finding for finding in findings(found) if finding.code == "not-finite"]
     assert finding.severity == "warn"
     assert f"fab(steps=4) met {found.settings['fab(steps=4)']['not_finite']}" in finding.text
@@ -517,7 +518,7 @@ def test_progress_rises_to_all_of_what_is_attacked(small: Small, each_turn: None
 
 # Interrupted, and gone on with
 
-WHOLE = ["pgd-2", "autoattack", "fab(steps=3)"]
+WHOLE = ["pgd-2", "cw-2(restarts=3)", "autoattack", "fab(steps=3)"]
 
 
 @pytest.fixture
@@ -525,7 +526,8 @@ def interrupted(small: Small, tmp_path: Path, same: Same) -> Iterator[Callable[.
     """Goes on with an audit that was interrupted, and compares the end with one that was not."""
     model, data = small
     journal = tmp_path / "new" / "deeper" / "journal.safetensors"
-    common: dict[str, Any] = {"attacks": WHOLE, "eps": 0.04, "keep_points": True, "batch_size": 6}
+    common: dict[str, Any] = {"attacks": WHOLE, "eps": 0.04, "keep_points": True, "batch_size": 6, "checks": False}
+    common["precision"] = "fp32"  # in bf16 a copy of the model is searched, which tells of no passes
     whole = audit(model.model, data, **common)
     assert 2 < len(whole.points["autoattack"]) < 14
     assert len(set(whole.broken_by["autoattack"].tolist())) > 2
@@ -653,27 +655,35 @@ def test_a_budget_says_what_ran(small: Small, clock: Callable[[nn.Module], None]
     assert shares[0] == 1
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] == 0
-    assert "square(queries=5) was not finished" in said
-    assert "0% of square(queries=30)" in said
+    assert "square(queries=5) at 0 %" in said
+    assert "square(queries=30) of autoattack at 0 %" in said
     assert "upper bound" in said
     assert "goes on" not in said
     (finding,) = [finding for finding in findings(found) if finding.code == "cut-short"]
     assert finding.severity == "warn"
-    assert "0 % of square(queries=30)" in finding.text
-    assert "square(queries=5) was not finished" in finding.text
+    assert "square(queries=30) of autoattack at 0 %" in finding.text
+    assert "square(queries=5) at 0 %" in finding.text
 
 
-def test_a_budget_that_is_over_at_once_leaves_the_clean_audit(small: Small, tmp_path: Path, same: Same) -> None:
+@pytest.mark.parametrize("attacks", ["autoattack", "pgd-2,pgd-3", "cw-2(restarts=2),autoattack"])
+def test_a_budget_that_is_over_at_once_still_gets_somewhere(
+    small: Small, tmp_path: Path, same: Same, attacks: str
+) -> None:
     model, data = small
+    keys: dict[str, Any] = {"attacks": attacks, "eps": 0.02, "batch_size": 6}
     journal = tmp_path / "journal.safetensors"
-    with pytest.warns(RobustFairWarning, match=r"autoattack was not finished.* The same command goes on"):
-        found = audit(model, data, attacks="autoattack", eps=0.02, max_minutes=1e-9, journal=journal)
-    assert found.attacks == ("clean",)
-    assert found.provenance["not_run"] == ["autoattack"]
+    with pytest.warns(RobustFairWarning, match="The same command goes on"):
+        found = audit(model, data, max_minutes=1e-9, journal=journal, **keys)
     assert not found.complete
-    assert journal.exists()
-    rest = audit(model, data, attacks="autoattack", eps=0.02, journal=journal)
-    assert same(rest, audit(model, data, attacks="autoattack", eps=0.02))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RobustFairWarning)
+        for again in range(500):
+            assert journal.exists()
+            found = audit(model, data, max_minutes=1e-9, journal=journal, **keys)
+            if found.complete:
+                break
+    assert again > 2
+    assert same(found, audit(model, data, **keys))
     assert not journal.exists()
 
 
@@ -713,19 +723,41 @@ def test_a_budget_that_suffices_leaves_no_trace(small: Small, interrupted: Calla
 
 
 def test_the_reference_engine_is_stopped_between_members(
-    small: Small, tmp_path: Path, clock: Callable[[nn.Module], None], same: Same
+    small: Small,
+    tmp_path: Path,
+    clock: Callable[[nn.Module], None],
+    same: Same,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, data = small
     whole = audit(model, data, attacks="autoattack", eps=0.02, engine="reference")
     clock(model)
     keys: dict[str, Any] = {"eps": 0.02, "engine": "reference", "journal": tmp_path / "journal.safetensors"}
-    with pytest.warns(RobustFairWarning, match="0% of square"):
+    with pytest.warns(RobustFairWarning, match=r"square\(queries=30\) of autoattack at 0 %"):
         found = audit(model, data, attacks="autoattack", max_minutes=20, **keys)
     shares = list(found.settings["autoattack"]["ran"].values())
     assert (shares[0], shares[-1]) == (1, 0)
     assert set(shares) == {0, 1}
     assert not found.complete
+    began: list[int] = []
+    run = strong._reference_member
+    monkeypatch.setattr(strong, "_reference_member", lambda *given: began.append(given[1]) or run(*given))
     assert same(audit(model, data, attacks="autoattack", **keys), whole)
+    assert began == list(range(4))[sum(map(int, shares)) :]
+
+
+def test_the_reference_engine_leaves_the_callers_generator_and_keeps_points_in_the_ball(small: Small) -> None:
+    model, data = small
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found = audit(model, data, attacks="autoattack", eps=0.02, engine="reference", keep_points=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    points = found.points["autoattack"]
+    assert points
+    for row, point in points.items():
+        assert (point.double() - data.images[row].double() / 255).abs().max() <= 0.02 + 1e-6
+        assert 0 <= float(point.min()) <= float(point.max()) <= 1
+    assert not audit(model, data, attacks="autoattack", eps=0.02, engine="reference").points
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan")])

@@ -18,7 +18,7 @@ from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.evaluate.capacity import CPU_BUDGET
 from robustfair.evaluate.journal import Journal
-from robustfair.evaluate.strong import Outcome, Terms, run_native, run_reference
+from robustfair.evaluate.strong import SAVE_EVERY, Outcome, Terms, run_native, run_reference
 from robustfair.losses import cross_entropy
 from robustfair.models.head import require_finite
 from robustfair.training.precision import InPrecision
@@ -30,10 +30,35 @@ JACOBIANS = 4
 """Copies of the gradients of all classes that untargeted FAB holds at a time."""
 NOW = "now/"
 """Prefix in a journal of the state of the attack that runs."""
+SPENT = "spent"
+"""Seconds that it took before."""
+Save = Callable[[Mapping[str, Tensor]], None]
 
 
-class OutOfTimeError(Exception):
-    """The deadline came in an attack that keeps no state."""
+@dataclass
+class Sweep:
+    """How far fgsm, pgd-K or cw-K has come on n images, on the CPU.
+
+    Attributes:
+        column: (n,) class found for each image, its label where none was yet.
+        rows: images of the restart that is on: all, or those that are not fooled yet.
+        restart: its number.
+        position: how many of its batches are done.
+    """
+
+    column: Tensor
+    rows: Tensor
+    restart: int = 0
+    position: int = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """For a journal."""
+        return {name: torch.as_tensor(value) for name, value in vars(self).items()}
+
+    @staticmethod
+    def of_state(state: Mapping[str, Tensor]) -> Sweep:
+        """What `state` gave."""
+        return Sweep(state["column"], state["rows"], int(state["restart"]), int(state["position"]))
 
 
 @dataclass
@@ -45,7 +70,7 @@ class Columns:
         seconds: attack -> time it took.
         ran: strong attack -> member -> share of its work that was done.
         broken_by: strong attack -> (N,) number of the member that broke the image, -1 where none did.
-        not_finite: strong attack -> attacked points at which the logits were no finite numbers.
+        not_finite: strong attack -> attacked points at which the logits were no finite numbers; each broke its image.
         points: strong attack -> image -> (C, H, W) where the model gives the prediction.
         gradients: of the images that are right when clean: how many have none that an attack can follow.
         not_run: attacks that the deadline left out.
@@ -133,22 +158,20 @@ class Sweeper:
     on_progress: Progress | None = None
 
     def run(self, suite: Sequence[AnyAttack], journal: Journal | None = None) -> Columns:
-        """All attacks of `suite`, which begins with clean, as far as time goes."""
+        """All attacks of `suite`, which begins with clean, as far as time goes: a turn of one at least."""
         found, known = Columns(), {} if journal is None else journal.read()
         labels = self.data.labels.cpu()
         survivors, rows = self.data, torch.arange(len(self.data))
-        cut = False
+        cut = worked = False
         for attack in suite:
-            began = time.perf_counter()
             if not found.take(attack, known):
-                if attack.needs_gradient and (cut or self._late()):
+                if attack.needs_gradient and (cut or (worked and self._late())):
                     found.not_run.append(attack.name)
                     continue
                 state = {name.removeprefix(NOW): value for name, value in known.items() if name.startswith(NOW)}
                 known = {}
                 cut = not self._attack(attack, survivors, rows, found, state, journal)
-                if attack.name in found.predictions:
-                    found.seconds[attack.name] = round(time.perf_counter() - began, 3)
+                worked = attack.needs_gradient
             if not attack.needs_gradient:
                 rows = (found.predictions[CLEAN] == labels).nonzero().squeeze(1)
                 survivors = self.data.subset(rows.to(self.data.device))
@@ -166,21 +189,34 @@ class Sweeper:
         survivors: ImageDataset,
         rows: Tensor,
         found: Columns,
-        state: Mapping[str, Tensor],
+        state: dict[str, Tensor],
         journal: Journal | None,
     ) -> bool:
         """Run one attack and note what it did; False where time was up before its end."""
+        began, before = time.perf_counter(), float(state.pop(SPENT, 0.0))
+
+        def spent() -> float:
+            return before + time.perf_counter() - began
+
+        def save(now: Mapping[str, Tensor]) -> None:
+            if journal is not None:
+                now = {**now, SPENT: torch.tensor(spent(), dtype=torch.float64)}
+                journal.write(found.state() | {f"{NOW}{key}": value for key, value in now.items()})
+
         if isinstance(attack, StrongAttack):
-            return self._strong(attack, survivors, rows, found, state, journal)
-        try:
-            column = self._restarts(survivors, attack).cpu()
-        except OutOfTimeError:
-            found.not_run.append(attack.name)
-            return False
-        if attack.needs_gradient:
-            column = found.predictions[CLEAN].clone().index_copy_(0, rows, column)
-        found.predictions[attack.name] = column
-        return True
+            done = self._strong(attack, survivors, rows, found, state, save)
+        elif not attack.needs_gradient:
+            found.predictions[attack.name], done = self._clean().cpu(), True
+        else:
+            column = self._sweep(survivors, attack, state, save)
+            done = column is not None
+            if column is None:
+                found.not_run.append(attack.name)
+            else:
+                found.predictions[attack.name] = found.predictions[CLEAN].clone().index_copy_(0, rows, column)
+        if attack.name in found.predictions:
+            found.seconds[attack.name] = round(spent(), 3)
+        return done
 
     def _strong(
         self,
@@ -189,7 +225,7 @@ class Sweeper:
         rows: Tensor,
         found: Columns,
         state: Mapping[str, Tensor],
-        journal: Journal | None,
+        save: Save,
     ) -> bool:
         name, count = attack.name, len(survivors)
         terms = Terms(
@@ -202,34 +238,25 @@ class Sweeper:
             deadline=self.deadline,
         )
 
-        def save(now: Mapping[str, Tensor]) -> None:
-            if journal is not None:
-                journal.write(found.state() | {f"{NOW}{key}": value for key, value in now.items()})
-
         def tell(share: float) -> None:
             if self.on_progress:
                 self.on_progress(name, round(share * count), count)
 
-        unfinished = None
+        run = run_reference if self.engine == "reference" else run_native
         if count == 0:
-            outcome = _nothing(attack)
-        elif self.engine == "reference":
-            outcome = run_reference(attack, self.model, survivors, terms)
+            outcome, unfinished = _nothing(attack), None
         else:
-            outcome, unfinished = run_native(
-                attack, self.model, survivors, rows, terms, state=state, save=save if journal else None, tell=tell
-            )
-        if unfinished is not None:
-            save(unfinished)
-        done = min(outcome.ran.values()) >= 1
-        if done:
+            outcome, unfinished = run(attack, self.model, survivors, rows, terms, state=state, save=save, tell=tell)
+        if unfinished is None:
             tell(1.0)
+        else:
+            save(unfinished)
         found.predictions[name] = found.predictions[CLEAN].clone().index_copy_(0, rows, outcome.prediction)
         found.broken_by[name] = torch.full_like(found.predictions[CLEAN], -1).index_copy_(0, rows, outcome.broken_by)
         found.ran[name], found.not_finite[name] = dict(outcome.ran), outcome.not_finite
         if self.keep_points:
             found.points[name] = {int(rows[at]): point for at, point in outcome.points.items()}
-        return done
+        return unfinished is None
 
     def _gradients(self, data: ImageDataset) -> dict[str, int]:
         """How many images give the cross-entropy a gradient that no attack can follow: all zero, or not finite."""
@@ -244,37 +271,59 @@ class Sweeper:
             found["not_finite"] += int((~gradient.isfinite()).any(1).sum())
         return found
 
-    def _restarts(self, data: ImageDataset, attack: NamedAttack) -> Tensor:
-        """Predictions (N,) under `attack`. Where fooled images stay so, a restart takes only those that are left."""
-        if not attack.freeze or attack.restarts == 1:
-            return self._predict(data, attack, attack.name, done=0, total=len(data))
-        column, rows = data.labels.clone(), torch.arange(len(data), device=data.device)
-        for restart in range(attack.restarts):
-            done, total = (restart + 1) * len(data) - len(rows), attack.restarts * len(data)
-            once = replace(attack, restarts=1)
-            column[rows] = self._predict(data.subset(rows), once, attack.name, restart, done=done, total=total)
-            rows = (column == data.labels).nonzero().squeeze(1)
-        return column
-
-    def _predict(self, data: ImageDataset, attack: NamedAttack, name: str, *keys: int, done: int, total: int) -> Tensor:
-        search = InPrecision(self.model, self.precisions["pgd"], data.images.device.type)
-        on = (lambda batch: attack.on(batch, self.threat)) if attack.needs_gradient else None
-        columns = [data.labels[:0]]
-        for position, batch in enumerate(evaluation_batches(data, self.batch_size)):
-            if attack.needs_gradient and self._late():
-                raise OutOfTimeError
-            batch = replace(batch, seed=derive_seed("audit", self.seed, name, *keys, position))
-            columns.append(self._clean(batch) if on is None else predict(self.model, batch, on, search=search))
+    def _clean(self) -> Tensor:
+        columns, done = [self.data.labels[:0]], 0
+        for batch in evaluation_batches(self.data, self.batch_size):
+            with torch.no_grad():
+                logits = self.model(batch.x)
+            require_finite(self.model, logits, batch.index)
+            columns.append(logits.argmax(1))
             done += len(batch.y)
             if self.on_progress:
-                self.on_progress(name, done, total)
+                self.on_progress(CLEAN, done, len(self.data))
         return torch.cat(columns)
 
-    def _clean(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            logits = self.model(batch.x)
-        require_finite(self.model, logits, batch.index)
-        return logits.argmax(1)
+    def _sweep(self, data: ImageDataset, attack: NamedAttack, state: Mapping[str, Tensor], save: Save) -> Tensor | None:
+        """Predictions (n,) under `attack`, None where time was up before its end.
+
+        Where fooled images stay so, a restart takes only those that are left.
+        """
+        labels = data.labels.cpu()
+        at = Sweep.of_state(state) if state else Sweep(labels.clone(), torch.arange(len(data)))
+        rounds = attack.restarts if attack.freeze else 1
+        once = attack if rounds == 1 else replace(attack, restarts=1)
+        moved, saved = False, time.monotonic()
+        try:
+            while at.restart < rounds:
+                part = data.subset(at.rows.to(data.device))
+                for position, batch in enumerate(evaluation_batches(part, self.batch_size)):
+                    if position < at.position:
+                        continue
+                    if moved and self._late():
+                        save(at.state())
+                        return None
+                    keys = (position,) if rounds == 1 else (at.restart, position)
+                    self._batch(once, replace(batch, seed=derive_seed("audit", self.seed, attack.name, *keys)), at)
+                    moved = True
+                    if self.on_progress:
+                        left = len(at.rows) - min(at.position * self.batch_size, len(at.rows))
+                        self.on_progress(attack.name, (at.restart + 1) * len(data) - left, rounds * len(data))
+                    if time.monotonic() - saved >= SAVE_EVERY:
+                        save(at.state())
+                        saved = time.monotonic()
+                at = Sweep(at.column, (at.column == labels).nonzero().squeeze(1), at.restart + 1)
+        except KeyboardInterrupt:
+            save(at.state())
+            raise
+        return at.column
+
+    def _batch(self, attack: NamedAttack, batch: Batch, at: Sweep) -> None:
+        """Attack the batch at hand and note the classes found."""
+        search = InPrecision(self.model, self.precisions["pgd"], batch.x.device.type)
+        classes = predict(self.model, batch, lambda given: attack.on(given, self.threat), search=search)
+        rows = at.rows[at.position * self.batch_size :][: len(classes)]
+        at.column[rows] = classes.cpu()
+        at.position += 1
 
     def _lanes(self, attack: StrongAttack) -> int:
         """Searches at a time: fewer where one holds the gradients of every class."""

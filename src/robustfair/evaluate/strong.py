@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustfair.attacks.ensemble import STANDS, Ensemble, Verdicts, Victims
-from robustfair.attacks.lanes import BF16_SLACK, Passes
+from robustfair.attacks.lanes import BF16_SLACK, Passes, into_ball
 from robustfair.attacks.strong import Member, StrongAttack
 from robustfair.config import Precision
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
-from robustfair.training.precision import InPrecision
-from robustfair.values import Model, Threat, derive_seed
+from robustfair.evaluate.search import search_network
+from robustfair.values import Threat, derive_seed
 
 TELL_EVERY = 0.5
 """Seconds between reports of progress."""
@@ -70,7 +70,7 @@ class Terms:
 
 def run_native(
     attack: StrongAttack,
-    model: Model,
+    model: nn.Module,
     data: ImageDataset,
     rows: Tensor,
     terms: Terms,
@@ -93,17 +93,18 @@ def run_native(
         The outcome, and the state where the deadline ended it; None where it ran to its end.
     """
     searches = [member.search(terms.threat, data.num_classes, terms.seed) for member in attack.members]
-    seed = derive_seed("strong", terms.seed, attack.name)
+    example = _pixels(data, torch.arange(min(len(data), 2), device=data.device))
+    passes = {precision: _passes(model, precision, example) for precision in {terms.precision, terms.fine_precision}}
     ensemble = Ensemble(
         model,
-        _passes(model, terms.precision, data.images.device.type),
+        passes[terms.precision],
         Victims(images=lambda index: _pixels(data, index), labels=data.labels, keys=rows),
         searches,
         eps=terms.threat.eps,
         norm=terms.threat.norm,
-        seed=seed,
+        seed=derive_seed("strong", terms.seed, attack.name),
         lanes=terms.lanes,
-        fine=_passes(model, terms.fine_precision, data.images.device.type),
+        fine=passes[terms.fine_precision],
         keep_points=terms.keep_points,
     )
     if state:
@@ -131,38 +132,48 @@ def run_native(
     return found, None if min(found.ran.values()) >= 1 else ensemble.state()
 
 
-def run_reference(attack: StrongAttack, model: Model, data: ImageDataset, terms: Terms) -> Outcome:
+def run_reference(
+    attack: StrongAttack,
+    model: nn.Module,
+    data: ImageDataset,
+    rows: Tensor,
+    terms: Terms,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    save: Callable[[Mapping[str, Tensor]], None] | None = None,
+    tell: Callable[[float], None] | None = None,
+) -> tuple[Outcome, Mapping[str, Tensor] | None]:
     """The same with `pyautoattack`, member by member, each on what those before it left standing.
 
-    It keeps no state: the deadline is looked at between members only.
+    Inside a member it keeps no state and looks at no deadline, and its draws depend on the batch: `rows` are not read.
+    Verdicts are its own; points that are kept are put into ball and box as ours are.
     """
-    found = Verdicts(data.labels.cpu().clone(), torch.full_like(data.labels, STANDS, device="cpu"))
-    ran = [1.0] * len(attack.members)
-    for number, member in enumerate(attack.members):
+    found, first = Verdicts.none_on(data.labels), 0
+    if state:
+        found, first = Verdicts.of_state(state), int(state["member"])
+    done = len(attack.members)
+    for number in range(first, done):
         standing = (found.broken_by == STANDS).nonzero().squeeze(1)
         if len(standing) == 0:
             break
-        if terms.deadline is not None and time.monotonic() >= terms.deadline:
-            ran[number:] = [0.0] * len(ran[number:])
+        if number > first and terms.deadline is not None and time.monotonic() >= terms.deadline:
+            done = number
             break
-        images = data.images[standing.to(data.device)].float() / 255
-        engine = _reference_engine(member, model, data, terms)
-        x_adv, y_adv = engine.run_standard_evaluation(
-            images, data.labels[standing.to(data.device)], batch_size=terms.lanes
-        )
-        broken = (y_adv != data.labels[standing.to(data.device)]).cpu()
-        for at in broken.nonzero().squeeze(1).tolist():
-            example = int(standing[at])
-            found.prediction[example] = int(y_adv[at])
-            found.broken_by[example] = number
-            found.points[example] = x_adv[at].cpu()
-    return _outcome(attack, found, ran)
+        left = data.subset(standing.to(data.device))
+        _reference_member(attack.members[number], number, model, left, standing, terms, found)
+        if save:
+            save({**found.state(), "member": torch.tensor(number + 1)})
+        if tell:
+            tell((number + 1) / len(attack.members))
+    ran = [float(number < done) for number in range(len(attack.members))]
+    unfinished = None if min(ran) >= 1 else {**found.state(), "member": torch.tensor(done)}
+    return _outcome(attack, found, ran), unfinished
 
 
-def _passes(model: Model, precision: Precision, device_type: str) -> Passes:
+def _passes(model: nn.Module, precision: Precision, example: Tensor) -> Passes:
     if precision == "fp32":
         return Passes(model)
-    return Passes(InPrecision(model, precision, device_type), slack=BF16_SLACK)  # type: ignore[arg-type]
+    return Passes(search_network(model, example), slack=BF16_SLACK)
 
 
 def _pixels(data: ImageDataset, index: Tensor) -> Tensor:
@@ -196,7 +207,24 @@ def require_reference(attack: StrongAttack, classes: int) -> None:
             raise ConfigError(member.kind, "per_image_windows", allowed="false with engine=reference", got=True)
 
 
-def _reference_engine(member: Member, model: Model, data: ImageDataset, terms: Terms) -> Any:
+def _reference_member(
+    member: Member, number: int, model: nn.Module, standing: ImageDataset, rows: Tensor, terms: Terms, found: Verdicts
+) -> None:
+    """Run one member on the images that stand, which are `rows` of the victims, and note what it breaks."""
+    images = standing.images.float() / 255
+    with torch.random.fork_rng(devices=[standing.device] if standing.device.type == "cuda" else []):
+        engine = _reference_engine(member, model, standing, terms)
+        x_adv, y_adv = engine.run_standard_evaluation(images, standing.labels, batch_size=terms.lanes)
+    for at in (y_adv != standing.labels).nonzero().squeeze(1).tolist():
+        example = int(rows[at])
+        found.prediction[example] = int(y_adv[at])
+        found.broken_by[example] = number
+        if terms.keep_points:
+            inside = into_ball(images[at : at + 1], x_adv[at : at + 1], terms.threat.eps, terms.threat.norm)
+            found.points[example] = inside[0].cpu()
+
+
+def _reference_engine(member: Member, model: nn.Module, data: ImageDataset, terms: Terms) -> Any:
     from pyautoattack import AutoAttack
 
     engine = AutoAttack(
