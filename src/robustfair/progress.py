@@ -1,8 +1,13 @@
-"""Progress of training and audits on stderr: a bar on a terminal, a line an epoch elsewhere, nothing when quiet."""
+"""Progress of training and audits on stderr: a bar on a terminal, lines elsewhere, nothing when quiet.
+
+Training tells every epoch in a line, on a terminal too. An audit tells an attack's end, and how far it is meanwhile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +20,8 @@ from robustfair.training.state import TrainState
 
 REDRAWS = 4
 """Of a bar, per second: rich's ten take more than one percent of a core from the training."""
+LINE_EVERY = 30.0
+"""Seconds between two lines of one attack, at least."""
 
 
 class _Bar:
@@ -72,16 +79,86 @@ class TrainingProgress(_Bar):
 
 
 class AuditProgress(_Bar):
-    """Follows `evaluate.audit`: one bar per attack."""
+    """Follows `evaluate.audit` and `evaluate.corruptions`: a bar per attack, or lines where stderr is no terminal.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    Args:
+        clock: seconds since some moment.
+    """
+
+    def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(quiet=quiet)
         self._tasks: dict[str, TaskID] = {}
+        self._lines = _Lines(self.console, clock)
 
     def __call__(self, attack: str, done: int, total: int) -> None:
+        if self.bar.disable:
+            self._lines.tell(attack, done, total)
+            return
         if attack not in self._tasks:
             self._tasks[attack] = self.bar.add_task(attack, total=total)
         self.bar.update(self._tasks[attack], completed=done)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._lines.flush()
+
+
+class _Lines:
+    """Lines for a log: of every attack the last that was heard of it, and one about every half minute before that.
+
+    An attack begins where the last word of the one before was, and its time left follows the pace since its own first
+    word: what a resumed attack had behind it by then says nothing of the pace.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        self._console, self._clock = console, clock
+        self._attack: str | None = None
+        self._ended = False
+        self._heard = self._began = self._printed = clock()
+        self._first = (self._began, 0)
+        self._line = ""
+
+    def tell(self, attack: str, done: int, total: int) -> None:
+        now = self._clock()
+        if attack != self._attack:
+            self.flush()
+            self._attack, self._ended, self._first = attack, False, (now, done)
+            self._began = self._printed = self._heard
+        self._heard = now
+        if self._ended:
+            return
+        since, before = self._first
+        left = (now - since) * (total - done) / (done - before) if done > before else None
+        self._line = attack_line(attack, done, total, now - self._began, left)
+        self._ended = done >= total
+        if self._ended or now - self._printed >= LINE_EVERY:
+            self._printed = now
+            self.flush()
+
+    def flush(self) -> None:
+        """Print what was heard last, unless it is printed."""
+        if self._line:
+            self._console.print(self._line)
+        self._line = ""
+
+
+def attack_line(attack: str, done: int, total: int, elapsed: float, left: float | None) -> str:
+    """How far an attack is, in one line; times in seconds, None where the time left is not known yet.
+
+    >>> attack_line("pgd-20", 250, 1000, 61.4, 184.2)
+    'pgd-20: 250 of 1,000 images, 25%, 0:01:01 elapsed, 0:03:04 left'
+    >>> attack_line("pgd-20", 1000, 1000, 245.6, 0.0)
+    'pgd-20: 1,000 of 1,000 images, 100%, 0:04:06 elapsed'
+    """
+    share = 100 * done // total if total else 100
+    line = f"{attack}: {done:,} of {total:,} images, {share}%, {_duration(elapsed)} elapsed"
+    return line if left is None or done >= total else f"{line}, {_duration(left)} left"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def epoch_line(record: Mapping[str, Any]) -> str:

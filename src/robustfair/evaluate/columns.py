@@ -240,7 +240,7 @@ class Sweeper:
 
         def tell(share: float) -> None:
             if self.on_progress:
-                self.on_progress(name, round(share * count), count)
+                self.on_progress(name, int(share * count), count)
 
         run = run_reference if self.engine == "reference" else run_native
         if count == 0:
@@ -315,6 +315,8 @@ class Sweeper:
         except KeyboardInterrupt:
             save(at.state())
             raise
+        if self.on_progress:
+            self.on_progress(attack.name, rounds * len(data), rounds * len(data))
         return at.column
 
     def _batch(self, attack: NamedAttack, batch: Batch, at: Sweep) -> None:
