@@ -2,8 +2,8 @@
 
 Parts:
 - agreement: both engines on models of several kinds, trained here; how many verdicts differ, and which way.
-- speed: seconds of a whole evaluation on one of the models, in turn. The reference runs as its users run it, in a
-  process of its own (`benchmarks.apart`).
+- speed: seconds of a whole evaluation on one of the models, in turn, and how many verdicts agree. The reference runs as
+  its users run it, in a process of its own (`benchmarks.apart`).
 - memory: the most that an audit ever holds, at full width and with a batch size no machine could take.
 
 The two engines draw other random starts. How far that alone moves a verdict is shown by our engine with another seed.
@@ -17,9 +17,13 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,16 +31,26 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.apart import Apart, Calls
-from benchmarks.measure import ROOT, Report, Row, Table
+from benchmarks.external import imported
+from benchmarks.measure import ROOT, SPEED_COLUMNS, Report, Row, Table
+from benchmarks.memory import in_use
+from benchmarks.rows import OutOfTimeError
 from benchmarks.workload import build, initialised, synthetic
+from robustfair.attacks.named import parse_attacks
+from robustfair.attacks.strong import AUTOATTACK, StrongAttack
+from robustfair.checkpoint import read_json, write_json
 from robustfair.data import ImageDataset, load_dataset
+from robustfair.errors import RobustFairError
 from robustfair.evaluate.audit import Audit, audit
 from robustfair.objectives import PGDAT, Objective, Standard, Trades
 from robustfair.training import Schedule, fit
+from robustfair.values import Threat
 
 PARTS = ("agreement", "speed", "memory")
-ATTACK = "autoattack"
 BATCH_SIZE = 250
+WHOLE_SCHEMA = "robustfair.whole-evaluation/1"
+NOTE_EVERY = 10.0
+"""Seconds between notes of how long an evaluation has taken so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +60,7 @@ class Victim:
     Attributes:
         data, model, width: what it is.
         objective: that it is trained with.
-        norm, eps: that it is attacked with.
+        threat: norm and radius that it is attacked with.
         images: to train on.
         schedule: of its training.
     """
@@ -55,8 +69,7 @@ class Victim:
     model: str
     width: int
     objective: Objective
-    norm: str = "linf"
-    eps: float = 8 / 255
+    threat: Threat = field(default_factory=Threat)
     images: int = 5000
     schedule: Schedule
 
@@ -67,7 +80,7 @@ VICTIMS = {
         model="small-cnn",
         width=16,
         objective=PGDAT(eps=0.2, step_size=0.05),
-        eps=0.2,
+        threat=Threat(eps=0.2),
         schedule=Schedule(epochs=25, lr=0.001, kind="constant", optimizer="adam", weight_decay=0.0, batch_size=32),
     ),
     "CIFAR-10, preact-resnet18, PGD-AT": Victim(
@@ -89,8 +102,7 @@ VICTIMS = {
         model="small-cnn",
         width=16,
         objective=Standard(),
-        norm="l2",
-        eps=0.1,
+        threat=Threat(norm="l2", eps=0.1),
         schedule=Schedule(epochs=8, lr=0.1, kind="one-cycle"),
     ),
 }
@@ -107,11 +119,31 @@ AGREEMENT = {
     "by ours alone": "{ours_alone}",
     "ours, two seeds: agree": "{seeds_agree:.2%}",
 }
+SPEED = {
+    **{heading: SPEED_COLUMNS[heading] for heading in ("case", "seconds", "fastest to slowest", "times as fast")},
+    "images/s": "{images_per_second:,.1f}",
+    "robust": "{robust:.2%}",
+    "verdicts that agree": "{agree:.2%}",
+}
+WHOLE = {
+    "model": "{model}",
+    "images": "{images:,}",
+    "clean": "{clean:.2%}",
+    "robust": "{robust:.2%}",
+    "seconds": "{seconds:.1f}",
+    "in calls": "{calls}",
+    "peak on the device, MiB": "{peak:,.0f}",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run the benchmark from the command line."""
-    options = measure.parser(
+    return measure.run(options(), report, argv)
+
+
+def options() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    made = measure.parser(
         "autoattack",
         __doc__,
         batch_size=BATCH_SIZE,
@@ -119,11 +151,12 @@ def main(argv: Sequence[str] | None = None) -> Report:
         precisions=("auto", "fp32", "bf16"),
         repeats=3,
     )
-    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    options.add_argument("--victims", nargs="+", choices=tuple(VICTIMS), default=tuple(VICTIMS), help="for agreement")
-    options.add_argument("--images", type=int, default=500, help="test images of the part agreement, at most")
-    options.add_argument("--timed-images", type=int, default=200, help="test images of the part speed")
-    return measure.run(options, report, argv)
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    made.add_argument("--attack", type=_strong, default=AUTOATTACK, help="or one of its members, with its settings")
+    made.add_argument("--victims", nargs="+", choices=tuple(VICTIMS), default=tuple(VICTIMS), help="for agreement")
+    made.add_argument("--images", type=int, default=500, help="test images of the part agreement, at most")
+    made.add_argument("--timed-images", type=int, default=200, help="test images of the part speed")
+    return made
 
 
 def report(args: argparse.Namespace) -> Report:
@@ -133,7 +166,7 @@ def report(args: argparse.Namespace) -> Report:
     for part in args.parts:
         measure.say(part)
         tables.append(made[part](args))
-    settings = {"attack": f"{ATTACK} standard", "device": args.device, "batch_size": args.batch_size}
+    settings = {"attack": args.attack.name, "device": args.device, "batch_size": args.batch_size}
     return Report("autoattack", {**settings, "precision": args.precision}, tables)
 
 
@@ -144,17 +177,18 @@ def agreement(args: argparse.Namespace) -> Table:
         victim = VICTIMS[name]
         model, test = trained(name, args.device), images_of(victim, args.images)
         measure.say(f"{name}: reference")
-        reference = Reference(model, test, victim, args.device).attack() == test.labels
+        reference = Reference(model, test, victim.threat, args).attack() == test.labels
         for precision in args.precision:
             measure.say(f"{name}: ours, {precision}")
-            found = [attacked(model, test, victim, precision, args, seed=seed) for seed in (0, 1)]
+            found = [attacked(model, test, victim.threat, precision, args, seed=seed) for seed in (0, 1)]
             rows.append({"model": f"{name}, {precision} search", **compared(found, reference)})
             measure.say(str(rows[-1]))
     return Table("Agreement with the reference", AGREEMENT, rows)
 
 
-def compared(found: Sequence[Audit], reference: Tensor, attack: str = ATTACK) -> Row:
-    """How our verdicts stand beside the reference's (N,) flags; `found` differ in their seed."""
+def compared(found: Sequence[Audit], reference: Tensor) -> Row:
+    """How our verdicts stand beside the reference's (N,) flags; `found`, of one attack, differ in their seed."""
+    attack = found[0].attacks[-1]
     ours, again = (one.hits(attack) for one in found)
     return {
         "images": len(ours),
@@ -174,17 +208,94 @@ def speed(args: argparse.Namespace) -> Table:
     """Seconds of whole evaluations in turn."""
     victim = VICTIMS[TIMED]
     model, test = trained(TIMED, args.device), images_of(victim, args.timed_images)
-    with Apart(reference_calls, model, test, victim, args.device) as reference:
-        cases: dict[str, Callable[[], float]] = {"reference": partial(reference, "seconds")}
-        for precision in args.precision:
-            call = partial(attacked, model, test, victim, precision, args)
-            cases[f"ours {precision}"] = measure.clock(call, args.device)
-        timings = measure.interleaved(cases, args.repeats, 0)
-    fast = measure.ratios(timings, "reference")
-    rows = [measure.speed_row(name, timing, fast[name], images=len(test)) for name, timing in timings.items()]
-    clean = attacked(model, test, victim, "fp32", args, attacks="clean").average("clean")
+    rows = side_by_side(model, test, victim.threat, args)
+    clean = attacked(model, test, victim.threat, "fp32", args, attacks="clean").average("clean")
     title = f"{TIMED}, width {victim.width}, {len(test)} images of which {clean:.0%} are right when clean"
-    return Table(title, measure.SPEED_COLUMNS, rows)
+    return Table(title, SPEED, rows, whole=True)
+
+
+def side_by_side(model: nn.Module, test: ImageDataset, threat: Threat, args: argparse.Namespace) -> list[Row]:
+    """Both engines in turn, each with a line of `SPEED`; the reference's is empty where it cannot be had."""
+    right: dict[str, Tensor] = {}
+
+    def ours(name: str, precision: str) -> None:
+        right[name] = attacked(model, test, threat, precision, args).hits(args.attack.name)
+
+    cases: dict[str, Callable[[], float]] = {}
+    rows: list[Row] = []
+    library = imported("pyautoattack")
+    with ExitStack() as stack:
+        if isinstance(library, str):
+            rows.append({"case": f"reference (pyautoattack {library})"})
+        else:
+            reference = stack.enter_context(Apart(reference_calls, deepcopy(model).cpu(), test, threat, args))
+            cases["reference"] = partial(reference, "seconds")
+        for precision in args.precision:
+            name = f"ours {precision}"
+            cases[name] = measure.clock(partial(ours, name, precision), args.device)
+        timings = measure.interleaved(cases, args.repeats, 0)
+        if "reference" in cases:
+            right["reference"] = torch.tensor(reference("right"))
+    fast = measure.ratios(timings, "reference") if "reference" in cases else {}
+    for name, timing in timings.items():
+        agree = float((right[name] == right["reference"]).float().mean()) if fast else None
+        row = measure.speed_row(name, timing, fast.get(name), images=len(test))
+        rows.append({**row, "robust": float(right[name].float().mean()), "agree": agree})
+    return rows
+
+
+def whole(
+    model: nn.Module, test: ImageDataset, threat: Threat, args: argparse.Namespace, folder: Path, deadline: float
+) -> Row:
+    """One evaluation of ours, spread over several calls where need be: its seconds are those of all calls.
+
+    Args:
+        folder: keeps what is known between calls.
+        deadline: of `time.monotonic()`.
+
+    Raises:
+        OutOfTimeError: the deadline came first; the next call goes on from there.
+    """
+    path, journal = folder / "whole.json", folder / "whole.safetensors"
+    known = read_json(path, WHOLE_SCHEMA) if path.exists() else {}
+    if "robust" in known:
+        return known
+    before = known if journal.exists() else {}
+    began = noted = time.monotonic()
+    if deadline <= began:
+        raise OutOfTimeError("no time is left to begin")
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(args.device)
+
+    def note(**more: object) -> Row:
+        nonlocal noted
+        noted = time.monotonic()
+        peaks = filter(None, (before.get("peak"), in_use(args.device)["device"]))
+        row: Row = {
+            "schema": WHOLE_SCHEMA,
+            "calls": before.get("calls", 0) + 1,
+            "seconds": before.get("seconds", 0.0) + noted - began,
+            "peak": max(peaks, default=None),
+            **more,
+        }
+        write_json(path, row)
+        return row
+
+    def on_progress(attack: str, done: int, total: int) -> None:
+        if time.monotonic() - noted >= NOTE_EVERY:
+            measure.say(f"{attack}: {done:,} of {total:,} images, {note()['seconds']:.0f} s")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    minutes = (deadline - began) / 60
+    (precision,) = args.precision
+    resumable = {"journal": journal, "max_minutes": minutes, "on_progress": on_progress}
+    try:
+        found = attacked(model, test, threat, precision, args, **resumable)
+    finally:
+        so_far = note()
+    if not found.complete:
+        raise OutOfTimeError(f"stands after {so_far['seconds']:.0f} s, goes on at the next call")
+    return note(images=len(test), clean=found.average("clean"), robust=found.average(args.attack.name))
 
 
 def memory(args: argparse.Namespace) -> Table:
@@ -209,8 +320,6 @@ def memory(args: argparse.Namespace) -> Table:
 
 def memory_child() -> None:
     """Audit as the command line says and print the peak of this process as JSON."""
-    from benchmarks.memory import in_use
-
     given: dict[str, Any] = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
     data = synthetic(1000)
@@ -242,50 +351,57 @@ def images_of(victim: Victim, count: int) -> ImageDataset:
 
 
 def attacked(
-    model: nn.Module,
-    test: ImageDataset,
-    victim: Victim,
-    precision: Any,
-    args: argparse.Namespace,
-    *,
-    seed: int = 0,
-    attacks: str = ATTACK,
+    model: nn.Module, test: ImageDataset, threat: Threat, precision: Any, args: argparse.Namespace, **more: Any
 ) -> Audit:
-    """Our audit."""
-    return audit(
-        model,
-        test,
-        attacks=attacks,
-        norm=victim.norm,
-        eps=victim.eps,
-        precision=precision,
-        batch_size=args.batch_size,
-        device=args.device,
-        seed=seed,
-    )
+    """Our audit; `more` goes to `audit` as it is."""
+    given: dict[str, Any] = {"attacks": args.attack.name, "norm": threat.norm, "eps": threat.eps}
+    given |= {"precision": precision, "batch_size": args.batch_size, "device": args.device}
+    return audit(model, test, **given | more)
 
 
 class Reference:
-    """`pyautoattack` on a model, as its users call it."""
+    """`pyautoattack` on a model: `standard` as its users call it, all else by an audit with that engine."""
 
-    def __init__(self, model: nn.Module, test: ImageDataset, victim: Victim, device: str) -> None:
+    def __init__(self, model: nn.Module, test: ImageDataset, threat: Threat, args: argparse.Namespace) -> None:
         from pyautoattack import AutoAttack
 
         logging.getLogger("auto-attack").setLevel(logging.ERROR)
-        norm = {"linf": "Linf", "l2": "L2"}[victim.norm]
-        self.model = model.to(device).eval()
-        self.x, self.y = test.images.to(device).float() / 255, test.labels.to(device)
-        self.engine = AutoAttack(self.model, norm=norm, eps=victim.eps, seed=0, version="standard", device=device)
+        self.model, self.test, self.threat, self.args = model.to(args.device).eval(), test, threat, args
+        self.x, self.y = test.images.to(args.device).float() / 255, test.labels.to(args.device)
+        norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+        self.engine = AutoAttack(self.model, norm=norm, eps=threat.eps, seed=0, device=args.device)
+        self.found = test.labels
 
     def attack(self) -> Tensor:
         """(N,) predictions after the attack, on the CPU."""
-        return self.engine.run_standard_evaluation(self.x, self.y, batch_size=BATCH_SIZE)[1].cpu()
+        attack = self.args.attack.name
+        if attack == AUTOATTACK:
+            self.found = self.engine.run_standard_evaluation(self.x, self.y, batch_size=self.args.batch_size)[1].cpu()
+        else:
+            audited = attacked(self.model, self.test, self.threat, "fp32", self.args, engine="reference")
+            self.found = audited.prediction(attack)
+        return self.found
+
+    def right(self) -> list[bool]:
+        """Which images stood the last attack."""
+        stood: list[bool] = (self.found == self.test.labels).tolist()
+        return stood
 
 
-def reference_calls(model: nn.Module, test: ImageDataset, victim: Victim, device: str) -> Calls:
-    """What the process of the reference does: a whole evaluation, and tell the seconds."""
-    reference = Reference(model, test, victim, device)
-    return {"seconds": measure.clock(reference.attack, device)}
+def reference_calls(model: nn.Module, test: ImageDataset, threat: Threat, args: argparse.Namespace) -> Calls:
+    """What the process of the reference does: a whole evaluation, and tell the seconds; then its verdicts."""
+    reference = Reference(model, test, threat, args)
+    return {"seconds": measure.clock(reference.attack, args.device), "right": reference.right}
+
+
+def _strong(text: str) -> StrongAttack:
+    try:
+        found = parse_attacks(text)
+    except RobustFairError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if len(found) != 1 or not isinstance(found[0], StrongAttack):
+        raise argparse.ArgumentTypeError(f"must be {AUTOATTACK} or one of its members, got {text}")
+    return found[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""PGD of other libraries, as their users call it. One that does not import is reported, never required.
+r"""Libraries of others, and their PGD as their users call it. One that does not import is reported, never required.
 
 `pip install -e ".[bench]"` brings both into an environment of their own. torchattacks asks for a `requests` of 2021,
 which does not go with constraints.txt, and for torchvision, which it does not import; beside an existing environment:
@@ -27,14 +27,18 @@ def external_attackers(model: nn.Module, device: str) -> dict[str, Attacker | st
     """Library -> its PGD on `model`, or the reason why it cannot be had."""
     found: dict[str, Attacker | str] = {}
     for name, adapt in (("torchattacks", _torchattacks), ("foolbox", _foolbox)):
-        try:
-            library = importlib.import_module(name)
-        except ImportError as error:
-            missing = getattr(error, "name", None)
-            found[name] = "not installed" if missing == name else f"does not import: no {missing}"
-        else:
-            found[name] = adapt(library, model, device)
+        library = imported(name)
+        found[name] = library if isinstance(library, str) else adapt(library, model, device)
     return found
+
+
+def imported(name: str) -> ModuleType | str:
+    """A library, or the reason why it cannot be had."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = getattr(error, "name", None)
+        return "not installed" if missing == name else f"does not import: no {missing}"
 
 
 def _torchattacks(library: ModuleType, model: nn.Module, device: str) -> Attacker:

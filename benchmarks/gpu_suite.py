@@ -1,10 +1,12 @@
 """Everything that wants a GPU, unattended: `python benchmarks/gpu_suite.py --minutes 9 --resume results/gpu`.
 
-In this order: is the fast path right on this device; the speed tables; training rows, the fast protocol first. Every
-task leaves a JSON file in the results folder, and training is saved after each epoch: the next call, on the same work
-folder, goes on where this one stopped, and `--table` prints what there is, with "-" where nothing was measured.
+In this order: is the fast path right on this device; the speed tables, between them the fast protocol; AutoAttack on
+what that has trained; the other training rows. Every task leaves a JSON file in the results folder; training is saved
+after each epoch and AutoAttack every minute: the next call, on the same work folder, goes on where this one stopped,
+and `--table` prints what there is, with "-" where nothing was measured.
 
 Needs torch, numpy, safetensors and pillow, and CIFAR-10 as packed by `robustfair data pack cifar10 --parts 2`.
+AutoAttack is compared with pyautoattack where that imports; where it does not, the table says so.
 """
 
 from __future__ import annotations
@@ -23,11 +25,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-from benchmarks import attack, epoch, measure, memory, train_step  # noqa: E402
+from benchmarks import attack, autoattack, epoch, measure, memory, train_step  # noqa: E402
 from benchmarks.measure import Report, Table  # noqa: E402
-from benchmarks.rows import ATTACKS, OutOfTimeError, Row, Way, fast_rows, paper_rows, row_lines, train_row  # noqa: E402
+from benchmarks.rows import (  # noqa: E402
+    ATTACKS,
+    OutOfTimeError,
+    Row,
+    Way,
+    fast_rows,
+    fit_row,
+    folder_of,
+    is_trained,
+    paper_rows,
+    row_lines,
+    train_row,
+)
 from benchmarks.workload import build, one_batch, synthetic  # noqa: E402
 from robustfair.checkpoint import read_json, write_json  # noqa: E402
 from robustfair.config import Precision  # noqa: E402
@@ -38,7 +52,7 @@ from robustfair.training.engine import Engine  # noqa: E402
 from robustfair.training.fit import fit  # noqa: E402
 from robustfair.training.precision import numerics  # noqa: E402
 from robustfair.training.schedule import Schedule  # noqa: E402
-from robustfair.values import Batch  # noqa: E402
+from robustfair.values import Batch, Threat  # noqa: E402
 
 TASK_SCHEMA = "robustfair.suite/1"
 MARGIN = 20
@@ -68,6 +82,10 @@ class Suite:
     def file(self, task: str) -> Path:
         """Where the result of a task lies."""
         return self.results / f"{task.replace(' ', '-')}.json"
+
+    def sized(self, row: Row) -> Row:
+        """The row as this call trains it."""
+        return replace(row, schedule=replace(row.schedule, epochs=2, batch_size=16)) if self.small else row
 
     def require_own_results(self, todo: Sequence[Task]) -> None:
         """Refuse a folder that holds results of other settings.
@@ -210,6 +228,8 @@ def tasks(rows: Sequence[Row]) -> list[Task]:
         Task("train-step-1024", 180, scripted(train_step.main, ("--batch-size", "1024", *bf16), step)),
         Task("attack", 180, scripted(attack.main, (), (*step, "--steps", "2", "--images", "4"))),
         Task("memory", 120, scripted(memory.main, whole, (*SMALL, "--epochs", "2", "--images", "8", "--sizes", "8"))),
+        Task("autoattack", 60, autoattacked(rows)),
+        Task("autoattack-compared", 300, compared(rows)),
         *(Task(f"row {row.name}", 60, trained(row)) for row in rows[1:]),
     ]
 
@@ -233,10 +253,63 @@ def trained(row: Row) -> Callable[[Suite], Mapping[str, Any]]:
     """A task that trains and audits a row."""
 
     def run(suite: Suite) -> Mapping[str, Any]:
-        chosen = replace(row, schedule=replace(row.schedule, epochs=2, batch_size=16)) if suite.small else row
-        return train_row(chosen, suite.way, suite.deadline)
+        return train_row(suite.sized(row), suite.way, suite.deadline)
 
     return run
+
+
+def autoattacked(rows: Sequence[Row]) -> Callable[[Suite], Mapping[str, Any]]:
+    """A task that attacks every test image of a victim, in as many calls as it takes."""
+
+    def run(suite: Suite) -> Mapping[str, Any]:
+        row, model = victim(rows, suite)
+        args, test = autoattack_options(suite), suite.way.splits.test
+        folder = folder_of(row, suite.way).audits
+        found = {"model": row.name, **autoattack.whole(model, test, Threat(), args, folder, suite.deadline)}
+        tables = [Table(f"{args.attack.name} on all test images", autoattack.WHOLE, [found], whole=True)]
+        return report(suite, "autoattack", tables, [searched_in(args)])
+
+    return run
+
+
+def compared(rows: Sequence[Row]) -> Callable[[Suite], Mapping[str, Any]]:
+    """A task that runs AutoAttack and pyautoattack on the first test images of a victim."""
+
+    def run(suite: Suite) -> Mapping[str, Any]:
+        row, model = victim(rows, suite)
+        args, test = autoattack_options(suite), suite.way.splits.test
+        few = test.subset(torch.arange(min(args.timed_images, len(test))))
+        found = autoattack.side_by_side(model, few, Threat(), args)
+        title = f"{args.attack.name} on {row.name}, {len(few):,} test images"
+        tables = [Table(title, autoattack.SPEED, found, whole=True)]
+        theirs = "The reference has batches of that size too, and torch's defaults: on a GPU tf32 in its convolutions."
+        return report(suite, "autoattack-compared", tables, [searched_in(args), theirs])
+
+    return run
+
+
+VICTIM = Row("autoattack victim", PGDAT(), (), autoattack.VICTIMS[autoattack.TIMED].schedule)
+"""What AutoAttack runs on where no row is trained yet."""
+
+
+def victim(rows: Sequence[Row], suite: Suite) -> tuple[Row, nn.Module]:
+    """The first row that is trained, or else `VICTIM`, and its model."""
+    ready = (row for row in map(suite.sized, rows) if is_trained(row, suite.way))
+    row = next(ready, suite.sized(VICTIM))
+    return row, fit_row(row, suite.way, suite.deadline).model
+
+
+def autoattack_options(suite: Suite) -> argparse.Namespace:
+    """Batches that fill a GPU; for a check one cheap attack."""
+    full = ("--batch-size", "2000", "--timed-images", "1000")
+    small = ("--batch-size", "4", "--timed-images", "4", "--attack", "apgd-ce(steps=2)")
+    given = ("--device", suite.way.device, "--precision", "bf16", "--repeats", "1")
+    return autoattack.options().parse_args([*given, *(small if suite.small else full)])
+
+
+def searched_in(args: argparse.Namespace) -> str:
+    """How ours runs."""
+    return f"Ours searches in {args.precision[0]}, {args.batch_size:,} images at a time; every verdict is in float32."
 
 
 def run_all(suite: Suite, todo: Sequence[Task]) -> list[str]:

@@ -184,12 +184,12 @@ def matmul_tflops(device: torch.device | str, dtype: torch.dtype, *, size: int, 
 
 
 def speed_row(
-    name: str, timing: Timing, ratio: float, *, images: int, flops: int | None = None, peak: float | None = None
+    name: str, timing: Timing, ratio: float | None, *, images: int, flops: int | None = None, peak: float | None = None
 ) -> Row:
     """One line of a speed table as JSON values.
 
     Args:
-        ratio: times as fast as the baseline.
+        ratio: times as fast as the baseline; None where it could not be had.
         images: how many one call handles.
         flops: that one call needs by the cost model; None where it is not comparable.
         peak: measured TFLOP/s of the matrix product in this precision; None leaves the fraction of it open.

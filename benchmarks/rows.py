@@ -113,7 +113,27 @@ def train_row(row: Row, way: Way, deadline: float, *, seed: int = 0) -> dict[str
     Raises:
         OutOfTimeError: before the last epoch or its audits; the next call goes on from there.
     """
-    folder = RunFolder(way.work / row.name.replace(" ", "-"))
+    fitted = fit_row(row, way, deadline, seed=seed)
+    speeds = sorted(record["images_per_second"] for record in fitted.history)
+    return {
+        **row.describe(),
+        **way.settings(),
+        "seed": seed,
+        "training_images": sum(fitted.history[-1]["train"]["count"]),
+        "wall_seconds": folder_of(row, way).manifest()["wall_seconds"],
+        "images_per_second": speeds[len(speeds) // 2],
+        "history": list(fitted.history),
+        "audits": _audits(row, way, fitted, deadline),
+    }
+
+
+def fit_row(row: Row, way: Way, deadline: float, *, seed: int = 0) -> Fitted:
+    """Train or go on training; a row that is trained to its end is read back.
+
+    Raises:
+        OutOfTimeError: before the last epoch; the next call goes on from there.
+    """
+    folder = folder_of(row, way)
     state = _begin(folder, row, way, seed)
     about = {"row": row.name}
     spent = folder.manifest().get("wall_seconds", 0.0)
@@ -128,19 +148,17 @@ def train_row(row: Row, way: Way, deadline: float, *, seed: int = 0) -> dict[str
         if time.monotonic() > deadline and state.epoch < row.schedule.epochs:
             raise OutOfTimeError(f"{row.name} stands at epoch {state.epoch} of {row.schedule.epochs}")
 
-    fitted = _fit(row, way, seed, state, save)
-    manifest = folder.manifest()
-    speeds = sorted(record["images_per_second"] for record in fitted.history)
-    return {
-        **row.describe(),
-        **way.settings(),
-        "seed": seed,
-        "training_images": sum(fitted.history[-1]["train"]["count"]),
-        "wall_seconds": manifest["wall_seconds"],
-        "images_per_second": speeds[len(speeds) // 2],
-        "history": list(fitted.history),
-        "audits": _audits(row, way, fitted, deadline),
-    }
+    return _fit(row, way, seed, state, save)
+
+
+def folder_of(row: Row, way: Way) -> RunFolder:
+    """Where the row's states are."""
+    return RunFolder(way.work / row.name.replace(" ", "-"))
+
+
+def is_trained(row: Row, way: Way) -> bool:
+    """Whether the row has been trained to its end."""
+    return len(folder_of(row, way).history()) >= row.schedule.epochs
 
 
 def _begin(folder: RunFolder, row: Row, way: Way, seed: int) -> TrainState | None:

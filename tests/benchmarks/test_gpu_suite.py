@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_suite
+from benchmarks import autoattack, gpu_suite
 from benchmarks.gpu_suite import Suite, Task, run_all, summary
 from benchmarks.rows import OutOfTimeError, Row, Way, fast_rows, row_lines, train_row
+from robustfair.checkpoint import write_json
 from robustfair.data import ImageDataset, Splits
 from robustfair.errors import CheckpointError
+from robustfair.evaluate.audit import audit
 from robustfair.methods import CCM, EMA
 from robustfair.objectives import PGDAT
 from robustfair.training.schedule import Schedule
+from robustfair.values import Threat
 
 Data = Callable[..., ImageDataset]
 NEVER = float("inf")
@@ -119,6 +122,99 @@ def test_the_suite_runs_whole_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
     assert plain["case"] == "pgd-at fp32 deterministic"
     assert plain["largest"] == pytest.approx(8, abs=1e-4)
     assert plain["repeats"]
+
+
+def test_the_suite_runs_autoattack_beside_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--small", "--data", "digits", "--device", "cpu", "--resume", str(tmp_path), "--only", "autoattack"]
+    assert gpu_suite.main(argv) == 0
+    (whole,) = json.loads((tmp_path / "autoattack.json").read_text())["found"]["tables"][0]["rows"]
+    assert (whole["model"], whole["images"], whole["calls"], whole["peak"]) == ("autoattack victim", 20, 1, None)
+    assert 0 <= whole["robust"] <= whole["clean"] <= 1
+    assert whole["seconds"] > 0
+    theirs, ours = json.loads((tmp_path / "autoattack-compared.json").read_text())["found"]["tables"][0]["rows"]
+    assert (theirs["case"], ours["case"]) == ("reference", "ours bf16")
+    assert ours["ratio"] == pytest.approx(theirs["median"] / ours["median"])
+    assert theirs["agree"] == 1
+    assert 0.5 <= ours["agree"] <= 1
+    shown = capsys.readouterr().out
+    assert "autoattack: done before" not in shown
+    assert gpu_suite.main(argv) == 0
+    assert "autoattack: done before" in capsys.readouterr().out
+
+
+def test_autoattack_comes_after_the_speed_tables_and_before_the_other_rows() -> None:
+    names = [task.name for task in gpu_suite.tasks(fast_rows())]
+    at = names.index("autoattack")
+    assert names[at - 1 : at + 2] == ["memory", "autoattack", "autoattack-compared"]
+    assert all(name.startswith("row ") for name in names[at + 2 :])
+    assert f"row {fast_rows()[0].name}" in names[:at]
+
+
+def test_autoattack_takes_the_first_row_that_is_trained(way: Way, row: Row, tmp_path: Path) -> None:
+    here = suite(way, tmp_path / "out", small=True)
+    rows = [replace(row, name="one"), replace(row, name="two"), replace(row, name="three")]
+    assert gpu_suite.victim(rows, here)[0].name == "autoattack victim"
+    for name in ("two", "three"):
+        train_row(here.sized(replace(row, name=name)), here.way, NEVER)
+    chosen, model = gpu_suite.victim(rows, here)
+    assert chosen == here.sized(rows[1])
+    again = gpu_suite.victim(rows, here)[1]
+    assert all(value.equal(again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def whole(way: Way, tiny_net: Callable[..., Any], tmp_path: Path) -> Callable[..., autoattack.Row]:
+    """A function that evaluates a small model under a cheap attack, going on in its folder; with a deadline."""
+    args = autoattack.options().parse_args(
+        ["--device", "cpu", "--precision", "fp32", "--attack", "apgd-ce(steps=3)", "--batch-size", "5"]
+    )
+
+    def run(deadline: float = NEVER) -> autoattack.Row:
+        model = tiny_net().eval()
+        return autoattack.whole(model, way.splits.test, Threat(eps=0.05), args, tmp_path / "kept", deadline)
+
+    return run
+
+
+def test_an_evaluation_that_ran_out_of_time_goes_on_and_adds_up(
+    whole: Callable[..., autoattack.Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = autoattack.attacked
+
+    def cut(*given: Any, **more: Any) -> Any:
+        time.sleep(0.2)
+        return usual(*given, **more | {"max_minutes": 1e-9})
+
+    with pytest.raises(OutOfTimeError, match="no time is left to begin"):
+        whole(time.monotonic())
+    monkeypatch.setattr(autoattack, "attacked", cut)
+    for _ in range(2):
+        with pytest.warns(match="minutes are over"), pytest.raises(OutOfTimeError, match="goes on at the next call"):
+            whole()
+    monkeypatch.setattr(autoattack, "attacked", usual)
+    found = whole()
+    assert found["calls"] == 3
+    assert found["seconds"] >= 0.4
+    monkeypatch.setattr(autoattack, "attacked", None)
+    assert whole() == found
+
+
+def test_time_of_which_nothing_is_left_does_not_count(whole: Callable[..., autoattack.Row], tmp_path: Path) -> None:
+    """Without a journal an evaluation begins anew, and so does its clock."""
+    (tmp_path / "kept").mkdir()
+    about = {"schema": autoattack.WHOLE_SCHEMA, "calls": 4, "seconds": 1000.0, "peak": 7.0}
+    write_json(tmp_path / "kept" / "whole.json", about)
+    found = whole()
+    assert (found["calls"], found["peak"]) == (1, None)
+    assert found["seconds"] < 1000
+
+
+def test_an_evaluation_is_that_of_an_audit(
+    whole: Callable[..., autoattack.Row], way: Way, tiny_net: Callable[..., Any]
+) -> None:
+    found = whole()
+    usual = audit(tiny_net().eval(), way.splits.test, attacks="apgd-ce(steps=3)", eps=0.05, precision="fp32")
+    assert (found["clean"], found["robust"]) == (usual.average("clean"), usual.average("apgd-ce(steps=3)"))
 
 
 def test_a_table_of_nothing_has_empty_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

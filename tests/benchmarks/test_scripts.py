@@ -23,6 +23,7 @@ from benchmarks.workload import build, one_batch, synthetic
 from robustfair.checkpoint import read_json
 from robustfair.evaluate.audit import audit
 from robustfair.objectives import PGDAT
+from robustfair.values import Threat
 
 TINY = [
     "--device",
@@ -252,12 +253,53 @@ def test_verdicts_of_both_engines_are_counted_image_by_image() -> None:
     ours = found[0].hits(attack)
     reference = ours.clone()
     reference[ours.nonzero()[0]] = False
-    row = autoattack.compared(found, reference, attack)
+    row = autoattack.compared(found, reference)
     assert row["ours"] - row["reference"] == pytest.approx(1 / 30)
     assert row["difference"] == pytest.approx(100 / 30)
     assert (row["reference_alone"], row["ours_alone"]) == (1, 0)
     assert row["agree"] == pytest.approx(29 / 30)
     assert row["fell_to"] == {attack: 30 - int(ours.sum())}
+
+
+def test_both_engines_give_the_same_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's part agreement on a small network: robust accuracy within an image, and so the verdicts."""
+    usual = autoattack.VICTIMS["digits, small-cnn, PGD-AT"]
+    schedule = replace(usual.schedule, epochs=15, lr=0.004)
+    objective = PGDAT(eps=0.15, step_size=0.05, steps=2)
+    quick = replace(usual, width=8, images=700, objective=objective, threat=Threat(eps=0.15), schedule=schedule)
+    monkeypatch.setitem(autoattack.VICTIMS, "digits", quick)
+    argv = ["--device", "cpu", "--threads", "1", "--parts", "agreement", "--victims", "digits", "--images", "100"]
+    (row,) = autoattack.main(argv).tables[0].rows
+    assert row["images"] == 100
+    assert 0.2 < row["reference"] < row["clean"] - 0.1
+    assert abs(row["difference"]) <= 1
+    assert row["agree"] >= 0.99
+
+
+def test_without_the_reference_its_cells_are_empty_and_the_table_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    monkeypatch.setattr(autoattack, "trained", lambda name, device: build("small-cnn", 2).eval())
+    monkeypatch.setattr(autoattack, "images_of", lambda victim, count: synthetic(count))
+    argv = ["--parts", "speed", "--attack", "apgd-ce(steps=1)", "--timed-images", "9", "--precision", "fp32", "bf16"]
+    (table,) = autoattack.main([*TINY, *argv]).tables
+    theirs, *ours = table.rows
+    assert theirs == {"case": "reference (pyautoattack not installed)"}
+    assert [row["case"] for row in ours] == ["ours fp32", "ours bf16"]
+    assert all(row["ratio"] is None and row["agree"] is None and row["median"] > 0 for row in ours)
+    assert "| times as fast |" in table.markdown()
+    assert table.markdown().splitlines()[2].count(" - |") == len(table.columns) - 1
+
+
+@pytest.mark.parametrize(
+    ("attack", "hint"), [("pgd-20", "must be autoattack or one"), ("sqare", "did you mean square")]
+)
+def test_an_attack_that_is_none_of_the_family_is_refused(
+    attack: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        autoattack.main([*TINY, "--attack", attack])
+    assert exit_.value.code == 2
+    assert hint in capsys.readouterr().err
 
 
 # All
@@ -283,13 +325,25 @@ def test_an_unknown_network_is_refused(name: str, capsys: pytest.CaptureFixture[
 
 
 def test_torch_numpy_safetensors_and_pillow_are_all_that_is_needed() -> None:
-    others = ("cyclopts", "datasets", "jinja2", "pandas", "pyarrow", "pydantic", "rich", "scipy", "sklearn", "yaml")
+    others = (
+        "cyclopts",
+        "datasets",
+        "jinja2",
+        "pandas",
+        "pyarrow",
+        "pyautoattack",
+        "pydantic",
+        "rich",
+        "scipy",
+        "sklearn",
+        "yaml",
+    )
     block = f"import sys; sys.modules.update(dict.fromkeys({others!r}))"
     small = "['--model', 'small-cnn', '--width', '2', '--batch-size', '4', '--repeats', '1', '--threads', '1']"
     code = "; ".join(
         [
             block,
-            *(f"import benchmarks.{name}" for name in SCRIPTS),
+            *(f"import benchmarks.{name}" for name in (*SCRIPTS, "autoattack", "gpu_suite")),
             f"benchmarks.train_step.main({small} + ['--no-compile'])",
         ]
     )
