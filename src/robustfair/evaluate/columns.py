@@ -292,7 +292,7 @@ class Sweeper:
         at = Sweep.of_state(state) if state else Sweep(labels.clone(), torch.arange(len(data)))
         rounds = attack.restarts if attack.freeze else 1
         once = attack if rounds == 1 else replace(attack, restarts=1)
-        moved, saved = False, time.monotonic()
+        moved, told, saved = False, 0, time.monotonic()
         try:
             while at.restart < rounds:
                 part = data.subset(at.rows.to(data.device))
@@ -307,7 +307,8 @@ class Sweeper:
                     moved = True
                     if self.on_progress:
                         left = len(at.rows) - min(at.position * self.batch_size, len(at.rows))
-                        self.on_progress(attack.name, (at.restart + 1) * len(data) - left, rounds * len(data))
+                        told = (at.restart + 1) * len(data) - left
+                        self.on_progress(attack.name, told, rounds * len(data))
                     if time.monotonic() - saved >= SAVE_EVERY:
                         save(at.state())
                         saved = time.monotonic()
@@ -315,7 +316,7 @@ class Sweeper:
         except KeyboardInterrupt:
             save(at.state())
             raise
-        if self.on_progress:
+        if self.on_progress and told < rounds * len(data):
             self.on_progress(attack.name, rounds * len(data), rounds * len(data))
         return at.column
 
