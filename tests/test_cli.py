@@ -366,6 +366,8 @@ VALUES = [
     case(["audit", "run", "--precision", "fp16", *AUDIT], "precision must be one of auto, fp32, bf16"),
     case(["audit", "run", "--norm", "l1", *AUDIT], "norm must be linf or l2"),
     case(["audit", "run", "--device", "gpu", *AUDIT], "device must be", "'gpu'"),
+    case("corruptions run --which fog --device gpu --limit-per-class 1", "device must be", "'gpu'"),
+    case("corruptions run --which fog --frost nowhere --limit-per-class 1", "frost: 'nowhere' is not a folder"),
     case("demo --epochs 0 --out new", "epochs must be", "got 0"),
     case("demo --seed x --out new", "--seed", '"x"'),
 ]
@@ -394,6 +396,7 @@ DATA = [
     case("repair run --out new --attacks clean --data letters.npz", "labels would not mean the same"),
     case(["audit", "run", "--baseline", "baseline.json", *AUDIT], "not of the same images"),
     case(["audit", "run", "--baseline", "absent.json", *AUDIT], "absent.json does not exist"),
+    case("audit baseline.json --baseline absent.json", "absent.json does not exist"),
     case(["audit", "run", "--baseline", "run/manifest.json", *AUDIT], "run/manifest"),
 ]
 
@@ -463,6 +466,8 @@ GATES = [
 GROUPS = [
     case(["audit", "run", *AUDIT, "--group-by", "superclass"], "digits has no super-classes", "class,group"),
     case(["audit", "run", *AUDIT, "--group-by", "absent.csv"], "absent.csv does not exist"),
+    case(["audit", "run", *AUDIT, "--group-by", "notes"], "notes is a folder", "class,group"),
+    case("audit baseline.json --group-by notes", "notes is a folder", "class,group"),
     case(["audit", "run", *AUDIT, "--group-by", "missing.csv"], "missing.csv, line 9", "without class 8 and 1 more"),
     case(["audit", "run", *AUDIT, "--group-by", "twice.csv"], "twice.csv, line 12", "class 3 has a group on line 5"),
     case(["audit", "run", *AUDIT, "--group-by", "unknown.csv"], "unknown.csv, line 12", "'cat'"),
@@ -492,6 +497,7 @@ COMPARING = [
     case("compare stored/before stored/after --format html", "--format", "markdown"),
     case("compare stored/before stored/after --pared", "--paired"),
     case("compare stored/before stored/after --out notes/plan.txt/x", "notes/plan.txt"),
+    case("compare stored/before stored/after --out notes", "out must be a file name", "notes/comparison.txt"),
 ]
 
 STRONG = [
@@ -1095,7 +1101,10 @@ def test_checks_say_what_hides_gradients(place: Path, command: Command, monkeypa
     noisy = command("audit", "zoo_of_test:Noisy", "--data", "digits", *words)
     assert noisy.code == 0
     lines = noisy.out.splitlines()
+    assert sum("The same images give other logits at every pass" in line for line in lines) == 1
     assert any(line.startswith("warning: The same images give other logits at every pass") for line in lines)
+    told = [line for line in noisy.err.splitlines() if line.startswith("check ")]
+    assert any(line.startswith("check pgd-100: ") for line in told)
 
 
 def test_random_output_is_said_without_being_asked(place: Path, command: Command) -> None:
@@ -1182,9 +1191,10 @@ def test_a_budget_ends_an_audit_and_the_same_command_goes_on(place: Path, comman
     assert cut.code == 1
     warned = [line for line in cut.err.splitlines() if line.startswith("warning: ")]
     assert len(warned) == 1
-    assert "apgd-ce(steps=5) was not finished" in warned[0]
+    assert "minutes are over: the time budget left " in warned[0]
+    assert "square(queries=20) at 0 %" in warned[0]
     assert "The same command goes on" in warned[0]
-    assert any(line.startswith("warning: Time was up before all attacks had run") for line in cut.out.splitlines())
+    assert any(line.startswith("warning: Not all attacks ran to their end: the time") for line in cut.out.splitlines())
     assert cut.out.splitlines()[-1].startswith("undecided: worst.robust is ")
     first = {path.name for path in (place / "run" / "audit").iterdir()}
     assert sum("_cut_" in name for name in first) == 2
@@ -1204,7 +1214,7 @@ def test_a_budget_without_a_folder_promises_nothing(place: Path, command: Comman
     model = ["good.safetensors", "--arch", "small-cnn", "--width", 4, "--data", "digits"]
     outcome = command("audit", *model, "--attacks", "square(queries=9)", "--max-minutes", "1e-9")
     assert outcome.code == 0
-    assert "was not finished" in outcome.err
+    assert "the time budget left square(queries=9) at " in outcome.err
     assert "goes on" not in outcome.err
     assert changes(before, tree(place)) == []
 
@@ -1228,7 +1238,9 @@ def test_control_c_in_an_audit_is_one_line_and_the_same_command_goes_on(
     finally:
         signal.signal(signal.SIGINT, before)
     assert (outcome.code, outcome.out) == (130, "")
-    assert outcome.err == f"{INTERRUPTED}\n"
+    *progress, last = outcome.err.splitlines()
+    assert last == INTERRUPTED
+    assert all(" images, " in line for line in progress)
     (left,) = (place / "run" / "audit").iterdir()
     assert left.name.startswith("unfinished-")
     turns.clear()
@@ -1502,6 +1514,33 @@ def test_a_stored_audit_is_read_again_without_attacking(place: Path, command: Co
     assert json.loads(again.out)["attacks"] == json.loads(first.out)["attacks"]
     assert command("audit", stored, "--fail-under", "worst.pgd-2=100%").code == 1
     assert changes(before, tree(place)) == []
+
+
+def test_a_stored_audit_beside_a_baseline_is_shown_as_a_run_is(place: Path, command: Command) -> None:
+    (before,) = (place / "stored" / "before").glob("*.json")
+    (after,) = (place / "stored" / "after").glob("*.json")
+    files = tree(place)
+    outcome = command("audit", after, "--baseline", before)
+    assert outcome.code == 0, outcome.err
+    for part in ("before", "after"):
+        assert any(line.startswith(f"{part}  ") and "pgd-2" in line for line in outcome.out.splitlines())
+    for name in TEN:
+        assert sum(line.split()[:2] == [name, "4"] for line in outcome.out.splitlines()) == 1
+    found = command("audit", after, "--baseline", before, "--json").json()
+    assert found["comparison"] == command("compare", before, after, "--json").json()
+    assert found["attacks"] == json.loads(after.read_text())["attacks"]
+    (other,) = (place / "stored" / "fewer").glob("*.json")
+    for form in ("table", "json"):
+        refused = command("audit", after, "--baseline", other, "--format", form)
+        assert (refused.code, refused.out) == (2, "")
+        assert "not of the same images" in refused.err
+    assert changes(files, tree(place)) == []
+
+
+def test_a_run_beside_a_baseline_has_the_comparison_in_its_json(place: Path, command: Command) -> None:
+    words = ["--attacks", "clean", "--limit-per-class", 2, "--baseline", "baseline.json", "--json"]
+    found = command("audit", "repaired", *words).json()
+    assert list(found["comparison"]["attacks"]) == ["clean"]
 
 
 def test_audits_of_two_models_in_one_folder_stay_apart(place: Path, command: Command) -> None:

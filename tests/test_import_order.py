@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "registry",
     "config",
+    "devices",
     "values",
     "memory",
     "losses",

@@ -16,9 +16,11 @@ from torch import nn
 from reference.layouts import pixels, write_images
 from reference.runs import CFA, TINY, changes, tree
 from robustfair import workflows
+from robustfair.config import RobustFairWarning
 from robustfair.data import load_dataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
 from robustfair.evaluate.audit import audit, load_audit
+from robustfair.evaluate.finding import Finding
 from robustfair.loading import Target, load_target
 from robustfair.models import head_norms
 from robustfair.recipe import read_recipe
@@ -155,9 +157,92 @@ def test_requests_that_make_no_sense(run: Path, keys: dict[str, Any], error: typ
         audit_target(load_target(str(run)), replace(QUICK, **keys), quiet=True)
 
 
-def test_progress_is_silent_where_stderr_is_no_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    audit_target(load_target(str(run)), QUICK)
+def test_progress_is_a_line_an_attack_where_stderr_is_no_terminal(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = audit_target(load_target(str(run)), QUICK)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line.partition(":")[0] for line in shown.err.splitlines()] == list(found.attacks)
+    audit_target(load_target(str(run)), QUICK, quiet=True)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("out", "others"), [(None, 1), ("elsewhere", 2)])
+def test_the_same_threat_finds_the_same_journal_in_any_spelling(
+    run: Path, tmp_path: Path, out: str | None, others: int
+) -> None:
+    folder = None if out is None else tmp_path / out
+    request = AuditRequest(attacks="square(queries=20),pgd-2", limit_per_class=2, max_minutes=1e-9)
+    for spelt in (
+        {"eps": "8/255"},
+        {"eps": "0.03137254901960784", "norm": "L_inf"},
+        {"eps": str(8 / 255), "step_size": "2/255"},
+    ):
+        with pytest.warns(RobustFairWarning, match="The same command goes on"):
+            audit_target(load_target(str(run)), replace(request, **spelt), out=folder, quiet=True)
+        kept = folder or run / "audit"
+        assert len(list(kept.glob("unfinished-*"))) == 1
+    moved = shutil.copytree(run, tmp_path / "moved")
+    if folder is None:
+        kept = moved / "audit"
+    with pytest.warns(RobustFairWarning):
+        audit_target(load_target(str(moved)), replace(request, eps="8/255"), out=folder, quiet=True)
+    assert len(list(kept.glob("unfinished-*"))) == others
+
+
+# Thorough checks
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keys of every call of the thorough checks, which find nothing; a pass of time is a minute."""
+    calls: list[dict[str, Any]] = []
+
+    def found(*given: Any, **keys: Any) -> tuple[Finding, ...]:
+        calls.append(keys)
+        return (Finding(code="not-converged", severity="note", text="Stub.", advice="None."),)
+
+    monkeypatch.setattr(workflows, "thorough_findings", found)
+    return calls
+
+
+def test_thorough_checks_follow_the_audit_with_its_precision_and_what_is_left_of_its_time(
+    run: Path, checked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    target = load_target(str(run))
+    request = replace(QUICK, checks=True, precision="bf16", seed=4, batch_size=7)
+    found = audit_target(target, request, quiet=True)
+    assert [check["code"] for check in found.provenance["checks"]] == ["not-converged"]
+    target.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 60.0))
+    audit_target(target, replace(request, max_minutes=500), quiet=True)
+    first, second = checked
+    assert (first["precision"], first["seed"], first["batch_size"], first["max_minutes"]) == ("bf16", 4, 7, None)
+    assert callable(first["on_progress"])
+    assert second["max_minutes"] == pytest.approx(500 - now[0] / 60)
+    assert now[0] > 0
+
+
+def test_an_audit_that_took_all_the_time_says_that_nothing_was_checked(run: Path) -> None:
+    found = audit_target(load_target(str(run)), replace(QUICK, checks=True, max_minutes=1e-9), quiet=True)
+    assert found.complete, "a single turn of an attack is never cut"
+    (cut,) = (check for check in found.provenance["checks"] if check["code"] == "checks-cut")
+    assert "pgd-20 at 0 %, pgd-100 at 0 %" in cut["text"]
+
+
+def test_interrupted_checks_leave_the_audit(
+    run: Path, checked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*given: Any, **keys: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflows, "thorough_findings", stopped)
+    found = audit_target(load_target(str(run)), replace(QUICK, checks=True), quiet=True)
+    assert found.complete
+    (cut,) = (check for check in found.provenance["checks"] if check["code"] == "checks-cut")
+    assert cut["text"] == "Not all checks for masked gradients were made: they were interrupted."
 
 
 # What an audit leaves

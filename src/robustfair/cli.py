@@ -190,7 +190,7 @@ def audit(
     ----------
     target
         A run folder; a weight file with --arch; package.module:factory; timm:NAME with --weights; robustbench:NAME; or
-        the JSON of a stored audit, which is read again for groups, gates and formats without attacking.
+        the JSON of a stored audit, which is read again for groups, gates, a baseline and formats without attacking.
     attacks
         Comma-separated: clean, fgsm, pgd-K, cw-K, autoattack, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, each with
         options, such as cw-50(restarts=5) or autoattack(version=plus).
@@ -210,14 +210,15 @@ def audit(
     points
         Save the attacked images of the AutoAttack family too.
     checks
-        Look for masked gradients: attack a sample with more steps, restarts, by queries and at a large radius.
+        Look for masked gradients: attack a sample with more steps, restarts, by queries and at a large radius, after
+        the audit and in what --max-minutes leaves.
     fail_under
         A gate, such as worst.robust=0.30, average.clean=80%, interval.worst.robust.lower=0.25 or "range.robust<=0.5";
         may be repeated. Exit code 1 if one fails.
     group_by
         Rates of groups too: superclass, or a CSV file of class,group or index,group.
     baseline
-        Audit JSON of another model on the same images, shown side by side.
+        Audit JSON of another model on the same images, shown side by side; in JSON as "comparison".
     out
         Folder for the audit's JSON and npz; inside the run folder if not given.
     report
@@ -242,9 +243,11 @@ def audit(
 
     gates = [parse_gate(text) for text in fail_under or ()]
     form = "json" if json_ else format_
+    before = None if baseline is None else load_audit(baseline)
     if target.endswith(".json"):
         stored = load_audit(target)
-        return _judge(stored, form, gates, read_groups(group_by, stored) if group_by else None)
+        groups = read_groups(group_by, stored) if group_by else None
+        return _judge(stored, form, gates, groups, baseline=before)
     request = AuditRequest(
         attacks=attacks,
         eps=eps,
@@ -257,7 +260,6 @@ def audit(
         checks=checks,
         **flags.asked(),
     )
-    before = None if baseline is None else load_audit(baseline)
     images = None if Path(target).is_dir() else request.images()
     found = flags.load(target, images)
     require_outputs(found, out=out, report=report, points=points)
@@ -397,6 +399,8 @@ def compare(
     from robustfair.workflows import before_after_lines, comparison_text
 
     require(len(targets) >= 2, "compare", "targets", allowed="at least two runs or audits", got=len(targets))
+    hint = f"Try {out}/comparison.txt"
+    require(out is None or not out.is_dir(), "compare", "out", allowed="a file name", got=str(out), hint=hint)
     form = "json" if json_ else format_
     wanted = [attack.name for attack in parse_attacks(attacks.replace("robust", ""))] if attacks else []
     stored = comparable_audits(targets, wanted)

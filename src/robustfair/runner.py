@@ -17,7 +17,8 @@ from robustfair.checkpoint import Checkpoint, write_checkpoint
 from robustfair.config import RobustFairWarning, Term, build, format_value, parse_composition, parse_norm
 from robustfair.data import ImageDataset, Splits, load_dataset, split_hash
 from robustfair.data.augment import Augmentation, parse_augmentation
-from robustfair.errors import ConfigError, DivergedError, ModelError, RecipeError, UnknownNameError
+from robustfair.devices import resolve_device
+from robustfair.errors import DivergedError, ModelError, RecipeError, UnknownNameError
 from robustfair.methods.base import Method, Plan, compose
 from robustfair.models.build import create_model, describe_model
 from robustfair.objectives.base import AdversarialObjective, Objective
@@ -149,23 +150,6 @@ def _resolved(recipe: Recipe, objective: Objective, width: int, augment: str) ->
         filled |= {"norm": objective.norm, "eps": objective.radius, "step_size": objective.step}
         filled["steps"] = objective.steps
     return dataclasses.replace(recipe, **filled)
-
-
-def resolve_device(name: str) -> str:
-    """The device that a name means; for "auto" a GPU where there is one.
-
-    Raises:
-        ConfigError: no such device, or torch does not see it.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        known = torch.empty(0, device=name).device.type in ("cpu", "cuda", "mps")
-    except (RuntimeError, AssertionError):
-        known = False
-    if not known:
-        raise ConfigError("device", "device", allowed="auto, cpu, or a GPU that torch sees", got=name)
-    return name
 
 
 def train(

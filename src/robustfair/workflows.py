@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,21 +13,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from robustfair.attacks.named import parse_attacks
 from robustfair.checkpoint import Checkpoint, write_checkpoint
 from robustfair.config import RobustFairWarning, build, format_eps, parse_norm, require
-from robustfair.data import ImageDataset, evaluation_batches, load_dataset
+from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import CheckpointError, DataError, ModelError
 from robustfair.evaluate.audit import CLEAN, Audit, audit, threat
-from robustfair.evaluate.compare import Comparison, compare
+from robustfair.evaluate.compare import Comparison, check_comparable, compare
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
+from robustfair.evaluate.finding import Finding
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.grouping import GroupRates
-from robustfair.evaluate.masking import random_output, thorough_findings
-from robustfair.evaluate.normalisation import suspect_model
-from robustfair.evaluate.sanity import Finding, compare_findings, findings
+from robustfair.evaluate.masking import checks_cut, thorough_findings
+from robustfair.evaluate.sanity import compare_findings, findings
 from robustfair.loading import Target, load_target
 from robustfair.models.head import head_norms
 from robustfair.progress import AuditProgress, TrainingProgress
@@ -36,7 +36,6 @@ from robustfair.report.corruptions import write_corruption_report
 from robustfair.report.html import write_report
 from robustfair.report.table import (
     before_after_table,
-    check_comparable,
     class_table,
     member_lines,
     render,
@@ -44,7 +43,7 @@ from robustfair.report.table import (
 )
 from robustfair.report.text import latex, markdown
 from robustfair.rundir import RunFolder, environment
-from robustfair.runner import read_repair, resolve_device, train
+from robustfair.runner import read_repair, train
 from robustfair.values import Threat
 
 SEVERITY = {"warn": "warning", "note": "note"}
@@ -61,7 +60,8 @@ class AuditRequest:
         norm, eps, step_size: the threat; 8/255 under linf if the run does not say.
         batch_size, seed, precision, engine, max_minutes, device: see `robustfair.evaluate.audit.audit`.
         points: keep where the model fails under attacks of the AutoAttack family.
-        checks: attack a sample again and again, to see whether the gradients lead anywhere.
+        checks: attack a sample again and again after the audit, in what is left of its time, to see whether the
+            gradients lead anywhere.
     """
 
     attacks: str
@@ -134,6 +134,8 @@ def audit_target(
 ) -> Audit:
     """Audit a loaded model on the images and the threat it was made for, or the requested ones.
 
+    An interruption of the thorough checks, which follow the attacks, ends them and keeps the audit.
+
     Args:
         images: what `request.images` gave, where the caller has loaded them already.
         out: where the audit will be saved, if not in the run's folder; an unfinished one keeps what it knows there.
@@ -142,18 +144,15 @@ def audit_target(
     Raises:
         DataError: the images' classes are not those the model was trained on.
     """
+    began = time.monotonic()
     data, part = _images_for(target, request, images)
     trained_for = target.meta.get("threat") or {}
     norm = trained_for.get("norm", "linf") if request.norm is None else request.norm
     usual = trained_for["eps"] if parse_norm(norm) == trained_for.get("norm") else None
     eps = usual if request.eps is None else request.eps
-    device = resolve_device(request.device)
     limits = threat(norm, eps, request.step_size)
     if baseline is not None:
         _require_comparable(baseline, data, limits)
-    found = [*suspect_model(target.model, data, device), *random_output(target.model, _few(data, device))]
-    if request.checks:
-        found += thorough_findings(target.model, data, limits, seed=request.seed, batch_size=request.batch_size)
     with AuditProgress(quiet=quiet) as progress:
         result = audit(
             target.model,
@@ -167,14 +166,31 @@ def audit_target(
             precision=request.precision,  # type: ignore[arg-type]
             engine=request.engine,  # type: ignore[arg-type]
             max_minutes=request.max_minutes,
-            journal=_journal(target, request, data, norm, eps, out),
+            journal=_journal(target, request, data, limits, out),
             keep_points=request.points,
-            device=device,
+            device=request.device,
             label=target.label,
             split=part,
             on_progress=progress,
         )
-    return replace(result, provenance={**result.provenance, "checks": [asdict(finding) for finding in found]})
+        if not request.checks:
+            return result
+        spent = (time.monotonic() - began) / 60
+        try:
+            found = thorough_findings(
+                target.model,
+                data,
+                limits,
+                seed=request.seed,
+                batch_size=request.batch_size,
+                precision=request.precision,  # type: ignore[arg-type]
+                max_minutes=None if request.max_minutes is None else request.max_minutes - spent,
+                on_progress=progress,
+            )
+        except KeyboardInterrupt:
+            found = (checks_cut("they were interrupted"),)
+    checks = [*result.provenance["checks"], *map(asdict, found)]
+    return replace(result, provenance={**result.provenance, "checks": checks})
 
 
 def _require_comparable(baseline: Audit, data: ImageDataset, limits: Threat) -> None:
@@ -217,7 +233,7 @@ def corruptions_of(
             frost=frost,
             published=published,
             batch_size=request.batch_size,
-            device=resolve_device(request.device),
+            device=request.device,
             seed=request.seed,
             precision=request.precision,  # type: ignore[arg-type]
             label=target.label,
@@ -262,21 +278,30 @@ def _images_for(
     return data, part
 
 
-def _few(data: ImageDataset, device: str) -> Tensor:
-    return next(evaluation_batches(data.subset(range(min(64, len(data)))).to(device), 64)).x
-
-
 def _journal(
-    target: Target, request: AuditRequest, data: ImageDataset, norm: str, eps: Any, out: Path | None
+    target: Target, request: AuditRequest, data: ImageDataset, limits: Threat, out: Path | None
 ) -> Path | None:
     """Where an audit that is not finished keeps what it knows; None where there is nowhere to."""
     audits = out or (target.folder.audits if target.folder else None)
     if audits is None:
         return None
     names = [attack.name for attack in parse_attacks(request.attacks)]
-    about = [names, norm, eps, request.step_size, request.seed, request.precision, request.engine, request.batch_size]
-    about += [data.fingerprint, len(data), target.checkpoint, target.label, request.points]
-    return audits / f"unfinished-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}.safetensors"
+    about = repr(
+        [
+            names,
+            limits,
+            request.seed,
+            request.precision,
+            request.engine,
+            request.batch_size,
+            data.fingerprint,
+            len(data),
+            target.checkpoint,
+            request.points,
+            target.label if out is not None or target.folder is None else None,
+        ]
+    )
+    return audits / f"unfinished-{hashlib.sha256(about.encode()).hexdigest()[:8]}.safetensors"
 
 
 def write_outputs(
@@ -433,6 +458,8 @@ def audit_text(
     """An audit, its groups and its gates as "table" (without the gates), "json", "markdown" or "latex"."""
     if form == "json":
         about = result.to_dict()
+        if baseline is not None:
+            about["comparison"] = compare(baseline, result).to_dict()
         if rates is not None:
             about["by_group"] = rates.to_dict()
         if checked:

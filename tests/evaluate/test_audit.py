@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reference.linear_robustness import margin_left, survives
@@ -17,6 +18,8 @@ from robustfair import metrics
 from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, UnknownNameError
 from robustfair.evaluate.audit import Audit, audit, load_audit, threat
+from robustfair.evaluate.compare import compare
+from robustfair.evaluate.sanity import findings
 from robustfair.values import Threat
 
 EPS = 0.1
@@ -259,6 +262,95 @@ def test_wrong_input_is_refused_before_any_attack() -> None:
         audit(model, data, attacks="pdg-20")
 
 
+class Never(nn.Module):
+    """A model that must not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("the model ran")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_minutes": "5"}, "audit: max_minutes must be a number, got '5'"),
+        ({"max_minutes": math.nan}, "audit: max_minutes must be > 0, got nan"),
+        ({"batch_size": 2.5}, "audit: batch_size must be a whole number >= 1, got 2.5"),
+        ({"batch_size": 0}, "audit: batch_size must be a whole number >= 1, got 0"),
+        ({"batch_size": -1}, "audit: batch_size must be a whole number >= 1, got -1"),
+        ({"seed": 1.5}, "audit: seed must be a whole number, got 1.5"),
+        ({"device": "nonsense"}, "device: device must be auto, cpu, or a GPU that torch sees, got 'nonsense'"),
+        pytest.param(
+            {"device": "cuda"},
+            "device: device must be auto, cpu, or a GPU that torch sees, got 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU"),
+        ),
+    ],
+    ids=str,
+)
+def test_values_that_make_no_sense_are_one_line_before_anything_runs(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        audit(Never(), two_classes(10)[1], attacks="clean", **options)
+    assert str(caught.value) == message
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    model, data = two_classes(10)
+    keys = {"seed": np.int64(3), "batch_size": np.int32(4), "device": torch.device("cpu")}
+    found = audit(model, data, attacks="pgd-1", journal=tmp_path / "journal", **keys)
+    assert load_audit(found.save(tmp_path, "audit")[0]).provenance["seed"] == 3
+
+
+# What an audit looks at first
+
+
+def codes(found: Audit) -> list[str]:
+    return [check["code"] for check in found.provenance["checks"]]
+
+
+def test_the_checks_of_the_model_are_kept_and_are_findings() -> None:
+    model, data = two_classes()
+    assert codes(audit(model, data, attacks="clean")) == []
+    sharp = nn.Sequential(model, nn.Softmax(1)).train()
+    found = audit(sharp, data, attacks="clean")
+    assert codes(found) == ["probabilities"]
+    assert "probabilities" in {finding.code for finding in findings(found)}
+    assert codes(audit(sharp, data, attacks="clean", checks=False)) == []
+    dark = replace(data, images=(data.images > 127).byte())
+    assert "dark-images" in codes(audit(model, dark, attacks="clean"))
+
+
+def test_a_random_model_is_warned_of_once() -> None:
+    model, data = two_classes()
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return model(x + 0.1 * torch.randn_like(x))
+
+    assert codes(audit(Noisy(), data, attacks="clean")) == ["random-output"]
+
+
+def test_a_model_that_fails_is_the_same_clear_error_with_checks_and_without() -> None:
+    _, data = two_classes(10)
+
+    def failing(x: Tensor) -> Tensor:
+        raise ValueError("no such layer")
+
+    class Model(nn.Module):
+        def __init__(self, forward) -> None:
+            super().__init__()
+            self.forward = forward
+
+    for forward, message in (
+        (failing, "does not accept input of shape .* no such layer"),
+        (lambda x: x, "must return logits"),
+        (lambda x: x.flatten(1)[:, :3], "3 outputs, data has 2 classes"),
+        (lambda x: torch.full((len(x), 2), math.nan), "not finite"),
+    ):
+        for checks in (True, False):
+            with pytest.raises(ModelError, match=message):
+                audit(Model(forward), data, attacks="clean", checks=checks)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -366,7 +458,69 @@ def test_predictions_that_do_not_fit_are_refused(change: dict, message: str) -> 
         replace(by_hand(), **change)
 
 
+def strong() -> Audit:
+    """`by_hand` with a strong attack of two members: images 1 and 2 fell to the first, image 5 to the second."""
+    found = by_hand()
+    members = {"apgd-ce(steps=5)": 1.0, "square(p_init=0.5)": 1.0}
+    return replace(
+        found,
+        predictions={**found.predictions, "autoattack(version=plus)": torch.tensor([0, 2, 1, 1, 1, 0, 1, 1])},
+        settings={**found.settings, "autoattack(version=plus)": {"ran": members}},
+        broken_by={"autoattack(version=plus)": torch.tensor([-1, 0, 0, -1, -1, 1, -1, -1])},
+        points={"autoattack(version=plus)": {2: torch.rand(1, 2, 2), 5: torch.rand(1, 2, 2), 1: torch.rand(1, 2, 2)}},
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["autoattack(version=plus)", "AutoAttack( Version = plus )", "auto_attack(version=plus)"]
+)
+def test_who_broke_what_is_found_in_any_spelling(name: str) -> None:
+    found = strong()
+    fell = found.fell_to(name)
+    assert {member: count.tolist() for member, count in fell.items()} == {
+        "apgd-ce(steps=5)": [2, 0, 0],
+        "square(p_init=0.5)": [0, 1, 0],
+    }
+    assert found.average(name) == 4 / 8
+
+
+def test_an_attack_without_members_broke_by_none_and_an_unknown_one_is_refused() -> None:
+    found = strong()
+    assert found.fell_to("PGD-20") == found.fell_to("clean") == found.fell_to("robust") == {}
+    with pytest.raises(UnknownNameError, match="attack of this audit 'pgd-21': did you mean pgd-20"):
+        found.fell_to("pgd-21")
+
+
 # On disk
+
+
+def test_points_are_read_back(tmp_path: Path) -> None:
+    first = strong()
+    second = load_audit(first.save(tmp_path, "audit")[0])
+    (points,) = second.points.values()
+    assert list(points) == [2, 5, 1]
+    assert all(torch.equal(points[row], point) for row, point in first.points["autoattack(version=plus)"].items())
+    none = replace(first, points={"autoattack(version=plus)": {}})
+    assert load_audit(none.save(tmp_path, "none")[0]).points == none.points
+    assert second.save(tmp_path, "again")[2].read_bytes() == (tmp_path / "audit.points.safetensors").read_bytes()
+    assert compare(second, first).under("robust").average.difference.change == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "lengths", "names"])
+def test_damaged_points_are_one_clear_error(tmp_path: Path, damage: str) -> None:
+    path = strong().save(tmp_path, "audit")[2]
+    content, tensors = path.read_bytes(), load_file(path)
+    if damage in ("cut", "empty"):
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    elif damage == "lengths":
+        save_file({name: value[:2] if name.endswith("/image") else value for name, value in tensors.items()}, path)
+    else:
+        save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match=r"audit\.points\.safetensors") as caught:
+        load_audit(tmp_path / "audit")
+    assert "\n" not in str(caught.value)
+    path.unlink()
+    assert load_audit(tmp_path / "audit").points == {}
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from reference import metrics as reference
 from reference.audits import made_audit, random_audit
 from robustfair import metrics
 from robustfair.errors import ConfigError, DataError, UnknownNameError
-from robustfair.evaluate.audit import Audit
-from robustfair.evaluate.compare import check_comparable, compare, compare_many, shortfall, unfinished
-from robustfair.evaluate.sanity import paired_difference
+from robustfair.evaluate.audit import Audit, shortfall
+from robustfair.evaluate.compare import check_comparable, compare, compare_many
+from robustfair.evaluate.finding import paired_difference
 from robustfair.values import Threat
 
 CW = "cw-50(restarts=5)"
@@ -165,6 +166,18 @@ def test_what_cannot_be_compared_is_refused_with_its_difference(what: str, messa
             check_comparable(audit, other(audit, what))
 
 
+@pytest.mark.parametrize("given", ["a.json", Path("a.json"), None, {}], ids=str)
+def test_something_else_than_an_audit_is_refused_with_the_next_step(given: Any) -> None:
+    audit = random_audit(1)
+    for pair, which in (((given, audit), "before"), ((audit, given), "after")):
+        with pytest.raises(
+            ConfigError, match=rf"compare: {which} must be an Audit, got .*robustfair\.load_audit\(path\)"
+        ):
+            compare(*pair)
+    with pytest.raises(ConfigError, match=r"load_audit\(path\)"):
+        compare_many([given, audit])
+
+
 def test_settings_of_an_attack_that_is_not_compared_may_differ() -> None:
     audit = random_audit(1)
     changed = replace(audit, settings={**audit.settings, CW: {"steps": 7}})
@@ -180,16 +193,19 @@ def cut(audit: Audit, **ran: float) -> Audit:
 
 def test_what_a_time_budget_cut_is_noted() -> None:
     audit, short = random_audit(1), cut(random_audit(2, model="short"), apgd_ce=1.0, apgd_t=0.4, square=0.0)
-    assert unfinished(audit, CW) == unfinished(short, "pgd-20") == unfinished(short, "clean") == {}
+    assert audit.unfinished(CW) == short.unfinished("pgd-20") == short.unfinished("clean") == {}
     parts = {f"apgd-t of {CW}": 0.4, f"square of {CW}": 0.0}
-    assert unfinished(short, CW) == unfinished(short, "robust") == parts
+    assert short.unfinished(CW) == short.unfinished("robust") == short.unfinished() == parts
+    assert audit.complete
+    assert not short.complete
     words = f"the time budget left apgd-t of {CW} at 40 %, square of {CW} at 0 %"
     assert shortfall(parts) == words
     assert compare(audit, short).notes == (f"short: {words}; its accuracy there is an upper bound",)
     assert compare(audit, short, attacks=["clean"]).notes == ()
     missing = replace(audit, provenance={"not_run": ["fab-t"]})
-    assert unfinished(missing, "robust") == unfinished(missing, "fab-t") == {"fab-t": 0.0}
-    assert unfinished(missing, "pgd-20") == {}
+    assert missing.unfinished() == missing.unfinished("fab-t") == {"fab-t": 0.0}
+    assert missing.unfinished("pgd-20") == {}
+    assert not missing.complete
 
 
 def test_many_are_compared_with_the_first() -> None:

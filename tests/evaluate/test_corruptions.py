@@ -347,7 +347,12 @@ def test_names_of_corruptions_and_sets() -> None:
     [
         ({"severities": (0, 1)}, "severities must be whole numbers from 1 to 5"),
         ({"severities": ()}, "severities must be whole numbers from 1 to 5"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"severities": 3}, r"severities must be whole numbers from 1 to 5, got 3\. Write them as \(1, 3\), one alone"),
+        ({"severities": ("3",)}, r"whole numbers from 1 to 5, got \('3',\)\. Write them as \(1, 3\)"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
+        ({"batch_size": 2.5}, r"batch_size must be a whole number >= 1, got 2\.5"),
+        ({"seed": 1.5}, r"seed must be a whole number, got 1\.5"),
+        ({"device": "nonsense"}, "device must be auto, cpu, or a GPU that torch sees, got 'nonsense'"),
         ({"precision": "fp8"}, "precision must be fp32 or bf16, got 'fp8'"),
         ({"scale": "huge"}, "corruption: scale must be auto or cifar or imagenet"),
     ],
@@ -368,5 +373,7 @@ def test_images_that_cannot_be_corrupted_are_refused_before_the_model_runs() -> 
         audit_corruptions(Never(), dataset().subset([]))
     with pytest.raises(DataError, match=r"frost: .* is not a folder"):
         audit_corruptions(Never(), dataset(), frost="/nowhere")
+    with pytest.raises(DataError, match=r"frost: .* is not a folder"):
+        audit_corruptions(Never(), dataset(), corruptions="fog", frost="/nowhere")
     with pytest.raises(ConfigError, match="dataset must be an ImageDataset, got 'Tensor'"):
         audit_corruptions(Never(), dataset().images)  # type: ignore[arg-type]

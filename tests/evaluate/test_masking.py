@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from robustfair.data import ImageDataset
-from robustfair.evaluate import masking
-from robustfair.evaluate.audit import audit
-from robustfair.evaluate.masking import random_output, thorough_findings
-from robustfair.evaluate.sanity import Finding, findings
+from robustfair.evaluate import masking, thorough_findings
+from robustfair.evaluate.audit import Audit, audit
+from robustfair.evaluate.finding import Finding
+from robustfair.evaluate.sanity import findings
 from robustfair.values import Threat
 
 Net = Callable[..., nn.Module]
@@ -48,81 +48,13 @@ def codes(found: tuple[Finding, ...]) -> list[str]:
     return [finding.code for finding in found]
 
 
-# Random output
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda x: F.dropout(x, 0.2, training=True),
-        lambda x: x + 0.05 * torch.randn_like(x),
-        lambda x: x.roll(int(torch.randint(1, 4, ())), 3),
-    ],
-    ids=["dropout", "noise", "shift"],
-)
-def test_random_output_is_a_warning(robust_net: nn.Module, digits: ImageDataset, change: Any) -> None:
-    torch.manual_seed(0)
-    (finding,) = random_output(Before(robust_net, change), digits.images / 255)
-    assert (finding.code, finding.severity) == ("random-output", "warn")
-    assert "of 60 predictions change" in finding.text
-    assert "average over the randomness" in finding.advice
-
-
-def test_predictions_that_change_are_counted() -> None:
-    class Alternating(nn.Module):
-        """The second half of the images changes its class at every pass."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.passes = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.passes += 1
-            logits = torch.tensor([[0.0, 1.0]]).repeat(len(x), 1)
-            if self.passes % 2:
-                logits[len(x) // 2 :] = torch.tensor([1.0, 0.0])
-            return logits
-
-    (finding,) = random_output(Alternating(), torch.rand(10, 1, 4, 4))
-    assert "up to 1 apart in 5 passes, where logits spread over 1; 5 of 10 predictions change" in finding.text
-
-
-def test_a_fixed_function_is_none(robust_net: nn.Module, tiny_net: Net, digits: ImageDataset) -> None:
-    assert random_output(robust_net, digits.images / 255) == ()
-    assert random_output(Before(robust_net, rounded), digits.images / 255) == ()
-    dropout = tiny_net(classes=3, dropout=0.5).train()
-    assert random_output(dropout, torch.rand(8, 1, 6, 6)) == ()
-    assert dropout.training, "it keeps its modes"
-    assert dropout.dropout.training
-
-
-def test_rounding_between_passes_is_none() -> None:
-    class Jitter(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            logits = torch.stack([x.flatten(1).sum(1), 5 - x.flatten(1).sum(1)], 1)
-            return logits + 1e-6 * torch.rand_like(logits)
-
-    assert random_output(Jitter(), torch.rand(8, 1, 6, 6)) == ()
-
-
-def test_a_model_of_one_constant_answer_is_none() -> None:
-    class Constant(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.zeros(len(x), 3)
-
-    assert random_output(Constant(), torch.rand(4, 1, 6, 6)) == ()
-
-
-# The thorough checks
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_none_fires_on_an_ordinary_network(
+def test_none_warns_of_an_ordinary_network(
     robust_net: nn.Module, digits: ImageDataset, small_sample: None, norm: Any
 ) -> None:
     threat = THREAT if norm == "linf" else Threat(norm="l2", eps=0.6, step_size=0.1)
-    assert thorough_findings(robust_net, digits, threat) == ()
-    assert random_output(robust_net, digits.images / 255) == ()
+    found = thorough_findings(robust_net, digits, threat)
+    assert all(finding.severity == "note" for finding in found), "one image of sixty is more than a point"
 
 
 def test_gradients_that_are_rounded_away(robust_net: nn.Module, digits: ImageDataset, small_sample: None) -> None:
@@ -134,8 +66,9 @@ def test_gradients_that_are_rounded_away(robust_net: nn.Module, digits: ImageDat
     figures = audit(masked, digits, attacks=["pgd-20", "square(queries=150)"], eps=0.1)
     square, pgd = (f"{100 * figures.average(name):.1f} %" for name in ("square(queries=150)", "pgd-20"))
     assert by_code["square-beats-pgd"].text.startswith(
-        f"square(queries=150) leaves {square} of 60 images, pgd-20 {pgd}:"
+        f"square(queries=150) leaves {square} of 60 images, pgd-20 {pgd}, "
     )
+    assert "points fewer (95 % interval" in by_code["square-beats-pgd"].text
     assert "At radius 0.5 (linf)" in by_code["robust-at-large-radius"].text
     assert "masked-gradient" in codes(findings(figures)), "an audit sees the zero gradients by itself"
 
@@ -160,18 +93,20 @@ def test_the_large_radius_turns_any_image_grey(robust_net: nn.Module, digits: Im
 def test_the_sample_is_the_first_images_of_each_class(
     robust_net: nn.Module, digits: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[str, float, int]] = []
+    seen: list[tuple[tuple[str, ...], float, int, str]] = []
 
     def watched(model: nn.Module, data: ImageDataset, **keys: Any) -> Any:
         assert data.fingerprint == digits.limit_per_class(2).fingerprint
-        seen.extend((name, keys["eps"], keys["seed"]) for name in [keys["attacks"]])
+        assert not keys["checks"]
+        seen.append((keys["attacks"], keys["eps"], keys["seed"], keys["precision"]))
         return audit(model, data, attacks="pgd-20,pgd-100,pgd-20(restarts=5),square(queries=9)", eps=0.01)
 
     monkeypatch.setattr(masking, "SAMPLE", 29)
     monkeypatch.setattr(masking, "SQUARE", "square(queries=9)")
     monkeypatch.setattr(masking, "audit", watched)
-    thorough_findings(robust_net, digits, THREAT, seed=3)
-    assert seen == [(["pgd-20", "pgd-100", "pgd-20(restarts=5)", "square(queries=9)"], 0.1, 3), ("pgd-20", 0.5, 3)]
+    thorough_findings(robust_net, digits, THREAT, seed=3, precision="bf16")
+    again = ("pgd-20", "pgd-100", "pgd-20(restarts=5)", "square(queries=9)")
+    assert seen == [(again, 0.1, 3, "bf16"), (("pgd-20",), 0.5, 3, "bf16")]
 
 
 def test_a_model_that_is_never_right_has_nothing_to_mask(
@@ -192,3 +127,94 @@ def test_the_model_leaves_as_it_came(tiny_net: Net, small_sample: None, digits: 
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# What counts as a drop
+
+
+def leaving(**left: int) -> Audit:
+    """An audit of 256 images of which so many stay right; attacks of the checks by short names."""
+    names = {"base": masking.BASE, "longer": masking.LONGER, "restarted": masking.RESTARTED, "square": masking.SQUARE}
+    labels = torch.arange(256) % 2
+    columns = {names[key]: torch.where(torch.arange(256) < n, labels, 1 - labels) for key, n in left.items()}
+    return Audit(
+        model="made",
+        data="made",
+        class_names=("a", "b"),
+        index=torch.arange(256),
+        labels=labels,
+        predictions={"clean": labels, **columns},
+        settings={name: {} for name in ("clean", *columns)},
+        threat=THREAT,
+    )
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, digits: ImageDataset, found: Audit) -> list[Finding]:
+    """The findings on a model for which the attacks of the checks leave this."""
+    far = leaving(base=0)
+    monkeypatch.setattr(masking, "audit", lambda *given, **keys: found if len(keys["attacks"]) > 1 else far)
+    return list(thorough_findings(nn.Flatten(), digits, THREAT))
+
+
+def test_more_than_a_point_is_flagged_with_its_interval(monkeypatch: pytest.MonkeyPatch, digits: ImageDataset) -> None:
+    assert judged(monkeypatch, digits, leaving(base=128, longer=126, restarted=128, square=128)) == []
+    (finding,) = judged(monkeypatch, digits, leaving(base=128, longer=125, restarted=120, square=128))
+    assert (finding.code, finding.severity) == ("not-converged", "note")
+    assert finding.text.startswith(
+        "pgd-20 leaves 50.0 % of 256 images, pgd-100 48.8 %, 1.2 points fewer (95 % interval -0.3 to 2.7); "
+        "pgd-20(restarts=5) 46.9 %, 3.1 points fewer (95 % interval 0.9 to 5.3): "
+    ), finding.text
+
+
+@pytest.mark.parametrize(("left", "severity"), [(126, None), (125, "note"), (110, "warn")])
+def test_square_is_noted_from_a_point_on_and_warned_of_beyond_chance(
+    monkeypatch: pytest.MonkeyPatch, digits: ImageDataset, left: int, severity: str | None
+) -> None:
+    found = judged(monkeypatch, digits, leaving(base=128, longer=128, restarted=128, square=left))
+    assert [(finding.code, finding.severity) for finding in found] == (
+        [("square-beats-pgd", severity)] if severity else []
+    )
+    assert all("points fewer (95 % interval " in finding.text for finding in found)
+
+
+# Time and progress
+
+
+def test_without_time_nothing_runs_and_that_is_said(digits: ImageDataset, small_sample: None) -> None:
+    class Never(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("the model ran")
+
+    (finding,) = thorough_findings(Never(), digits, THREAT, max_minutes=-0.5)
+    assert (finding.code, finding.severity) == ("checks-cut", "note")
+    assert "the time budget left pgd-20 at 0 %, pgd-100 at 0 %, " in finding.text
+    assert finding.text.endswith("square(queries=150) at 0 %, pgd-20 at a large radius at 0 %.")
+
+
+def test_attacks_that_were_cut_prove_nothing(
+    robust_net: nn.Module, digits: ImageDataset, small_sample: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a masked model, by a clock that a pass moves on by a minute."""
+    masked, now = Before(robust_net, rounded), [0.0]
+    masked.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 60.0))
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    begun: dict[str, float] = {}
+    whole = thorough_findings(masked, digits, THREAT, on_progress=lambda name, *_: begun.setdefault(name, now[0]))
+    assert {"square-beats-pgd", "robust-at-large-radius"} <= set(codes(whole))
+    early = thorough_findings(masked, digits, THREAT, max_minutes=10)
+    assert codes(early) == ["checks-cut"]
+    assert "pgd-100 at 0 %" in early[0].text
+    half = thorough_findings(masked, digits, THREAT, max_minutes=begun["check square(queries=150)"] / 60 + 1)
+    assert set(codes(half)) <= {"not-converged", "checks-cut"}
+    assert re.search(r"the time budget left square\(queries=150\) at [1-9]\d? %, pgd-20 at a large", half[-1].text)
+
+
+def test_progress_bears_the_names_of_the_checks(
+    robust_net: nn.Module, digits: ImageDataset, small_sample: None
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    thorough_findings(robust_net, digits, THREAT, on_progress=lambda *call: told.append(call))
+    names = ["clean", "pgd-20", "pgd-100", "pgd-20(restarts=5)", "square(queries=150)"]
+    far = [f"check {name} at a large radius" for name in ("clean", "pgd-20")]
+    assert list(dict.fromkeys(name for name, *_ in told)) == [*(f"check {name}" for name in names), *far]
+    assert ("check clean", 60, 60) in told

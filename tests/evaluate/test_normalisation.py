@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import DataError, ModelError
-from robustfair.evaluate.normalisation import (
+from robustfair.evaluate import (
+    random_output,
     suspect_mode,
     suspect_model,
     suspect_normalisation,
@@ -225,7 +226,81 @@ def test_batch_statistics_and_dropout_in_eval_mode_are_warned_about(
     assert "depend on the other images of its batch" in finding.text
     random = Behind(tiny_net(channels=3, classes=10).eval(), lambda x: F.dropout(x, 0.3, training=True))
     (finding,) = suspect_mode(random, images)
-    assert "other logits each time" in finding.text
+    assert (finding.code, finding.severity) == ("random-output", "warn")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: F.dropout(x, 0.2, training=True),
+        lambda x: x + 0.05 * torch.randn_like(x),
+        lambda x: x.roll(int(torch.randint(1, 4, ())), 3),
+    ],
+    ids=["dropout", "noise", "shift"],
+)
+def test_random_output_is_a_warning(robust_net: nn.Module, digits: ImageDataset, change: Before) -> None:
+    torch.manual_seed(0)
+    (finding,) = random_output(Behind(robust_net, change), digits.images / 255)
+    assert (finding.code, finding.severity) == ("random-output", "warn")
+    assert "of 60 predictions change" in finding.text
+    assert "average over the randomness" in finding.advice
+
+
+def test_predictions_that_change_are_counted() -> None:
+    class Alternating(nn.Module):
+        """The second half of the images changes its class at every pass."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            logits = torch.tensor([[0.0, 1.0]]).repeat(len(x), 1)
+            if self.passes % 2:
+                logits[len(x) // 2 :] = torch.tensor([1.0, 0.0])
+            return logits
+
+    (finding,) = random_output(Alternating(), torch.rand(10, 1, 4, 4))
+    assert "up to 1 apart in 5 passes, where logits spread over 1; 5 of 10 predictions change" in finding.text
+
+
+def test_a_fixed_function_is_none(
+    robust_net: nn.Module, tiny_net: Callable[..., nn.Module], digits: ImageDataset
+) -> None:
+    assert random_output(robust_net, digits.images / 255) == []
+    assert random_output(Behind(robust_net, lambda x: torch.round(7 * x) / 7), digits.images / 255) == []
+    dropout = tiny_net(classes=3, dropout=0.5).train()
+    assert random_output(dropout, torch.rand(8, 1, 6, 6)) == []
+    assert dropout.training, "it keeps its modes"
+    assert dropout.dropout.training
+
+
+def test_rounding_between_passes_is_none() -> None:
+    class Jitter(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = torch.stack([x.flatten(1).sum(1), 5 - x.flatten(1).sum(1)], 1)
+            return logits + 1e-6 * torch.rand_like(logits)
+
+    assert random_output(Jitter(), torch.rand(8, 1, 6, 6)) == []
+
+
+def test_a_model_of_one_constant_answer_is_none() -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros(len(x), 3)
+
+    assert random_output(Constant(), torch.rand(4, 1, 6, 6)) == []
+
+
+def test_a_model_that_refuses_other_pixels_is_not_asked_again(images: ImageDataset, network: nn.Module) -> None:
+    class Strict(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not 0 <= float(x.min()) <= float(x.max()) <= 1:
+                raise ValueError("pixels must be in [0, 1]")
+            return -network(x)
+
+    assert suspect_model(Strict(), images) == []
 
 
 def test_images_that_were_scaled_before_they_became_bytes(images: ImageDataset) -> None:

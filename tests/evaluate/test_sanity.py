@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from robustfair.data import ImageDataset
 from robustfair.errors import DataError
 from robustfair.evaluate.audit import Audit, audit
-from robustfair.evaluate.sanity import compare_findings, findings, paired_difference
+from robustfair.evaluate.sanity import compare_findings, findings
 from robustfair.values import Threat
 
 SETTINGS = {
@@ -135,6 +134,52 @@ def test_an_audit_without_a_second_goal_is_noted(attacks: tuple[str, ...]) -> No
     assert codes(audit) == [("weak-attacks", "note")]
 
 
+ENSEMBLE = ("apgd-ce", "apgd-t", "fab-t", "square(queries=50)", "apgd-dlr")
+
+
+def broken(*numbers: int, members: tuple[str, ...] = ENSEMBLE, ran: float = 1.0) -> Audit:
+    """Of a thousand images, `numbers[i]` fell to the i-th member of autoattack."""
+    audit = made({"clean": [500, 500], CW: [500, 500]})
+    column = torch.full_like(audit.labels, -1)
+    column[: sum(numbers)] = torch.arange(len(numbers)).repeat_interleave(torch.tensor(numbers))
+    return replace(
+        audit,
+        predictions={**audit.predictions, "autoattack": torch.where(column < 0, audit.labels, 1 - audit.labels)},
+        settings={**audit.settings, "autoattack": {"goal": "ensemble", "ran": dict.fromkeys(members, ran)}},
+        broken_by={"autoattack": column},
+    )
+
+
+def test_square_that_breaks_what_gradients_could_not_is_a_warning() -> None:
+    (finding,) = findings(broken(300, 20, 0, 10, 50))
+    assert (finding.code, finding.severity) == ("square-beats-gradients", "warn")
+    assert (
+        "In autoattack square(queries=50) broke 10 images, 1.0 % of all, on which apgd-ce, apgd-t and fab-t had "
+        "failed: a search without gradients does better" in finding.text
+    )
+    assert "Do not quote gradient attacks" in finding.advice
+    assert findings(broken(300, 20, 0, 9)) == (), "less than one image in a hundred"
+    assert findings(broken(300, 20, members=("square(queries=50)", "apgd-ce"))) == (), "no gradients before it"
+    assert findings(broken(300, members=("square(queries=50)",))) == ()
+
+
+def test_what_the_time_cut_is_told_in_the_words_of_the_audit() -> None:
+    cut = broken(300, ran=0.5)
+    (finding,) = findings(replace(cut, provenance={"not_run": ["fab"]}))
+    assert (finding.code, finding.severity) == ("cut-short", "warn")
+    assert "the time budget left fab at 0 %, apgd-ce of autoattack at 50 %, " in finding.text
+    assert finding.text.endswith("Robust accuracies are upper bounds.")
+
+
+def test_points_without_a_class_are_told_as_losses() -> None:
+    audit = broken(300)
+    settings = {**audit.settings, "autoattack": {**audit.settings["autoattack"], "not_finite": 1200}}
+    (finding,) = findings(replace(audit, settings=settings))
+    assert (finding.code, finding.severity) == ("not-finite", "warn")
+    assert "autoattack met 1,200. Such images count as lost under every attack" in finding.text
+    assert "looks robust" not in finding.text
+
+
 def test_warnings_come_first() -> None:
     audit = made({"clean": [20, 20], "pgd-20": [20, 20], CW: [2, 2]}, per_class=25)
     assert [finding.severity for finding in findings(audit)] == ["warn", "note"]
@@ -183,31 +228,11 @@ def test_gains_under_pgd_alone_are_noted_as_unchecked() -> None:
 
 
 def test_audits_of_other_images_are_not_compared() -> None:
+    five = made({"clean": [4, 4]}, per_class=5)
     with pytest.raises(DataError, match="same images"):
-        compare_findings(made({"clean": [4, 4]}, per_class=5), made({"clean": [4, 4]}, per_class=6))
-
-
-def test_paired_difference_against_its_formula_and_its_coverage() -> None:
-    a, b = (
-        torch.tensor([True] * 30 + [False] * 70),
-        torch.tensor([True] * 10 + [False] * 10 + [True] * 5 + [False] * 75),
-    )
-    only_a, only_b = 15, 0
-    centre = (only_a - only_b) / 102
-    deviation = math.sqrt(((only_a + 0.5) + (only_b + 0.5)) / 102 - centre**2)
-    value, lower, upper = paired_difference(a, b)
-    assert value == pytest.approx(0.15)
-    assert (lower, upper) == pytest.approx(
-        (centre - 1.96 * deviation / math.sqrt(102), centre + 1.96 * deviation / math.sqrt(102)), abs=1e-4
-    )
-
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        cell = torch.from_numpy(rng.choice(4, size=120, p=[0.5, 0.12, 0.04, 0.34]))
-        _, lower, upper = paired_difference(cell <= 1, (cell == 0) | (cell == 2))
-        covered += lower <= 0.08 <= upper
-    assert 0.92 < covered / 400 < 0.98
+        compare_findings(five, made({"clean": [4, 4]}, per_class=6))
+    with pytest.raises(DataError, match="different threats"):
+        compare_findings(five, replace(five, threat=Threat(eps=0.5)))
 
 
 def test_a_model_that_rounds_its_gradient_away_is_called_masked() -> None:

@@ -2,9 +2,19 @@
 
 from robustfair.evaluate.audit import Audit, WorstClass, audit, load_audit, threat
 from robustfair.evaluate.compare import Comparison, compare, compare_many
+from robustfair.evaluate.finding import Finding
 from robustfair.evaluate.gates import GateResult, check, parse_gate
 from robustfair.evaluate.grouping import GroupRates, read_groups, regroup
-from robustfair.evaluate.sanity import Finding, compare_findings, findings
+from robustfair.evaluate.masking import thorough_findings
+from robustfair.evaluate.normalisation import (
+    random_output,
+    suspect_mode,
+    suspect_model,
+    suspect_normalisation,
+    suspect_outputs,
+    suspect_pixels,
+)
+from robustfair.evaluate.sanity import compare_findings, findings
 
 __all__ = [
     "Audit",
@@ -21,7 +31,14 @@ __all__ = [
     "findings",
     "load_audit",
     "parse_gate",
+    "random_output",
     "read_groups",
     "regroup",
+    "suspect_mode",
+    "suspect_model",
+    "suspect_normalisation",
+    "suspect_outputs",
+    "suspect_pixels",
+    "thorough_findings",
     "threat",
 ]

@@ -9,11 +9,13 @@ only searches. On disk an audit is counts (JSON) and predictions (npz), never ra
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,15 +29,24 @@ from robustfair.attacks.strong import Engine, StrongAttack
 from robustfair.checkpoint import write_json
 from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, require
 from robustfair.data import ImageDataset, evaluation_batches
+from robustfair.devices import resolve_device
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
 from robustfair.evaluate.capacity import images_that_fit
-from robustfair.evaluate.columns import Columns, Progress, Sweeper, search_precisions
-from robustfair.evaluate.files import as_json, paths, read_pair, write_arrays, write_tensors
+from robustfair.evaluate.columns import Progress, Sweeper, search_precisions
+from robustfair.evaluate.files import (
+    as_json,
+    paths,
+    points_path,
+    read_pair,
+    read_tensors,
+    write_arrays,
+    write_tensors,
+)
 from robustfair.evaluate.journal import Journal, weights_fingerprint
+from robustfair.evaluate.normalisation import suspect_model
 from robustfair.evaluate.strong import require_reference
 from robustfair.memory import kept_memory
 from robustfair.models.head import check_outputs, head_norms, unwrap
-from robustfair.registry import canonical
 from robustfair.rundir import versions
 from robustfair.training.precision import full_float32
 from robustfair.values import Threat, default_eps, default_step
@@ -82,7 +93,8 @@ class Audit:
         group_names: names of the super-classes, empty without groups.
         broken_by: strong attack -> (N,) number of the member that broke the image, -1 where none did.
         points: strong attack -> image -> (C, H, W) where the model gives the prediction; kept only if asked for.
-        provenance: versions, seed, precision, device, seconds per attack, date, as JSON values.
+        provenance: versions, seed, precision, device, seconds per attack, date, what was found on the model, as JSON
+            values.
 
     Raises:
         DataError: arrays that do not fit each other or the classes.
@@ -134,8 +146,20 @@ class Audit:
     @property
     def complete(self) -> bool:
         """Whether every attack that was asked for ran to its end."""
-        shares = [share for about in self.settings.values() for share in about.get("ran", {}).values()]
-        return min(shares, default=1.0) >= 1 and not self.provenance.get("not_run")
+        return not self.unfinished()
+
+    def unfinished(self, attack: str = ROBUST) -> dict[str, float]:
+        """The parts of an attack that a time budget cut short, and how far each came; of every attack for "robust".
+
+        An accuracy that was measured so is an upper bound. `shortfall` puts it in words.
+        """
+        parts = dict.fromkeys(self.provenance.get("not_run", ()), 0.0)
+        if attack != ROBUST:
+            parts = {name: share for name, share in parts.items() if name == attack}
+        for name in self.attacks if attack == ROBUST else (attack,):
+            ran = self.settings.get(name, {}).get("ran", {})
+            parts |= {part if part == name else f"{part} of {name}": share for part, share in ran.items() if share < 1}
+        return parts
 
     def prediction(self, attack: str) -> Tensor:
         """(N,) predicted classes.
@@ -143,12 +167,8 @@ class Audit:
         Raises:
             UnknownNameError: the audit holds no such attack.
         """
-        for name in (attack, canonical(attack)):
-            if name in self.predictions:
-                return self.predictions[name]
-            if name == ROBUST:
-                return self._robust()
-        raise UnknownNameError("attack of this audit", attack, (*self.attacks, ROBUST))
+        name = self._name(attack)
+        return self._robust() if name == ROBUST else self.predictions[name]
 
     def hits(self, attack: str) -> Tensor:
         """(N,) bool, whether the prediction is right."""
@@ -277,7 +297,7 @@ class Audit:
         return write_report(path, self, **options)
 
     def _save_points(self, beside: Path) -> tuple[Path, ...]:
-        path = beside.with_name(f"{beside.name.removesuffix('.json')}.points.safetensors")
+        path = points_path(beside)
         if not self.points:
             path.unlink(missing_ok=True)
             return ()
@@ -288,6 +308,9 @@ class Audit:
         write_tensors(path, tensors)
         return (path,)
 
+    def _name(self, attack: str) -> str:
+        return find_attack(attack, (*self.attacks, ROBUST), "attack of this audit")
+
     def _robust(self) -> Tensor:
         prediction = self.labels
         for name in reversed(self.attacks):
@@ -296,13 +319,18 @@ class Audit:
         return prediction
 
     def fell_to(self, attack: str) -> dict[str, Tensor]:
-        """Of a strong attack: member -> (C,) images of each class that it broke, each on what the ones before left."""
-        if attack not in self.broken_by:
+        """Of a strong attack: member -> (C,) images of each class that it broke, each on what the ones before left.
+
+        Raises:
+            UnknownNameError: the audit holds no such attack.
+        """
+        name = self._name(attack)
+        if name not in self.broken_by:
             return {}
-        column = self.broken_by[attack]
+        column = self.broken_by[name]
         return {
             member: torch.bincount(self.labels[column == number], minlength=self.num_classes)
-            for number, member in enumerate(self.settings[attack]["ran"])
+            for number, member in enumerate(self.settings[name]["ran"])
         }
 
     def _members(self, attack: str) -> dict[str, Any]:
@@ -319,6 +347,35 @@ class Audit:
             "worst_interval": self.worst_interval(attack),
             "summary": self.summary(attack),
         }
+
+
+def find_attack(name: str, known: Iterable[str], kind: str) -> str:
+    """The entry of `known` that `name` spells, whatever its capitals, spaces, hyphens and underscores.
+
+    Raises:
+        UnknownNameError: there is none; `kind` says what was looked for.
+
+    >>> find_attack("CW_50(restarts=5,keep=best)", ["clean", "cw-50(restarts=5, keep=best)"], "attack")
+    'cw-50(restarts=5, keep=best)'
+    """
+    known = list(known)
+    for entry in known:
+        if _squeezed(entry) == _squeezed(name):
+            return entry
+    raise UnknownNameError(kind, name, known)
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+def shortfall(parts: Mapping[str, float]) -> str:
+    """What a time budget left undone, in words.
+
+    >>> shortfall({"apgd-t of autoattack": 0.4, "square of autoattack": 0.0})
+    'the time budget left apgd-t of autoattack at 40 %, square of autoattack at 0 %'
+    """
+    return f"the time budget left {', '.join(f'{part} at {100 * share:.0f} %' for part, share in parts.items())}"
 
 
 def threat(norm: str = "linf", eps: float | str | None = None, step_size: float | str | None = None) -> Threat:
@@ -352,6 +409,7 @@ def audit(
     max_minutes: float | None = None,
     journal: Path | None = None,
     keep_points: bool = False,
+    checks: bool = True,
     label: str = "",
     split: str = "test",
     on_progress: Progress | None = None,
@@ -370,24 +428,30 @@ def audit(
         norm: "linf" or "l2".
         step_size: of pgd-K and cw-K; None follows the radius, see `threat`.
         batch_size: images at a time; None is 250. Fewer where so many would not fit, see `capacity`.
+        device: where to run; "auto" is a GPU where there is one.
         seed: of the random starts.
         precision: in which attacks search, "fp32" or "bf16"; "auto" is fp32 for fgsm, pgd-K and cw-K, and for the
             AutoAttack family, but for FAB by itself, bf16 where the hardware has instructions for it. Predictions are
             the model's own always.
         engine: of the AutoAttack family: "native", or "reference" for pyautoattack.
-        max_minutes: stop then; what ran by then is in the audit, and `settings[attack]["ran"]` says how much of it.
+        max_minutes: stop then, counted from the call; what ran is in the audit, and `settings[attack]["ran"]` says how
+            much of it.
         journal: file that keeps what is known while the audit runs; where it exists the audit goes on from it.
         keep_points: keep where the model fails, per strong attack.
+        checks: look first, on some clean images, whether the model is fed as it was trained and gives the same logits
+            twice, see `normalisation.suspect_model`; what is found is among the `findings` on the audit.
         label: what reports call the model; its class name if empty.
         split: which part of the data this is, for the record.
         on_progress: called with (attack, images done, images in all) as work goes on; restarts count anew.
 
     Raises:
-        UnknownNameError, ConfigError: attacks or radii that cannot be read, or that the engine cannot run.
+        UnknownNameError, ConfigError: attacks or radii that cannot be read, or that the engine cannot run; a device
+            that is not there; another value that makes no sense.
         DataError: no images.
         ModelError: outputs that do not fit the classes, or are no numbers.
         CheckpointError: a journal of another audit.
     """
+    began = time.monotonic()
     if not isinstance(dataset, ImageDataset):
         got = type(dataset).__name__
         raise ConfigError("audit", "dataset", allowed="an ImageDataset", got=got, hint="Of splits, pass data.test")
@@ -396,11 +460,14 @@ def audit(
     for field_name, value, kind in (("precision", precision, SearchPrecision), ("engine", engine, Engine)):
         allowed = get_args(kind)
         require(value in allowed, "audit", field_name, allowed=f"one of {', '.join(allowed)}", got=value)
-    usable = max_minutes is None or max_minutes > 0
-    require(usable, "audit", "max_minutes", allowed="> 0", got=max_minutes)
+    if max_minutes is not None:
+        require(isinstance(max_minutes, Real), "audit", "max_minutes", allowed="a number", got=max_minutes)
+        require(max_minutes > 0, "audit", "max_minutes", allowed="> 0", got=max_minutes)
+    asked = BATCH_SIZE if batch_size is None else whole("audit", "batch_size", batch_size, least=1)
+    seed = whole("audit", "seed", seed)
+    device = torch.device(resolve_device(device))
     if len(dataset) == 0:
         raise DataError(f"{dataset.name}: no images to audit on")
-    device = torch.device(device)
     data = dataset.to(device)
     model.to(device)
     example = next(evaluation_batches(data, 2)).x
@@ -409,16 +476,17 @@ def audit(
         for attack in _strong(suite):
             require_reference(attack, data.num_classes)
     _warn_of_few_classes(suite, data.num_classes)
-    asked = BATCH_SIZE if batch_size is None else batch_size
+    size = min(asked, images_that_fit(model, example)) if len(suite) > 1 else asked
+    suspected = suspect_model(model, dataset, device, batch_size=size) if checks else []
     sweeper = Sweeper(
         model=model,
         data=data,
         threat=limits,
-        batch_size=min(asked, images_that_fit(model, example)) if len(suite) > 1 else asked,
+        batch_size=size,
         seed=seed,
         precisions=search_precisions(precision if engine == "native" else "fp32", device),
         engine=engine,
-        deadline=None if max_minutes is None else time.monotonic() + 60 * max_minutes,
+        deadline=None if max_minutes is None else began + 60 * max_minutes,
         keep_points=keep_points,
         on_progress=on_progress,
     )
@@ -436,8 +504,7 @@ def audit(
     with kept_memory(device), full_float32(), attacking(model, "eval"):
         found = sweeper.run(suite, None if journal is None else Journal(Path(journal), identity))
     ran = {name: {**settings[name], **found.about(name)} for name in found.predictions}
-    _warn_of_cut(found, max_minutes, journal)
-    return Audit(
+    result = Audit(
         model=label or type(unwrap(model)).__name__,
         data=dataset.name,
         class_names=dataset.class_names,
@@ -465,8 +532,26 @@ def audit(
             "not_run": found.not_run,
             "input_gradients": found.gradients,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "checks": [asdict(finding) for finding in suspected],
         },
     )
+    if not result.complete:
+        again = " The same command goes on from what is finished." if journal else ""
+        text = f"audit: {max_minutes:g} minutes are over: {shortfall(result.unfinished())}. Robust accuracies are "
+        warnings.warn(f"{text}upper bounds.{again}", RobustFairWarning, stacklevel=2)
+    return result
+
+
+def whole(owner: str, field: str, value: int, *, least: int | None = None) -> int:
+    """`value` as a plain int.
+
+    Raises:
+        ConfigError: it is no whole number, or below `least`.
+    """
+    allowed = "a whole number" if least is None else f"a whole number >= {least}"
+    fits = isinstance(value, Integral) and (least is None or value >= least)
+    require(fits, owner, field, allowed=allowed, got=value)
+    return int(value)
 
 
 def load_audit(path: Path | str) -> Audit:
@@ -495,6 +580,7 @@ def load_audit(path: Path | str) -> Audit:
             broken_by={
                 name: columns[f"{name}{BROKEN_BY}"] for name in about["attacks"] if f"{name}{BROKEN_BY}" in columns
             },
+            points=_read_points(points_path(json_path)),
             provenance=about["provenance"],
         )
         stored = {**about["attacks"], ROBUST: about[ROBUST]}
@@ -508,6 +594,18 @@ def load_audit(path: Path | str) -> Audit:
             f"{json_path} and {npz_path.name} disagree on {', '.join(differing)}: run the audit again"
         )
     return found
+
+
+def _read_points(path: Path) -> dict[str, dict[int, Tensor]]:
+    """The attacked images that `Audit.save` wrote; none where none were kept."""
+    tensors = read_tensors(path) if path.exists() else {}
+    try:
+        return {
+            name: dict(zip(tensors[f"{name}/image"].tolist(), tensors[f"{name}/pixels"], strict=True))
+            for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+        }
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{path} does not hold the attacked images of an audit: delete it") from None
 
 
 def _suite(attacks: str | Sequence[str]) -> tuple[AnyAttack, ...]:
@@ -526,23 +624,6 @@ def _warn_of_few_classes(suite: Sequence[AnyAttack], classes: int) -> None:
     for text in dict.fromkeys(member.warning(classes) for member in members):
         if text:
             warnings.warn(text, RobustFairWarning, stacklevel=3)
-
-
-def _warn_of_cut(found: Columns, max_minutes: float | None, journal: Path | None) -> None:
-    """Say that the time was up, and what that means."""
-    cut = [name for name in found.ran if min(found.ran[name].values()) < 1]
-    if not cut and not found.not_run:
-        return
-    parts = [f"{name} ran {_shares(found.ran[name])}" for name in cut]
-    parts += [f"{name} was not finished" for name in found.not_run]
-    means = " Its accuracy is an upper bound." if cut else ""
-    again = " The same command goes on from what is finished." if journal else ""
-    text = f"audit: {max_minutes:g} minutes are over: {'; '.join(parts)}.{means}{again}"
-    warnings.warn(text, RobustFairWarning, stacklevel=3)
-
-
-def _shares(ran: Mapping[str, float]) -> str:
-    return ", ".join(f"{share:.0%} of {member}" for member, share in ran.items())
 
 
 def _head_norms(model: nn.Module, example: Tensor) -> list[float] | None:

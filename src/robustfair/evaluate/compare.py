@@ -8,8 +8,9 @@ models: a paired bootstrap. All of it is described in `robustfair.metrics`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from robustfair import metrics
 from robustfair.config import format_eps, format_value, require
-from robustfair.errors import DataError, UnknownNameError
-from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, WorstClass
+from robustfair.errors import DataError
+from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, WorstClass, find_attack, shortfall
 from robustfair.evaluate.files import as_json
 from robustfair.values import Threat
 
@@ -184,8 +185,12 @@ def compare(
     Raises:
         DataError: the audits are not of the same images, classes or threat, or an attack ran with other settings.
         UnknownNameError: an attack that one of the audits lacks.
-        ConfigError: no attack, or level outside (0, 1).
+        ConfigError: no attack, level outside (0, 1), or something else than audits.
     """
+    for which, given in (("before", before), ("after", after)):
+        got = str(given) if isinstance(given, str | Path) else type(given).__name__
+        hint = "Read it with robustfair.load_audit(path)"
+        require(isinstance(given, Audit), "compare", which, allowed="an Audit", got=got, hint=hint)
     check_comparable(before, after)
     shared = [name for name in before.attacks if name in after.attacks]
     known = (*shared, ROBUST)
@@ -246,49 +251,6 @@ def check_comparable(before: Audit, after: Audit) -> None:
     threats = [f"{audit.threat.norm} eps {format_eps(audit.threat.eps)}" for audit in (before, after)]
     if threats[0] != threats[1]:
         raise DataError(f"{models} are under different threats, {' and '.join(threats)}: audit both under one")
-
-
-def unfinished(audit: Audit, attack: str) -> dict[str, float]:
-    """The parts of an attack that a time budget cut short, and how far each came; of every attack for "robust".
-
-    An accuracy that was measured so is an upper bound.
-    """
-    parts = dict.fromkeys(audit.provenance.get("not_run", ()), 0.0)
-    if attack != ROBUST:
-        parts = {name: share for name, share in parts.items() if name == attack}
-    for name in audit.attacks if attack == ROBUST else (attack,):
-        ran = audit.settings.get(name, {}).get("ran", {})
-        parts |= {part if part == name else f"{part} of {name}": share for part, share in ran.items() if share < 1}
-    return parts
-
-
-def shortfall(parts: Mapping[str, float]) -> str:
-    """What a time budget left undone, in words.
-
-    >>> shortfall({"apgd-t of autoattack": 0.4, "square of autoattack": 0.0})
-    'the time budget left apgd-t of autoattack at 40 %, square of autoattack at 0 %'
-    """
-    return f"the time budget left {', '.join(f'{part} at {100 * share:.0f} %' for part, share in parts.items())}"
-
-
-def find_attack(name: str, known: Iterable[str], kind: str) -> str:
-    """The entry of `known` that `name` spells, whatever its capitals, spaces, hyphens and underscores.
-
-    Raises:
-        UnknownNameError: there is none; `kind` says what was looked for.
-
-    >>> find_attack("CW_50(restarts=5,keep=best)", ["clean", "cw-50(restarts=5, keep=best)"], "attack")
-    'cw-50(restarts=5, keep=best)'
-    """
-    known = list(known)
-    for entry in known:
-        if _squeezed(entry) == _squeezed(name):
-            return entry
-    raise UnknownNameError(kind, name, known)
-
-
-def _squeezed(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name.lower())
 
 
 def _under(before: Audit, after: Audit, attack: str, level: float) -> AttackComparison:
@@ -358,7 +320,7 @@ def _check_settings(before: Audit, after: Audit, attack: str) -> None:
 
 
 def _cut_short(audit: Audit, attack: str) -> list[str]:
-    parts = unfinished(audit, attack)
+    parts = audit.unfinished(attack)
     return [f"{audit.model}: {shortfall(parts)}; its accuracy there is an upper bound"] if parts else []
 
 

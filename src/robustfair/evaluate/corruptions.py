@@ -8,7 +8,7 @@ Images are corrupted on the fly, or come from a downloaded set in the benchmark'
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -36,8 +36,9 @@ from robustfair.data.corruptions import (
     parameter_scale,
     parse_corruption,
 )
+from robustfair.devices import resolve_device
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
-from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass
+from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass, whole
 from robustfair.evaluate.files import as_json, paths, read_pair, write_arrays
 from robustfair.memory import kept_memory
 from robustfair.models.head import check_outputs, require_finite, unwrap
@@ -319,11 +320,12 @@ def audit_corruptions(
     chosen, levels = parse_corruptions(corruptions), _severities(severities)
     allowed = " or ".join(get_args(Precision))
     require(precision in get_args(Precision), "corruption audit", "precision", allowed=allowed, got=precision)
-    size = BATCH_SIZE if batch_size is None else batch_size
-    require(size >= 1, "corruption audit", "batch_size", allowed="at least 1", got=size)
+    size = BATCH_SIZE if batch_size is None else whole("corruption audit", "batch_size", batch_size, least=1)
+    seed = whole("corruption audit", "seed", seed)
+    ice = frost_source(frost)
     if len(dataset) == 0:
         raise DataError(f"{dataset.name}: no images to audit on")
-    device = torch.device(device)
+    device = torch.device(resolve_device(device))
     data = dataset.to(device)
     source = {"images": "corrupted here", "scale": parameter_scale(*_size(data), scale)}
     images: Images = _Generated(data=data, seed=seed, scale=scale, frost=frost)
@@ -331,7 +333,7 @@ def audit_corruptions(
         images = open_published(published, chosen, data)
         source = {"images": str(published)}
     elif "frost" in chosen:
-        source["frost"] = frost_source(frost)
+        source["frost"] = ice
     images(chosen[0], levels[0], slice(0, 1))  # images that cannot be corrupted are refused before the model runs
     model.to(device)
     check_outputs(model, data.num_classes, next(evaluation_batches(data, 2)).x)
@@ -541,9 +543,10 @@ class _Sweeper:
 
 
 def _severities(severities: Sequence[int]) -> tuple[int, ...]:
-    given = list(severities)
+    given = list(severities) if isinstance(severities, Iterable) else []
     fits = bool(given) and all(type(severity) is int and severity in SEVERITIES for severity in given)
-    require(fits, "corruption audit", "severities", allowed="whole numbers from 1 to 5", got=severities)
+    allowed, hint = "whole numbers from 1 to 5", "Write them as (1, 3), one alone as (3,)"
+    require(fits, "corruption audit", "severities", allowed=allowed, got=severities, hint=hint)
     return tuple(sorted(set(given)))
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robustfair.checkpoint import read_json
@@ -27,6 +28,11 @@ def paths(path: Path) -> tuple[Path, Path]:
     """
     stem = path.name.removesuffix(".json").removesuffix(".npz")
     return path.with_name(f"{stem}.json"), path.with_name(f"{stem}.npz")
+
+
+def points_path(json_path: Path) -> Path:
+    """Where the attacked images of an audit lie, if they were kept."""
+    return json_path.with_name(f"{json_path.name.removesuffix('.json')}.points.safetensors")
 
 
 def write_arrays(path: Path, columns: Mapping[str, Tensor]) -> None:
@@ -71,6 +77,18 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as stored:
             return {name: torch.from_numpy(stored[name]) for name in stored.files}
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        CheckpointError: the file is cut or damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from None
 
 

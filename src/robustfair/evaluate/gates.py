@@ -23,8 +23,7 @@ from typing import Any, Literal
 from robustfair import metrics
 from robustfair.config import require
 from robustfair.errors import ConfigError, UnknownNameError
-from robustfair.evaluate.audit import CLEAN, ROBUST, Audit
-from robustfair.evaluate.compare import find_attack, shortfall, unfinished
+from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, find_attack, shortfall
 from robustfair.evaluate.grouping import GroupRates
 
 Status = Literal["passed", "failed", "undecided"]
@@ -190,7 +189,7 @@ def check(gates: Iterable[Gate], audit: Audit, groups: GroupRates | None = None)
 def _check(gate: Gate, audit: Audit, rates: Audit | GroupRates) -> GateResult:
     attack = _attack(gate, _asked(audit))
     if attack not in (*audit.attacks, ROBUST):
-        line = f"undecided: {gate.name} is not known, {shortfall(unfinished(audit, attack))}"
+        line = f"undecided: {gate.name} is not known, {shortfall(audit.unfinished(attack))}"
         return GateResult(gate=gate, value=math.nan, status="undecided", line=line)
     value, where = _measure(gate, attack, rates)
     if math.isnan(value):
@@ -228,7 +227,7 @@ def _measure(gate: Gate, attack: str, rates: Audit | GroupRates) -> tuple[float,
 
 def _unsure(audit: Audit, rates: Audit | GroupRates, attack: str) -> str:
     """Why an accuracy under this attack is only an upper bound, "" if it is more."""
-    parts = unfinished(audit, attack)
+    parts = audit.unfinished(attack)
     if parts:
         return f"{shortfall(parts)}: the accuracy is an upper bound"
     if isinstance(rates, GroupRates) and rates.is_upper_bound(attack):

@@ -21,8 +21,7 @@ from robustfair import metrics
 from robustfair.config import require
 from robustfair.data import ImageDataset
 from robustfair.errors import DataError, UnknownNameError
-from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, WorstClass
-from robustfair.evaluate.compare import find_attack
+from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, WorstClass, find_attack
 from robustfair.evaluate.files import as_json
 from robustfair.registry import canonical
 from robustfair.values import Threat
@@ -218,7 +217,8 @@ def read_groups(by: str | Path, images: ImageDataset | Audit) -> Groups:
         return _superclasses(images)
     path = Path(by)
     if not path.is_file():
-        raise DataError(f"{path} does not exist: group by {SUPERCLASS}, or by a CSV file with the header class,group")
+        why = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {why}: group by {SUPERCLASS}, or by a CSV file with the header class,group")
     kind, rows = _read_csv(path)
     shown = images.class_names if kind == "class" else _positions(images)
     slots = _slots(shown, numbered=kind == "class")

@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from robustfair.attacks.pgd import attacking
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import DataError
-from robustfair.evaluate.sanity import LEAST_SKILL, Finding, paired_difference
+from robustfair.evaluate.finding import LEAST_SKILL, Finding, paired_difference
 from robustfair.models.head import check_outputs, unwrap
 from robustfair.models.normalise import NAMED_STATISTICS, Normalise, Statistics
 from robustfair.values import BATCH_NORM, seeded_generator
@@ -27,24 +27,33 @@ SAMPLE = 400
 """Images looked at, drawn from a fixed seed; a quarter of them chooses among the changes, the others confirm."""
 LEAST_GAIN = 0.05
 """Gain in clean accuracy that another preparation of the pixels must exceed with the whole interval to be a finding."""
+PASSES = 5
+"""Of the same images, to see whether the output is random."""
+SAME = 1e-4
+"""Share of the spread of the logits by which repeated passes of a fixed model may differ."""
 SAME_LOGITS = 0.02
-"""Largest change of a logit between two passes, in standard deviations of the logits, that is rounding."""
+"""Largest change of a logit with the batch it is in, in standard deviations of the logits, that is rounding."""
 DARKEST = 32
 """A data set without a pixel as bright as this, of 255, was scaled before its pixels became whole numbers."""
 
-_BATCH = 100
+BATCH = 100
+"""Images at a time."""
+
 _FINALISTS = 3
 
 Change = Callable[[Tensor], Tensor]
 
 
-def suspect_model(model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu") -> list[Finding]:
+def suspect_model(
+    model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu", *, batch_size: int = BATCH
+) -> list[Finding]:
     """All findings of this module, warnings first. The model is moved to `device` and keeps its modes.
 
     Args:
         model: (B, C, H, W) in [0, 1] -> logits (B, K).
         dataset: the images of the audit.
         device: where to run.
+        batch_size: images at a time; `BATCH` at most.
 
     Raises:
         ModelError: outputs that do not fit the classes.
@@ -52,18 +61,21 @@ def suspect_model(model: nn.Module, dataset: ImageDataset, device: torch.device 
     """
     if len(dataset) == 0:
         raise DataError(f"{dataset.name}: no images to look at")
-    sample = _sample(dataset, device)
-    check_outputs(model.to(device), dataset.num_classes, next(evaluation_batches(sample, 2)).x)
+    first = dataset.subset(range(min(2, len(dataset)))).to(device)
+    check_outputs(model.to(device), dataset.num_classes, next(evaluation_batches(first, 2)).x)
+    size = min(batch_size, BATCH)
     found = [
-        *suspect_pixels(sample),
-        *suspect_normalisation(model, dataset, device),
-        *suspect_outputs(model, dataset, device),
-        *suspect_mode(model, dataset, device),
+        *suspect_pixels(_sample(dataset, device)),
+        *suspect_normalisation(model, dataset, device, batch_size=size),
+        *suspect_outputs(model, dataset, device, batch_size=size),
+        *suspect_mode(model, dataset, device, batch_size=size),
     ]
     return sorted(found, key=lambda finding: finding.severity != "warn")
 
 
-def suspect_normalisation(model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu") -> list[Finding]:
+def suspect_normalisation(
+    model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu", *, batch_size: int = BATCH
+) -> list[Finding]:
     """A usual preparation of the pixels under which the model is right more often, if there is one.
 
     The changes: normalisation by the statistics of CIFAR-10, ImageNet or MNIST (as the channels allow), by 0.5 and 0.5,
@@ -81,9 +93,9 @@ def suspect_normalisation(model: nn.Module, dataset: ImageDataset, device: torch
     if len(rest) == 0:
         return []
     with attacking(model.to(device), "eval"), torch.no_grad():
-        finalists = _finalists(model, screen, _trials(model, sample))
-        before = _hits(model, rest) if finalists else None
-        after = {trial: _hits(model, rest, trial.change) for trial in finalists}
+        finalists = _finalists(model, screen, _trials(model, sample), batch_size)
+        before = _hits(model, rest, batch_size) if finalists else None
+        after = {trial: _tried(model, rest, batch_size, trial.change) for trial in finalists}
     if before is None:
         return []
     best = max(finalists, key=lambda trial: int(after[trial].sum()))
@@ -106,9 +118,11 @@ def suspect_normalisation(model: nn.Module, dataset: ImageDataset, device: torch
     ]
 
 
-def suspect_outputs(model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu") -> list[Finding]:
+def suspect_outputs(
+    model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu", *, batch_size: int = BATCH
+) -> list[Finding]:
     """Outputs that look like probabilities: every row within [0, 1] and summing to one; code "probabilities"."""
-    logits = _logits(model.to(device), _few(dataset, device))
+    logits = _logits(model.to(device), _few(dataset, device, batch_size))
     inside = bool(((logits >= 0) & (logits <= 1)).all())
     if not inside or not torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-3):
         return []
@@ -123,8 +137,10 @@ def suspect_outputs(model: nn.Module, dataset: ImageDataset, device: torch.devic
     ]
 
 
-def suspect_mode(model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu") -> list[Finding]:
-    """A model in train mode, or one that behaves so in eval mode; code "train-mode".
+def suspect_mode(
+    model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu", *, batch_size: int = BATCH
+) -> list[Finding]:
+    """A model in train mode, or one that behaves so in eval mode; codes "train-mode" and "random-output".
 
     Behaving so is: other logits for the same images each time, as under dropout, or logits that depend on the other
     images of the batch, as under batch statistics.
@@ -141,23 +157,44 @@ def suspect_mode(model: nn.Module, dataset: ImageDataset, device: torch.device |
                 advice="Call model.eval() before measuring it elsewhere.",
             )
         )
-    x = _few(dataset, device)
-    model.to(device)
-    together, again = _logits(model, x), _logits(model, x)
-    if _differ(together, again):
-        reason, cause = "The same images give other logits each time", "Dropout or another random layer acts"
-    elif len(x) > 1 and _differ(together, torch.cat([_logits(model, half) for half in x.chunk(2)])):
-        reason = "The logits of an image depend on the other images of its batch"
-        cause = "Batch norm without running statistics, or another layer over the batch, acts"
-    else:
-        return found
+    x = _few(dataset, device, batch_size)
+    random = random_output(model.to(device), x)
+    if random or not _differ(_logits(model, x), torch.cat([_logits(model, half) for half in x.chunk(2)])):
+        return [*random, *found]
     finding = Finding(
         code="train-mode",
         severity="warn",
-        text=f"{reason}, although the model is in eval mode: its accuracy is not that of a fixed function.",
-        advice=f"{cause} as in training; make it follow model.eval().",
+        text="The logits of an image depend on the other images of its batch, although the model is in eval mode: its "
+        "accuracy is not that of a fixed function.",
+        advice="Batch norm without running statistics, or another layer over the batch, acts as in training; make it "
+        "follow model.eval().",
     )
     return [finding, *found]
+
+
+def random_output(model: nn.Module, x: Tensor) -> list[Finding]:
+    """Whether the same images give other logits at every pass, in eval mode; code "random-output".
+
+    Args:
+        model: on the device of `x`; it keeps its modes.
+        x: (B, C, H, W) in [0, 1].
+    """
+    passes = torch.stack([_logits(model, x) for _ in range(PASSES)])
+    spread = float((passes[0].amax(1) - passes[0].amin(1)).mean())
+    apart = float((passes - passes[0]).abs().amax())
+    if apart <= SAME * max(spread, 1e-12):
+        return []
+    changed = int((passes.argmax(2) != passes[0].argmax(1)).any(0).sum())
+    return [
+        Finding(
+            code="random-output",
+            severity="warn",
+            text=f"The same images give other logits at every pass: up to {apart:.2g} apart in {PASSES} passes, where "
+            f"logits spread over {spread:.2g}; {changed} of {len(x)} predictions change.",
+            advice="Attacks must average over the randomness, which none here does: audit the model without it, or "
+            "read every figure as an upper bound.",
+        )
+    ]
 
 
 def suspect_pixels(dataset: ImageDataset) -> list[Finding]:
@@ -185,16 +222,16 @@ class _Trial:
     advice: str
 
 
-def _finalists(model: nn.Module, data: ImageDataset, trials: Sequence[_Trial]) -> list[_Trial]:
+def _finalists(model: nn.Module, data: ImageDataset, trials: Sequence[_Trial], batch_size: int) -> list[_Trial]:
     """The trials under which the model is right most often, few and close to each other; none if none gains much.
 
     The model is in eval mode already.
     """
     margin = LEAST_GAIN * len(data)
-    given = int(_hits(model, data).sum())
+    given = int(_hits(model, data, batch_size).sum())
     if given + margin > len(data):
         return []
-    right = {trial: int(_hits(model, data, trial.change).sum()) for trial in trials}
+    right = {trial: int(_tried(model, data, batch_size, trial.change).sum()) for trial in trials}
     most = max(right.values())
     if most < given + margin:
         return []
@@ -280,9 +317,9 @@ def _sample(dataset: ImageDataset, device: torch.device | str) -> ImageDataset:
     return dataset.subset(rows[:SAMPLE]).to(device)
 
 
-def _few(dataset: ImageDataset, device: torch.device | str) -> Tensor:
+def _few(dataset: ImageDataset, device: torch.device | str, batch_size: int) -> Tensor:
     """(B, C, H, W) in [0, 1], as many of the sample as make one batch."""
-    return next(evaluation_batches(_sample(dataset, device), _BATCH)).x
+    return next(evaluation_batches(_sample(dataset, device), batch_size)).x
 
 
 def _rate(hits: Tensor) -> float:
@@ -293,10 +330,18 @@ def _percent(hits: Tensor) -> str:
     return f"{100 * _rate(hits):.1f} %"
 
 
-def _hits(model: nn.Module, dataset: ImageDataset, change: Change = _same) -> Tensor:
+def _hits(model: nn.Module, dataset: ImageDataset, batch_size: int, change: Change = _same) -> Tensor:
     """(N,) bool on the CPU: right on the changed images. The model is in eval mode already."""
-    columns = [model(change(batch.x)).argmax(1) == batch.y for batch in evaluation_batches(dataset, _BATCH)]
+    columns = [model(change(batch.x)).argmax(1) == batch.y for batch in evaluation_batches(dataset, batch_size)]
     return torch.cat(columns).cpu()
+
+
+def _tried(model: nn.Module, dataset: ImageDataset, batch_size: int, change: Change) -> Tensor:
+    """`_hits`, none of them where the model refuses pixels outside [0, 1]."""
+    try:
+        return _hits(model, dataset, batch_size, change)
+    except Exception:  # a foreign module may raise anything on an input it was not made for
+        return torch.zeros(len(dataset), dtype=torch.bool)
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:

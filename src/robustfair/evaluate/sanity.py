@@ -13,16 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from robustfair import metrics
 from robustfair.attacks.named import CROSS_ENTROPY
-from robustfair.errors import DataError
-from robustfair.evaluate.audit import CLEAN, Audit
+from robustfair.evaluate.audit import CLEAN, Audit, shortfall
+from robustfair.evaluate.compare import check_comparable
+from robustfair.evaluate.finding import LEAST_SKILL, Finding, paired_difference
 from robustfair.metrics import FEW_IMAGES
 
 FLATTERY_NOTED = 0.01
@@ -33,30 +31,17 @@ CONFIRMED_SHARE = 0.5
 """A gain counts as confirmed if the stronger attack shows at least this share of it."""
 MASKED_SHARE = 0.05
 """Share of images without a usable gradient from which an audit is called masked."""
-LEAST_SKILL = 0.1
-"""Clean accuracy above chance, as a share of what is possible above chance, below which a model looks untrained."""
+BEYOND_GRADIENTS = 0.01
+"""Share of all images, broken by Square after the gradient attacks before it had failed, from which it is warned of."""
 EQUAL_NORMS = 1.01
+MISLEADING = "a search without gradients does better than one with them, so the gradients do not show the way."
+WITHOUT_GRADIENTS = (
+    "Do not quote gradient attacks on this model. Look for rounding, saturation or randomness in it, and quote "
+    "autoattack as an upper bound."
+)
+"""The reason and the advice where Square does better."""
 
 _DRAWS = 2000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One remark on an audit.
-
-    Attributes:
-        code: what it is about, stable: "flattered-attack", "unconfirmed-gain", "gain-unchecked", "clean-near-chance",
-            "no-images", "few-images", "weak-attacks", "masked-gradient", "not-finite", "cut-short", and those of
-            `robustfair.evaluate.masking` and `robustfair.evaluate.normalisation`.
-        severity: "warn" where a number misleads, "note" where it needs care.
-        text: what was found, with the numbers.
-        advice: what to do.
-    """
-
-    code: str
-    severity: Literal["warn", "note"]
-    text: str
-    advice: str
 
 
 def findings(audit: Audit) -> tuple[Finding, ...]:
@@ -67,6 +52,7 @@ def findings(audit: Audit) -> tuple[Finding, ...]:
         *(Finding(**found) for found in audit.provenance.get("checks", ())),
         *_cut(audit),
         *_masked(audit),
+        *_square_is_stronger(audit),
         *_not_finite(audit),
         *_near_chance(audit),
         *_flattered(audit),
@@ -86,13 +72,9 @@ def compare_findings(before: Audit, after: Audit) -> tuple[Finding, ...]:
     the images of each class, paired over models and attacks, from a fixed seed.
 
     Raises:
-        DataError: the audits are not of the same images.
+        DataError: the audits are not of the same images, classes and threat.
     """
-    same = torch.equal(before.labels, after.labels) and torch.equal(before.index, after.index)
-    if not same or before.class_names != after.class_names or before.fingerprint != after.fingerprint:
-        raise DataError(
-            f"audits of {before.model} and {after.model} are not of the same images: audit both on the same data"
-        )
+    check_comparable(before, after)
     common = [name for name in after.attacks if name in before.attacks]
     weak = [name for name in common if _climbs_cross_entropy(after, name)]
     others = [name for name in common if name != CLEAN and _goal(after, name) != CROSS_ENTROPY]
@@ -112,20 +94,6 @@ def compare_findings(before: Audit, after: Audit) -> tuple[Finding, ...]:
         for measure in ("average", "worst class"):
             found += gains.judge(measure, name, other)
     return tuple(sorted(found, key=lambda finding: finding.severity != "warn"))
-
-
-def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float]:
-    """Difference of two hit rates on the same images, mean(a) - mean(b), with its 95 % interval: (value, lower, upper).
-
-    `a` and `b` are flags (N,); the interval is `metrics.paired_interval`.
-
-    >>> value, lower, upper = paired_difference(torch.tensor([True] * 8 + [False] * 2), torch.tensor([False] * 10))
-    >>> round(value, 3), round(lower, 3), round(upper, 3)
-    (0.8, 0.354, 0.979)
-    """
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    lower, upper = metrics.paired_interval(only_b, only_a, len(a))
-    return (only_a - only_b) / len(a), float(lower), float(upper)
 
 
 def _flattered(audit: Audit) -> list[Finding]:
@@ -175,8 +143,29 @@ def _masked(audit: Audit) -> list[Finding]:
     return []
 
 
+def _square_is_stronger(audit: Audit) -> list[Finding]:
+    """Images that only Square broke, of those on which attacks by gradients had failed in the same strong attack."""
+    found = []
+    for attack in audit.broken_by:
+        gradients: list[str] = []
+        for member, by_class in audit.fell_to(attack).items():
+            broken = int(by_class.sum())
+            if member.startswith(("apgd", "fab")):
+                gradients.append(member)
+            elif member.startswith("square") and gradients and broken >= BEYOND_GRADIENTS * len(audit.labels):
+                share = _percent(broken / len(audit.labels))
+                text = (
+                    f"In {attack} {member} broke {broken} images, {share} of all, on which {_listed(gradients)} had "
+                    f"failed: {MISLEADING}"
+                )
+                found.append(
+                    Finding(code="square-beats-gradients", severity="warn", text=text, advice=WITHOUT_GRADIENTS)
+                )
+    return found
+
+
 def _not_finite(audit: Audit) -> list[Finding]:
-    """Attacked points without a prediction, which the strong attacks never count as broken."""
+    """Attacked points without a prediction, which every attack counts as broken."""
     points = {name: about.get("not_finite", 0) for name, about in audit.settings.items()}
     named = [f"{name} met {count:,}" for name, count in points.items() if count]
     if not named:
@@ -185,8 +174,8 @@ def _not_finite(audit: Audit) -> list[Finding]:
         Finding(
             code="not-finite",
             severity="warn",
-            text=f"At some attacked points the logits are no finite numbers: {_listed(named)}. They count as no "
-            "success, so that a model which fails there looks robust.",
+            text=f"At some attacked points the logits are no finite numbers: {_listed(named)}. Such images count as "
+            "lost under every attack, for want of a class and not for another one.",
             advice="Find where the model overflows or divides by zero on attacked images, and audit it again.",
         )
     ]
@@ -194,26 +183,17 @@ def _not_finite(audit: Audit) -> list[Finding]:
 
 def _cut(audit: Audit) -> list[Finding]:
     """Attacks that the time budget ended or left out."""
-    cut = [f"{name} ran {_listed(_shares(about['ran']))}" for name, about in audit.settings.items() if _is_cut(about)]
-    cut += [f"{name} was not finished" for name in audit.provenance.get("not_run") or ()]
-    if not cut:
+    if audit.complete:
         return []
     return [
         Finding(
             code="cut-short",
             severity="warn",
-            text=f"Time was up before all attacks had run: {'; '.join(cut)}. Robust accuracies are upper bounds.",
+            text=f"Not all attacks ran to their end: {shortfall(audit.unfinished())}. Robust accuracies are upper "
+            "bounds.",
             advice="Give it more time: where the audit is saved, the same command goes on where it stopped.",
         )
     ]
-
-
-def _is_cut(settings: Mapping[str, Any]) -> bool:
-    return min(settings.get("ran", {}).values(), default=1.0) < 1
-
-
-def _shares(ran: Mapping[str, float]) -> list[str]:
-    return [f"{100 * share:.0f} % of {member}" for member, share in ran.items()]
 
 
 def _near_chance(audit: Audit) -> list[Finding]:

@@ -24,6 +24,7 @@ from robustfair.checkpoint import write_text
 from robustfair.config import format_eps, needed
 from robustfair.errors import ConfigError
 from robustfair.evaluate.audit import CLEAN, Audit
+from robustfair.evaluate.compare import check_comparable
 from robustfair.evaluate.sanity import compare_findings, findings
 from robustfair.report import figures
 from robustfair.report.figures import Bar, Curve
@@ -32,7 +33,6 @@ from robustfair.report.table import (
     ClassRate,
     change_of_average,
     changes,
-    check_comparable,
     class_rates,
     percent,
     points,

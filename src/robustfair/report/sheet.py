@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from robustfair import metrics
-from robustfair.evaluate.audit import CLEAN, ROBUST, Audit
-from robustfair.evaluate.compare import AttackComparison, Comparison, Difference, PairedTest, shortfall, unfinished
+from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, shortfall
+from robustfair.evaluate.compare import AttackComparison, Comparison, Difference, PairedTest
 from robustfair.evaluate.grouping import GroupRates
 from robustfair.report.table import (
     NO_IMAGES,
@@ -143,7 +143,7 @@ def _group_notes(groups: GroupRates, attacks: Sequence[str]) -> list[str]:
 
 
 def _cut_short(audit: Audit, attacks: Sequence[str]) -> list[str]:
-    parts = {part: share for attack in attacks for part, share in unfinished(audit, attack).items()}
+    parts = {part: share for attack in attacks for part, share in audit.unfinished(attack).items()}
     return [f"Upper bounds under attack: {shortfall(parts)}."] if parts else []
 
 

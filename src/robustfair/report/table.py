@@ -19,8 +19,8 @@ from robustfair import metrics
 from robustfair.config import format_eps, needed, require
 from robustfair.evaluate.audit import ROBUST, Audit
 from robustfair.evaluate.compare import Comparison, check_comparable
+from robustfair.evaluate.finding import paired_difference
 from robustfair.evaluate.grouping import GroupRates
-from robustfair.evaluate.sanity import paired_difference
 
 with needed("rich", "a table or report"):
     from rich import box
