@@ -12,6 +12,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from reference import strong_attacks as reference
+from robustfair.attacks import square
 from robustfair.attacks.lanes import Passes
 from robustfair.attacks.square import Draws, Square, bump, stripes, tiles
 from robustfair.values import seeded_generator
@@ -88,6 +89,42 @@ def test_equals_the_slow_search(
         assert kept == pytest.approx(slow["margins"], abs=1e-9)
         best = torch.tensor(slow["best"], dtype=points.dtype)
         torch.testing.assert_close(ours.lanes[-1]["point"][row].flatten(), best, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_judging_ahead_meets_the_same_points(
+    scene: Build, norm: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(square, "FORGOTTEN", 1.0)  # on this network far more candidates are kept than on real ones
+    few = scene(5, channels=3, classes=4, size=(6, 6), seed=2)
+    search = Square(name="square", eps=EPS[norm] / 10, norm=norm, queries=200, per_image_windows=own)
+
+    def run(most: int) -> tuple[dict[str, Tensor], list[list[tuple[int, float]]], int]:
+        """The lanes at the end, of each lane the queries that it kept with their margins, and the passes."""
+        rngs = [seeded_generator("cpu", 0, row) for row in range(5)]
+        lanes = search.begin(few.x, few.y, torch.zeros_like(few.y), rngs)
+        passes, turns, kept = Passes(few.model, most=most), 0, [[] for _ in range(5)]
+        while int(lanes["judged"].min()) < search.turns:
+            before = lanes["margin"].clone()
+            point, logits = search.turn(lanes, passes)
+            turns += 1
+            torch.testing.assert_close(few.model(point), logits, rtol=0, atol=1e-12)
+            for row in range(5):
+                if lanes["margin"][row] != before[row]:
+                    kept[row].append((int(lanes["judged"][row]), float(lanes["margin"][row])))
+                    assert torch.equal(point[row], lanes["point"][row])
+            if most:  # a lane that is through waits for the others, as it would not in an ensemble
+                assert int((lanes["turns"] + turns - lanes["judged"]).abs().max()) == 0
+        return lanes, kept, turns
+
+    one, kept_one, turns_one = run(0)
+    many, kept_many, turns_many = run(60)
+    assert turns_one == search.turns
+    assert turns_many < 0.8 * turns_one
+    assert kept_one == kept_many
+    assert all(len(kept) > 2 for kept in kept_one)
+    assert torch.equal(one["point"], many["point"])
 
 
 class Replayed(SquareAttack):

@@ -147,8 +147,8 @@ def project(point: Tensor, normal: Tensor, offset: Tensor, norm: Norm) -> Tensor
     if norm == "l2":
         towards = hardshrink(towards, FLAT)
     room, steep = torch.where(towards < 0, point, 1 - point), towards.abs()
-    rate = torch.ones_like(per_pixel(gap, point)) if norm == "linf" else steep
-    rise, gap = steep * rate, gap.abs()
+    rate, rise = (1.0, steep) if norm == "linf" else (steep, steep * steep)
+    gap = gap.abs()
     out_of_reach = (steep * room).sum((1, 2, 3)) < gap
     multiplier = torch.zeros_like(gap)
     every = 1 if point.device.type == "cpu" else LOOK_EVERY

@@ -30,11 +30,13 @@ class Passes:
     Args:
         model: (L, C, H, W) -> logits (L, K), float32 at least.
         slack: share of the largest logit by which its margins may differ from the exact model's.
+        most: images that a pass has room for, of which a search may use what its lanes leave.
     """
 
-    def __init__(self, model: Model, slack: float = 0.0) -> None:
+    def __init__(self, model: Model, slack: float = 0.0, most: int = 0) -> None:
         self.model = model
         self.slack = slack
+        self.most = most
 
     def logits(self, x: Tensor) -> Tensor:
         """(L, K), without a graph."""
@@ -103,7 +105,10 @@ class Search(Protocol):
         ...
 
     def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
-        """Move all lanes by one iteration: a point of each lane (L, C, H, W) and the logits (L, K) there."""
+        """Move all lanes by one iteration: a point of each lane (L, C, H, W) and the logits (L, K) there.
+
+        A search that moves some by several, as if one after another, counts those beyond the first in "turns".
+        """
         ...
 
 

@@ -24,6 +24,10 @@ from robustfair.values import seeded_generator
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries after which the share of changed pixels is halved."""
 TINY = 1e-12
+FORGOTTEN = 0.03
+"""Share of the judged candidates that may lie behind one that is kept, about."""
+FORGET = 0.98
+"""What counts of a turn in the next one, for the share of candidates that are kept."""
 
 
 class Draws(NamedTuple):
@@ -41,6 +45,15 @@ class Draws(NamedTuple):
         place = torch.rand(queries, 4, generator=rng)
         sign = 2 * torch.randint(2, (queries, channels), generator=rng, dtype=torch.int8) - 1
         return Draws(place, sign, torch.rand(queries, generator=rng) > 0.5)
+
+
+class Query(NamedTuple):
+    """What M queries do: side (M,), top and left of both windows (M, 4), signs (M, C), whether the bump is turned."""
+
+    side: Tensor
+    place: Tensor
+    sign: Tensor
+    turned: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +102,9 @@ class Square:
             "point": (x + self.eps * (moved if self.norm == "linf" else _unit(moved))).clamp(0, 1),
             "margin": torch.full_like(x[:, 0, 0, 0], -torch.inf),
             "judged": torch.zeros_like(y),
+            "turns": torch.zeros_like(y),
+            "kept": torch.ones_like(x[:, 0, 0, 0]),
+            "asked": torch.ones_like(x[:, 0, 0, 0]),
         }
         if self.norm == "l2" or self.per_image_windows:
             own = [Draws.of(self.queries, shape[0], rng) for rng in rngs]
@@ -99,16 +115,29 @@ class Square:
         return lanes
 
     def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
-        """Judge a candidate of every lane and keep it where the margin grows or the class is wrong."""
-        started = lanes["judged"] > 0
-        move = self._square_of_signs if self.norm == "linf" else self._moved_bump
-        candidate = torch.where(per_pixel(started, lanes["x"]), move(lanes), lanes["point"])
-        logits = passes.logits(candidate)
-        margin = margins(logits, lanes["y"])
-        better = (margin > lanes["margin"]) | (margin >= 0)
-        lanes["point"] = torch.where(per_pixel(better, candidate), candidate, lanes["point"])
-        lanes["margin"] = torch.where(better, margin, lanes["margin"])
-        lanes["judged"] = lanes["judged"] + 1
+        """Judge candidates of every lane, up to the first that is kept: the margin grows, or the class is wrong.
+
+        A candidate is drawn from the best point, which few of them change. Where a pass has room the candidates of the
+        next queries are therefore judged with it, and those behind one that is kept are forgotten: what a lane meets
+        is the same as one query at a time.
+        """
+        rows = torch.arange(len(lanes["y"]), device=lanes["y"].device)
+        ahead = self._ahead(lanes, passes)
+        candidates = self._candidates(lanes, rows, ahead)
+        logits = passes.logits(candidates)
+        margin = margins(logits, lanes["y"].repeat_interleave(ahead)).view(-1, ahead)
+        better = (margin > lanes["margin"][:, None]) | (margin >= 0)
+        last = (self.queries - lanes["judged"]).clamp_max(ahead - 1)
+        better &= torch.arange(ahead, device=rows.device) <= last[:, None]
+        kept = better.any(1)
+        at = torch.where(kept, better.int().argmax(1), last)
+        candidate, logits = candidates[rows * ahead + at], logits[rows * ahead + at]
+        lanes["point"] = torch.where(per_pixel(kept, candidate), candidate, lanes["point"])
+        lanes["margin"] = torch.where(kept, margin[rows, at], lanes["margin"])
+        lanes["judged"] = lanes["judged"] + at + 1
+        lanes["turns"] = lanes["turns"] + at
+        lanes["kept"] = FORGET * lanes["kept"] + kept
+        lanes["asked"] = FORGET * lanes["asked"] + at + 1
         return candidate, logits
 
     def side(self, query: int, height: int, width: int) -> int:
@@ -121,17 +150,38 @@ class Square:
         side = max(side, 3)
         return min(side + (side % 2 == 0), height, width)
 
-    def _square_of_signs(self, lanes: Lanes) -> Tensor:
-        """The best point, moved to a corner of the ball inside a window, channel by channel."""
-        x, (side, place, sign, _) = lanes["x"], self._draws(lanes)
-        window = _window(place[:, 0], place[:, 1], side, x)
-        corner = torch.add(x, sign[:, :, None, None], alpha=self.eps).clamp(0, 1)
-        return torch.where(window, corner, lanes["point"])
+    def _ahead(self, lanes: Lanes, passes: Passes) -> int:
+        """Queries to judge at a time: what a pass has room for, so few that hardly any are forgotten."""
+        room = passes.most // len(lanes["y"])
+        if room <= 1:
+            return 1
+        share = float(lanes["kept"].sum() / lanes["asked"].sum())
+        return min(room, 1 + int(2 * FORGOTTEN / share), self.queries)
 
-    def _moved_bump(self, lanes: Lanes) -> Tensor:
+    def _candidates(self, lanes: Lanes, rows: Tensor, ahead: int) -> Tensor:
+        """(L ahead, C, H, W) what the next queries of each lane judge, the start before the first of them."""
+        rows = rows.repeat_interleave(ahead)
+        judged = lanes["judged"][rows] + torch.arange(ahead, device=rows.device).repeat(len(lanes["y"]))
+        query, started = (judged - 1).clamp(0, self.queries - 1), judged > 0
+        x, point = (lanes["x"], lanes["point"]) if ahead == 1 else (lanes["x"][rows], lanes["point"][rows])
+        draws = self._draws(lanes, rows, query)
+        if self.norm == "linf":
+            moved = self._square_of_signs(x, point, draws._replace(side=draws.side * started))
+        else:
+            moved = torch.where(per_pixel(started, x), self._moved_bump(x, point, draws), point)
+        last = lanes["x"].is_contiguous(memory_format=torch.channels_last)
+        return moved.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def _square_of_signs(self, x: Tensor, point: Tensor, draws: Query) -> Tensor:
+        """The best point, moved to a corner of the ball inside a window, channel by channel."""
+        window = _window(draws.place[:, 0], draws.place[:, 1], draws.side, x)
+        corner = torch.add(x, draws.sign[:, :, None, None], alpha=self.eps).clamp(0, 1)
+        return torch.where(window, corner, point)
+
+    def _moved_bump(self, x: Tensor, point: Tensor, draws: Query) -> Tensor:
         """The displacement with the mass of a second window moved into a bump in the first."""
-        x, (side, place, sign, turned) = lanes["x"], self._draws(lanes)
-        apart = lanes["point"] - x
+        side, place, sign, turned = draws
+        apart = point - x
         first, second = (_window(place[:, k], place[:, k + 1], side, x).to(x) for k in (0, 2))
 
         def length(v: Tensor) -> Tensor:
@@ -144,12 +194,11 @@ class Square:
         bump = bump / (TINY + length(bump)) * (spare + both.square()).sqrt()
         return (x + self.eps * _unit(apart * (1 - either) + bump)).clamp(0, 1)
 
-    def _draws(self, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each lane's query: side (L,), top and left of both windows (L, 4), signs (L, C), turn (L,)."""
-        x, query = lanes["x"], (lanes["judged"] - 1).clamp_min(0)
+    def _draws(self, lanes: Lanes, rows: Tensor, query: Tensor) -> Query:
+        """The draws of queries (M,) of the lanes `rows`."""
+        x = lanes["x"]
         shared, sides = _shared(self, *x.shape[1:], x.device)
-        rows = torch.arange(len(query), device=x.device)
-        at = lanes["round"] * self.queries + query
+        at = lanes["round"][rows] * self.queries + query
         side = sides[query]
 
         def drawn(name: str) -> Tensor:
@@ -158,7 +207,7 @@ class Square:
         drawn_place = drawn("place")
         rows_and_columns = (drawn_place[:, k] * (x.shape[2 + k % 2] - side) for k in range(4))
         place = torch.stack(list(rows_and_columns), 1).floor().long()
-        return side, place, drawn("sign").to(x), drawn("turned")
+        return Query(side, place, drawn("sign").to(x), drawn("turned"))
 
     def _bumps(self, x: Tensor, side: Tensor, turned: Tensor, place: Tensor) -> Tensor:
         """(L, 1, H, W) the bump of each lane's side, in its first window."""

@@ -137,6 +137,7 @@ class Sweeper:
         data: the images.
         threat: norm, radius and step that all attacks share.
         batch_size: images at a time.
+        lanes: the same for strong attacks.
         seed: of random starts.
         precisions: "pgd", "strong" and "fab" -> precision that these attacks search in. FAB alone was found weaker in
             bf16; in an ensemble APGD has gone before it, and it searches as the others do.
@@ -150,6 +151,7 @@ class Sweeper:
     data: ImageDataset
     threat: Threat
     batch_size: int
+    lanes: int
     seed: int
     precisions: Mapping[str, Precision]
     engine: Engine = "native"
@@ -331,9 +333,9 @@ class Sweeper:
     def _lanes(self, attack: StrongAttack) -> int:
         """Searches at a time: fewer where one holds the gradients of every class."""
         if all(member.kind != "fab" for member in attack.members):
-            return self.batch_size
+            return self.lanes
         each = JACOBIANS * 4 * self.data.num_classes * self.data.images[0].numel()
-        return max(1, min(self.batch_size, CPU_BUDGET // (2 * each)))
+        return max(1, min(self.lanes, CPU_BUDGET // (2 * each)))
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline

@@ -94,7 +94,10 @@ def run_native(
     """
     searches = [member.search(terms.threat, data.num_classes, terms.seed) for member in attack.members]
     example = _pixels(data, torch.arange(min(len(data), 2), device=data.device))
-    passes = {precision: _passes(model, precision, example) for precision in {terms.precision, terms.fine_precision}}
+    passes = {
+        precision: _passes(model, precision, example, terms.lanes)
+        for precision in {terms.precision, terms.fine_precision}
+    }
     ensemble = Ensemble(
         model,
         passes[terms.precision],
@@ -170,10 +173,10 @@ def run_reference(
     return _outcome(attack, found, ran), unfinished
 
 
-def _passes(model: nn.Module, precision: Precision, example: Tensor) -> Passes:
+def _passes(model: nn.Module, precision: Precision, example: Tensor, most: int) -> Passes:
     if precision == "fp32":
-        return Passes(model)
-    return Passes(search_network(model, example), slack=BF16_SLACK)
+        return Passes(model, most=most)
+    return Passes(search_network(model, example), slack=BF16_SLACK, most=most)
 
 
 def _pixels(data: ImageDataset, index: Tensor) -> Tensor:
