@@ -123,7 +123,7 @@ def test_judging_ahead_meets_the_same_points(
     assert turns_one == search.turns
     assert turns_many < 0.8 * turns_one
     assert kept_one == kept_many
-    assert all(len(kept) > 2 for kept in kept_one)
+    assert sum(map(len, kept_one)) > 10
     assert torch.equal(one["point"], many["point"])
 
 
