@@ -17,16 +17,16 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.apart import Apart, Calls
 from benchmarks.measure import Report, Row, Table
 from benchmarks.workload import build, one_batch
 from robustfair.attacks.pgd import input_gradient
+from robustfair.evaluate.search import folded
 from robustfair.losses import cross_entropy
 from robustfair.memory import kept_memory
-from robustfair.models.normalise import Normalise
 from robustfair.training.precision import InPrecision
 from robustfair.values import Model
 
@@ -232,33 +232,6 @@ def with_short_backward(model: nn.Module) -> None:
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.forward = MethodType(lambda self, x: ShortBackward.apply(x, self), norm)  # type: ignore[method-assign]
-
-
-class Layers(fx.Tracer):
-    """Looks into everything but torch's own layers and the normalisation of the input, which looks at shapes."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Normalise) or super().is_leaf_module(m, module_qualified_name)
-
-
-def folded(model: nn.Module) -> fx.GraphModule:
-    """The network with every batch norm that alone reads a convolution taken into that convolution's weights."""
-    traced = fx.GraphModule(model, Layers().trace(model))
-    modules = dict(traced.named_modules())
-    for node in list(traced.graph.nodes):
-        norm = modules.get(node.target) if node.op == "call_module" else None
-        if not isinstance(norm, nn.BatchNorm2d):
-            continue
-        before = node.args[0]
-        conv = modules.get(before.target) if before.op == "call_module" else None
-        if isinstance(conv, nn.Conv2d) and len(before.users) == 1:
-            scale, shift = affine(norm)
-            conv.weight.mul_(scale.view(-1, 1, 1, 1))
-            conv.bias = nn.Parameter(shift, requires_grad=False)
-            node.replace_all_uses_with(before)
-            traced.graph.erase_node(node)
-    traced.recompile()
-    return traced
 
 
 def with_cast_weights(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reference import attacks as reference
-from robustfair.attacks.pgd import STARTS, FreezeFooled, attacking, pgd
+from robustfair.attacks.pgd import STARTS, FreezeFooled, attacking, pgd, predicted
 from robustfair.errors import ConfigError, ModelError
 from robustfair.losses import MaximiseCE, MaximiseKL, MaximiseMargin, Targeted, cross_entropy, margin
 from robustfair.values import Attack, Goal
@@ -537,3 +537,17 @@ def test_a_model_without_a_gradient_is_refused() -> None:
             attack,
             torch.Generator(),
         )
+
+
+@pytest.mark.parametrize("extra", [{"restarts": 2}, {"keep": "best"}, {"stop": FreezeFooled()}], ids=str)
+@pytest.mark.parametrize("label", [0, 1])
+def test_an_image_without_logits_near_it_is_lost_whatever_its_class(label: int, extra: dict[str, object]) -> None:
+    def model(x: Tensor) -> Tensor:
+        """Right on flat images of one half, without logits elsewhere."""
+        right = torch.nn.functional.one_hot(torch.full((len(x),), label), 3).to(x) + 0 * x.sum((1, 2, 3))[:, None]
+        return torch.where((x != 0.5).flatten(1).any(1)[:, None], torch.nan, right)
+
+    x, y = torch.full((2, 1, 3, 3), 0.5), torch.full((2,), label)
+    attack = settings_for(x, start="uniform", **extra)
+    found = pgd(model, x, y, attack, stream())
+    assert torch.equal(predicted(model(found), y), (y + 1) % 3)

@@ -81,7 +81,27 @@ class Single(Branching):
         raise RuntimeError("there is only one")
 
 
-@pytest.mark.parametrize("kind", [Branching, Noisy, Single])
+class Shared(nn.Module):
+    """A copy of it holds the same layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Branching()
+        self.part.__class__ = type("Kept", (Branching,), {"__deepcopy__": lambda part, memo: part})
+        self.conv = self.part.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class Mixing(Branching):
+    """It multiplies weights itself, and cannot where only some of them are in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.dot(self.head.weight[0], self.norm.weight)
+
+
+@pytest.mark.parametrize("kind", [Branching, Noisy, Single, Shared, Mixing])
 def test_what_cannot_be_folded_is_searched_as_it_is(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = trained_statistics(kind())

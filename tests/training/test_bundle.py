@@ -99,6 +99,32 @@ def test_within_the_scope_every_convolution_computes_what_it_did(
         torch.testing.assert_close(found, conv(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"stride": [1], "padding": (1,)},
+        {"padding": [1, 1], "dilation": (1,)},
+        {"padding": torch.tensor(1)},
+        {"padding": "valid"},
+        {"padding": (1, 0), "stride": (1, 2)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("last", [(), ("images",), ("weights",)], ids=str)
+def test_every_spelling_of_a_call_gives_what_torch_gives_and_lays_it_out_so(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, object], last: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(bundle, "FEWEST_WEIGHTS", 0)
+    given = {"images": draw(6, 3, 4, 4).detach(), "weights": draw(5, 3, 3, 3).detach()}
+    for name in last:
+        given[name] = given[name].contiguous(memory_format=torch.channels_last)
+    expected = nn.functional.conv2d(input=given["images"], weight=given["weights"], **arguments)  # type: ignore[arg-type]
+    with Bundled():
+        found = nn.functional.conv2d(input=given["images"], weight=given["weights"], **arguments)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert found.stride() == expected.stride()
+
+
 class Deep(nn.Module):
     """A network whose convolutions are all bundled once no layer counts as too small."""
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from robustfair.attacks.lanes import Lanes, Passes, Search, distance, into_ball, margins
-from robustfair.attacks.sweep import predicted
+from robustfair.attacks.pgd import predicted
 from robustfair.config import Norm
 from robustfair.errors import ModelError
 from robustfair.values import Model, seeded_generator

@@ -30,13 +30,13 @@ class Passes:
     Args:
         model: (L, C, H, W) -> logits (L, K), float32 at least.
         slack: share of the largest logit by which its margins may differ from the exact model's.
-        most: images that a pass has room for, of which a search may use what its lanes leave.
+        room: images that a pass may take; a search may use what its lanes leave of it.
     """
 
-    def __init__(self, model: Model, slack: float = 0.0, most: int = 0) -> None:
+    def __init__(self, model: Model, slack: float = 0.0, room: int = 0) -> None:
         self.model = model
         self.slack = slack
-        self.most = most
+        self.room = room
 
     def logits(self, x: Tensor) -> Tensor:
         """(L, K), without a graph."""

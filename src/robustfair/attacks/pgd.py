@@ -173,6 +173,11 @@ def require_input_gradient(model: nn.Module, x: Tensor) -> None:
         input_gradient(model(z).sum(1), z)
 
 
+def predicted(logits: Tensor, y: Tensor) -> Tensor:
+    """(B,) classes of logits (B, K): where they are no finite numbers there is none, and the one after `y` counts."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), (y + 1) % logits.shape[1])
+
+
 def compares(attack: Attack) -> bool:
     """Whether the attack returns the best of several points rather than the last one."""
     return attack.keep == "best" or attack.restarts > 1
@@ -192,7 +197,10 @@ class Best:
         return Best(x, value, torch.zeros_like(value, dtype=torch.bool))
 
     def update(self, x_adv: Tensor, value: Tensor, logits: Tensor, y: Tensor, attack: Attack) -> Best:
-        fooled = logits.argmax(1) != y if attack.stop else torch.zeros_like(self.fooled)
+        fooled = predicted(logits, y) != y if attack.stop else torch.zeros_like(self.fooled)
+        value = value.nan_to_num(
+            torch.inf, posinf=torch.inf, neginf=-torch.inf
+        )  # where there is none, nothing is right
         better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (value >= self.value))
         return Best(
             torch.where(per_pixel(better, x_adv), x_adv, self.x_adv),
@@ -283,7 +291,7 @@ class FreezeFooled:
         return torch.ones_like(y, dtype=torch.bool)
 
     def __call__(self, state: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        active = state & (logits.argmax(1) == y)
+        active = state & (predicted(logits, y) == y)
         return active, active
 
 

@@ -26,7 +26,7 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 TINY = 1e-12
 FORGOTTEN = 0.03
 """Share of the judged candidates that may lie behind one that is kept, about."""
-FORGET = 0.98
+MEMORY = 0.98
 """What counts of a turn in the next one, for the share of candidates that are kept."""
 
 
@@ -103,7 +103,7 @@ class Square:
             "margin": torch.full_like(x[:, 0, 0, 0], -torch.inf),
             "judged": torch.zeros_like(y),
             "turns": torch.zeros_like(y),
-            "kept": torch.ones_like(x[:, 0, 0, 0]),
+            "stops": torch.ones_like(x[:, 0, 0, 0]),
             "asked": torch.ones_like(x[:, 0, 0, 0]),
         }
         if self.norm == "l2" or self.per_image_windows:
@@ -118,8 +118,8 @@ class Square:
         """Judge candidates of every lane, up to the first that is kept: the margin grows, or the class is wrong.
 
         A candidate is drawn from the best point, which few of them change. Where a pass has room the candidates of the
-        next queries are therefore judged with it, and those behind one that is kept are forgotten: what a lane meets
-        is the same as one query at a time.
+        next queries are therefore judged with it, and those behind the first that is kept, or has no margin, are
+        forgotten: what a lane meets is the same as one query at a time.
         """
         rows = torch.arange(len(lanes["y"]), device=lanes["y"].device)
         ahead = self._ahead(lanes, passes)
@@ -128,17 +128,14 @@ class Square:
         margin = margins(logits, lanes["y"].repeat_interleave(ahead)).view(-1, ahead)
         better = (margin > lanes["margin"][:, None]) | (margin >= 0)
         last = (self.queries - lanes["judged"]).clamp_max(ahead - 1)
-        better &= torch.arange(ahead, device=rows.device) <= last[:, None]
-        kept = better.any(1)
-        at = torch.where(kept, better.int().argmax(1), last)
-        candidate, logits = candidates[rows * ahead + at], logits[rows * ahead + at]
+        seen = torch.arange(ahead, device=rows.device) <= last[:, None]
+        stop = (better | ~margin.isfinite()) & seen  # where a network gives no number the exact one is asked
+        at = torch.where(stop.any(1), stop.int().argmax(1), last)
+        kept, candidate = better[rows, at], candidates[rows * ahead + at]
         lanes["point"] = torch.where(per_pixel(kept, candidate), candidate, lanes["point"])
         lanes["margin"] = torch.where(kept, margin[rows, at], lanes["margin"])
-        lanes["judged"] = lanes["judged"] + at + 1
-        lanes["turns"] = lanes["turns"] + at
-        lanes["kept"] = FORGET * lanes["kept"] + kept
-        lanes["asked"] = FORGET * lanes["asked"] + at + 1
-        return candidate, logits
+        self._count(lanes, at, stop.any(1))
+        return candidate, logits[rows * ahead + at]
 
     def side(self, query: int, height: int, width: int) -> int:
         """Side of the square of one query, counted from 0."""
@@ -150,13 +147,20 @@ class Square:
         side = max(side, 3)
         return min(side + (side % 2 == 0), height, width)
 
+    def _count(self, lanes: Lanes, at: Tensor, stopped: Tensor) -> None:
+        """Note the queries that a turn was, the one at `at` of each lane the last, and whether it changed anything."""
+        lanes["judged"] = lanes["judged"] + at + 1
+        lanes["turns"] = lanes["turns"] + at
+        lanes["stops"] = MEMORY * lanes["stops"] + stopped
+        lanes["asked"] = MEMORY * lanes["asked"] + at + 1
+
     def _ahead(self, lanes: Lanes, passes: Passes) -> int:
         """Queries to judge at a time: what a pass has room for, so few that hardly any are forgotten."""
-        room = passes.most // len(lanes["y"])
+        room = passes.room // len(lanes["y"])
         if room <= 1:
             return 1
-        share = float(lanes["kept"].sum() / lanes["asked"].sum())
-        return min(room, 1 + int(2 * FORGOTTEN / share), self.queries)
+        share = float(lanes["stops"].sum() / lanes["asked"].sum())
+        return min(room, 1 + int(2 * FORGOTTEN / max(share, 1 / self.queries)), self.queries)
 
     def _candidates(self, lanes: Lanes, rows: Tensor, ahead: int) -> Tensor:
         """(L ahead, C, H, W) what the next queries of each lane judge, the start before the first of them."""

@@ -86,7 +86,8 @@ class Member:
         """
         usual = {field.name: field.default for field in fields(self)}
         given = {key: getattr(self, key) for key in OPTIONS[self.kind] if getattr(self, key) != usual[key]}
-        inside = ", ".join(f"{key}={format_value(value)}" for key, value in given.items())
+        spelt = {key: repr(value) if isinstance(value, float) else format_value(value) for key, value in given.items()}
+        inside = ", ".join(f"{key}={text}" for key, text in spelt.items())
         return f"{self.kind}({inside})" if inside else self.kind
 
     def settings(self, classes: int | None = None) -> dict[str, Any]:

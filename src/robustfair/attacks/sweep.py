@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from robustfair.attacks.pgd import attacking, pgd
+from robustfair.attacks.pgd import attacking, pgd, predicted
 from robustfair.metrics import confusion_pred_true
 from robustfair.values import Attack, Batch, ClassTally, Model
 
@@ -16,7 +16,14 @@ AttackOn = Callable[[Batch], Attack]
 
 
 def predict(model: Model, batch: Batch, attack_on: AttackOn | None = None, *, search: Model | None = None) -> Tensor:
-    """(B,) predicted classes, see `predicted`, in eval mode, on the images or on the attacked images.
+    """(B,) predicted classes, see `predicted`; arguments as for `attacked_logits`."""
+    return predicted(attacked_logits(model, batch, attack_on, search=search), batch.y)
+
+
+def attacked_logits(
+    model: Model, batch: Batch, attack_on: AttackOn | None = None, *, search: Model | None = None
+) -> Tensor:
+    """(B, K) logits in eval mode, on the images or on the attacked images.
 
     Args:
         search: the model as the attack sees it, such as one in lower precision; None is `model`.
@@ -25,13 +32,7 @@ def predict(model: Model, batch: Batch, attack_on: AttackOn | None = None, *, se
     if attack_on is not None:
         x = pgd(model if search is None else search, x, batch.y, attack_on(batch), batch.rng("attack"))
     with attacking(model, "eval"), torch.no_grad():
-        logits = model(x)
-    return predicted(logits, batch.y)
-
-
-def predicted(logits: Tensor, y: Tensor) -> Tensor:
-    """(B,) classes of logits (B, K): where they are no finite numbers there is none, and the one after `y` counts."""
-    return torch.where(logits.isfinite().all(1), logits.argmax(1), (y + 1) % logits.shape[1])
+        return model(x)
 
 
 def sweep(model: Model, batches: Iterable[Batch], num_classes: int, attack_on: AttackOn | None = None) -> ClassTally:

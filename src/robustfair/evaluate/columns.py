@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.attacks.named import AnyAttack, NamedAttack
-from robustfair.attacks.pgd import input_gradient
+from robustfair.attacks.pgd import input_gradient, predicted
 from robustfair.attacks.strong import Engine, StrongAttack
-from robustfair.attacks.sweep import predict
+from robustfair.attacks.sweep import attacked_logits
 from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.evaluate.capacity import CPU_BUDGET
@@ -44,12 +44,14 @@ class Sweep:
         rows: images of the restart that is on: all, or those that are not fooled yet.
         restart: its number.
         position: how many of its batches are done.
+        not_finite: attacked images so far whose logits were no finite numbers.
     """
 
     column: Tensor
     rows: Tensor
     restart: int = 0
     position: int = 0
+    not_finite: int = 0
 
     def state(self) -> dict[str, Tensor]:
         """For a journal."""
@@ -58,7 +60,8 @@ class Sweep:
     @staticmethod
     def of_state(state: Mapping[str, Tensor]) -> Sweep:
         """What `state` gave."""
-        return Sweep(state["column"], state["rows"], int(state["restart"]), int(state["position"]))
+        counts = (int(state[name]) for name in ("restart", "position", "not_finite"))
+        return Sweep(state["column"], state["rows"], *counts)
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Columns:
         seconds: attack -> time it took.
         ran: strong attack -> member -> share of its work that was done.
         broken_by: strong attack -> (N,) number of the member that broke the image, -1 where none did.
-        not_finite: strong attack -> attacked points at which the logits were no finite numbers; each broke its image.
+        not_finite: attack -> attacked points at which the logits were no finite numbers: no image is right there.
         points: strong attack -> image -> (C, H, W) where the model gives the prediction.
         gradients: of the images that are right when clean: how many have none that an attack can follow.
         not_run: attacks that the deadline left out.
@@ -86,10 +89,11 @@ class Columns:
     not_run: list[str] = field(default_factory=list)
 
     def about(self, attack: str) -> dict[str, Any]:
-        """What a strong attack's settings should say of its run."""
-        if attack not in self.ran:
-            return {}
-        return {"ran": self.ran[attack], "not_finite": self.not_finite[attack]}
+        """What an attack's settings should say of its run."""
+        count = self.not_finite.get(attack, 0)
+        if attack in self.ran:
+            return {"ran": self.ran[attack], "not_finite": count}
+        return {"not_finite": count} if count else {}
 
     def state(self) -> dict[str, Tensor]:
         """The finished attacks as tensors, for a journal."""
@@ -99,6 +103,7 @@ class Columns:
             found[f"seconds/{name}"] = torch.tensor(self.seconds[name], dtype=torch.float64)
             if name in self.ran:
                 found[f"broken_by/{name}"] = self.broken_by[name]
+            if name in self.not_finite:
                 found[f"not_finite/{name}"] = torch.tensor(self.not_finite[name])
             if name in self.points:
                 found[f"points/{name}/image"] = torch.tensor(list(self.points[name]), dtype=torch.int64)
@@ -118,6 +123,7 @@ class Columns:
         if isinstance(attack, StrongAttack):
             self.ran[name] = dict.fromkeys((member.name for member in attack.members), 1.0)
             self.broken_by[name] = state[f"broken_by/{name}"]
+        if f"not_finite/{name}" in state:
             self.not_finite[name] = int(state[f"not_finite/{name}"])
         if f"points/{name}/image" in state:
             images = state[f"points/{name}/image"].tolist()
@@ -159,14 +165,17 @@ class Sweeper:
     keep_points: bool = False
     on_progress: Progress | None = None
 
-    def run(self, suite: Sequence[AnyAttack], journal: Journal | None = None) -> Columns:
+    def run(
+        self, suite: Sequence[AnyAttack], journal: Journal | None = None, *, keep_journal: bool = False
+    ) -> Columns:
         """All attacks of `suite`, which begins with clean, as far as time goes: a turn of one at least."""
         found, known = Columns(), {} if journal is None else journal.read()
         labels = self.data.labels.cpu()
         survivors, rows = self.data, torch.arange(len(self.data))
         cut = worked = False
         for attack in suite:
-            if not found.take(attack, known):
+            taken = found.take(attack, known)
+            if not taken:
                 if attack.needs_gradient and (cut or (worked and self._late())):
                     found.not_run.append(attack.name)
                     continue
@@ -179,9 +188,9 @@ class Sweeper:
                 survivors = self.data.subset(rows.to(self.data.device))
                 if len(suite) > 1 and found.gradients is None:
                     found.gradients = self._gradients(survivors)
-            if journal is not None and not cut:
+            if journal is not None and not cut and not taken:
                 journal.write(found.state())
-        if journal is not None and not cut and not found.not_run:
+        if journal is not None and not keep_journal and not cut and not found.not_run:
             journal.remove()
         return found
 
@@ -210,12 +219,13 @@ class Sweeper:
         elif not attack.needs_gradient:
             found.predictions[attack.name], done = self._clean().cpu(), True
         else:
-            column = self._sweep(survivors, attack, state, save)
-            done = column is not None
-            if column is None:
+            sweep = self._sweep(survivors, attack, state, save)
+            done = sweep is not None
+            if sweep is None:
                 found.not_run.append(attack.name)
             else:
-                found.predictions[attack.name] = found.predictions[CLEAN].clone().index_copy_(0, rows, column)
+                found.predictions[attack.name] = found.predictions[CLEAN].clone().index_copy_(0, rows, sweep.column)
+                found.not_finite[attack.name] = sweep.not_finite
         if attack.name in found.predictions:
             found.seconds[attack.name] = round(spent(), 3)
         return done
@@ -285,8 +295,8 @@ class Sweeper:
                 self.on_progress(CLEAN, done, len(self.data))
         return torch.cat(columns)
 
-    def _sweep(self, data: ImageDataset, attack: NamedAttack, state: Mapping[str, Tensor], save: Save) -> Tensor | None:
-        """Predictions (n,) under `attack`, None where time was up before its end.
+    def _sweep(self, data: ImageDataset, attack: NamedAttack, state: Mapping[str, Tensor], save: Save) -> Sweep | None:
+        """What `attack` finds, None where time was up before its end.
 
         Where fooled images stay so, a restart takes only those that are left.
         """
@@ -308,26 +318,28 @@ class Sweeper:
                     self._batch(once, replace(batch, seed=derive_seed("audit", self.seed, attack.name, *keys)), at)
                     moved = True
                     if self.on_progress:
-                        left = len(at.rows) - min(at.position * self.batch_size, len(at.rows))
-                        told = (at.restart + 1) * len(data) - left
+                        waiting = len(at.rows) - min(at.position * self.batch_size, len(at.rows))
+                        told = (at.restart + 1) * len(data) - waiting
                         self.on_progress(attack.name, told, rounds * len(data))
                     if time.monotonic() - saved >= SAVE_EVERY:
                         save(at.state())
                         saved = time.monotonic()
-                at = Sweep(at.column, (at.column == labels).nonzero().squeeze(1), at.restart + 1)
+                left = (at.column == labels).nonzero().squeeze(1)
+                at = Sweep(at.column, left, at.restart + 1, not_finite=at.not_finite)
         except KeyboardInterrupt:
             save(at.state())
             raise
         if self.on_progress and told < rounds * len(data):
             self.on_progress(attack.name, rounds * len(data), rounds * len(data))
-        return at.column
+        return at
 
     def _batch(self, attack: NamedAttack, batch: Batch, at: Sweep) -> None:
         """Attack the batch at hand and note the classes found."""
         search = InPrecision(self.model, self.precisions["pgd"], batch.x.device.type)
-        classes = predict(self.model, batch, lambda given: attack.on(given, self.threat), search=search)
-        rows = at.rows[at.position * self.batch_size :][: len(classes)]
-        at.column[rows] = classes.cpu()
+        logits = attacked_logits(self.model, batch, lambda given: attack.on(given, self.threat), search=search)
+        rows = at.rows[at.position * self.batch_size :][: len(logits)]
+        at.column[rows] = predicted(logits, batch.y).cpu()
+        at.not_finite += int((~logits.isfinite()).any(1).sum())
         at.position += 1
 
     def _lanes(self, attack: StrongAttack) -> int:

@@ -173,10 +173,10 @@ def run_reference(
     return _outcome(attack, found, ran), unfinished
 
 
-def _passes(model: nn.Module, precision: Precision, example: Tensor, most: int) -> Passes:
+def _passes(model: nn.Module, precision: Precision, example: Tensor, room: int) -> Passes:
     if precision == "fp32":
-        return Passes(model, most=most)
-    return Passes(search_network(model, example), slack=BF16_SLACK, most=most)
+        return Passes(model, room=room)
+    return Passes(search_network(model, example), slack=BF16_SLACK, room=room)
 
 
 def _pixels(data: ImageDataset, index: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Geometry(NamedTuple):
 
 
 def conv2d(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -60,20 +60,18 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`torch.conv2d`: images (N, C, H, W) and weights (O, C, h, w) -> (N, O, H', W')."""
-    geometry = _plain(x, stride, padding, dilation, groups)
-    if geometry is None:
-        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    strided = geometry.stride != (1, 1)
-    if strided and not torch.compiler.is_compiling():
-        return torch.conv2d(x, weight, bias, stride, padding)
+    """`torch.conv2d`: images (N, C, H, W) and weights (O, C, h, w) -> (N, O, H', W'), in the layout torch gives it."""
+    geometry = _plain(input, stride, padding, dilation, groups)
+    strided = geometry is not None and geometry.stride != (1, 1)
+    if geometry is None or (strided and not torch.compiler.is_compiling()):
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if strided and weight.shape[2:] == (1, 1) and geometry.padding == (0, 0):
-        thinned = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
-        return torch.conv2d(thinned.contiguous(memory_format=torch.channels_last), weight, bias)
-    b = bundle_size(x, weight, geometry)
+        thinned = input[:, :, :: geometry.stride[0], :: geometry.stride[1]]
+        return torch.conv2d(thinned.contiguous(memory_format=_layout(input, weight)), weight, bias)
+    b = bundle_size(input, weight, geometry)
     if b == 1:
-        return torch.conv2d(x, weight, bias, stride, padding)
-    return bundled_conv2d(x, weight, bias, geometry, b)
+        return torch.conv2d(input, weight, bias, stride, padding)
+    return bundled_conv2d(input, weight, bias, geometry, b)
 
 
 def bundled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, b: int) -> Tensor:
@@ -96,7 +94,7 @@ def bundled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
         sums = sums[..., (shift + pad) * b : (shift + pad + columns) * b]
         total = sums if total is None else total + sums
     assert total is not None, "a kernel has a column"
-    return from_bundles(total, b)
+    return from_bundles(total, b).contiguous(memory_format=_layout(x, weight))
 
 
 def to_bundles(x: Tensor, b: int) -> Tensor:
@@ -107,10 +105,9 @@ def to_bundles(x: Tensor, b: int) -> Tensor:
 
 
 def from_bundles(x: Tensor, b: int) -> Tensor:
-    """(N/b, C, H, W b) -> (N, C, H, W), channels last."""
+    """(N/b, C, H, W b) -> (N, C, H, W)."""
     n, c, h, w = x.shape
-    images = x.reshape(n, c, h, w // b, b).permute(0, 4, 1, 2, 3).reshape(n * b, c, h, w // b)
-    return images.contiguous(memory_format=torch.channels_last)
+    return x.reshape(n, c, h, w // b, b).permute(0, 4, 1, 2, 3).reshape(n * b, c, h, w // b)
 
 
 def bundle_size(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
@@ -130,12 +127,25 @@ def _many(weight: Tensor) -> bool:
     return weight.shape[0] * weight.shape[1] >= FEWEST_WEIGHTS
 
 
+def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """How torch lays out the result: channels last where the images or the weights lie so, and not in both ways."""
+    last = any(
+        each.is_contiguous(memory_format=torch.channels_last) and not each.is_contiguous() for each in (x, weight)
+    )
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def _plain(x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry | None:
     """The geometry of a batch's convolution on a CPU without dilation or groups; None for any other."""
-    if x.dim() != 4 or x.device.type != "cpu" or groups != 1 or isinstance(padding, str) or _pair(dilation) != (1, 1):
+    pairs = [_pair(value) for value in (stride, padding, dilation)]
+    if x.dim() != 4 or x.device.type != "cpu" or groups != 1 or None in pairs or pairs[2] != (1, 1):
         return None
-    return Geometry(_pair(stride), _pair(padding))
+    return Geometry(*pairs[:2])  # type: ignore[arg-type]
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _pair(value: Any) -> tuple[int, int] | None:
+    """What torch takes for (height, width): one number or two; None for anything else, such as a word."""
+    values = [value] if isinstance(value, int) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(each, int) for each in values):
+        return None
+    return {1: (values[0], values[0]), 2: tuple(values)}.get(len(values)) if values else None
