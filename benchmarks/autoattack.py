@@ -303,7 +303,7 @@ def memory(args: argparse.Namespace) -> Table:
     command = [sys.executable, "-c", "from benchmarks.autoattack import memory_child; memory_child()"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     rows: list[Row] = []
-    for attacks in ("pgd-2", "apgd-ce(steps=2)", "fab-t(steps=1, targets=1)", "square(queries=2)"):
+    for attacks in ("pgd-2", "apgd-ce(steps=2)", "fab-t(steps=1, targets=1)", "fab(steps=1)", "square(queries=2)"):
         given = json.dumps({"attacks": attacks, "threads": args.threads})
         done = subprocess.run([*command, given], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
         rows.append({"attacks": attacks, **json.loads(done.stdout)})
@@ -327,7 +327,7 @@ def memory_child() -> None:
     with torch.no_grad():
         labels = torch.cat([model(part.float() / 255).argmax(1) for part in data.images.split(100)])
     asked = 100_000
-    found = audit(model, replace(data, labels=labels), attacks=given["attacks"], batch_size=asked)
+    found = audit(model, replace(data, labels=labels), attacks=given["attacks"], batch_size=asked, keep_points=True)
     taken = found.provenance["batch_size"]
     print(json.dumps({"images": len(data), "asked": asked, "taken": taken, "peak": in_use("cpu")["peak"]}))
 

@@ -467,6 +467,18 @@ GROUPS = [
     case(["audit", "run", *AUDIT, "--group-by", "superclass"], "digits has no super-classes", "class,group"),
     case(["audit", "run", *AUDIT, "--group-by", "absent.csv"], "absent.csv does not exist"),
     case(["audit", "run", *AUDIT, "--group-by", "notes"], "notes is a folder", "class,group"),
+    case("audit baseline.json --attacks clean", "flags of a stored audit", "'--attacks'", "name the run"),
+    case("audit baseline.json --report new.html --out new", "'--out'", "--report, --baseline"),
+    case("audit baseline.json --eps 8/255 --norm l2 --step-size 0.1", "'--norm, --eps, --step-size'"),
+    case("audit baseline.json --precision bf16 --engine reference", "'--precision, --engine'"),
+    case("audit baseline.json --max-minutes 5 --points --checks", "'--max-minutes, --points, --checks'"),
+    case("audit baseline.json --data digits --seed 1 --batch-size 7", "'--data, --batch-size, --seed'"),
+    case("audit baseline.json --image-size 8 --limit-per-class 2", "'--image-size, --limit-per-class'"),
+    case("audit baseline.json --checkpoint best --device cpu", "'--device, --checkpoint'"),
+    case(["audit", "baseline.json", *WEIGHTS[:4]], "'--arch, --width'"),
+    case("audit baseline.json --weights good.pt --normalise none", "'--weights, --normalise'"),
+    case("audit baseline.json --report notes", "file name"),
+    case("audit baseline.json --report new.html --fail-under worst.fgsm=0", "fgsm"),
     case("audit baseline.json --group-by notes", "notes is a folder", "class,group"),
     case(["audit", "run", *AUDIT, "--group-by", "missing.csv"], "missing.csv, line 9", "without class 8 and 1 more"),
     case(["audit", "run", *AUDIT, "--group-by", "twice.csv"], "twice.csv, line 12", "class 3 has a group on line 5"),
@@ -1098,6 +1110,7 @@ def test_checks_say_what_hides_gradients(place: Path, command: Command, monkeypa
     words = ["--attacks", "fgsm", "--limit-per-class", 2, "--checks"]
     plain = command("audit", "run", *words, "--json").json()["provenance"]["checks"]
     assert {check["code"] for check in plain} <= {"not-converged"}
+    torch.manual_seed(0)
     noisy = command("audit", "zoo_of_test:Noisy", "--data", "digits", *words)
     assert noisy.code == 0
     lines = noisy.out.splitlines()
@@ -1322,6 +1335,15 @@ def test_comparisons_of_some_attacks_in_other_forms(place: Path, command: Comman
     pair = ["compare", "stored/before", "stored/after"]
     only = command(*pair, "--attacks", "PGD_2", "--json").json()
     assert list(only["attacks"]) == ["pgd-2"]
+    for attacks, chosen in (
+        ("robust", ["robust"]),
+        ("Robust", ["robust"]),
+        ("clean,robust", ["clean", "robust"]),
+        ("robust, PGD_2", ["robust", "pgd-2"]),
+    ):
+        outcome = command(*pair, "--paired", "--attacks", attacks, "--json")
+        assert outcome.code == 0, outcome.err
+        assert list(outcome.json()["attacks"]) == chosen
     for form, mark in (("markdown", "|"), ("latex", r"\begin{tabular}")):
         outcome = command(*pair, "--format", form)
         assert outcome.code == 0
@@ -1392,6 +1414,7 @@ def test_a_repair_can_show_before_and_after(place: Path, command: Command) -> No
     wrote = [Path(line.removeprefix("wrote ")) for line in outcome.out.splitlines() if line.startswith("wrote ")]
     assert {path.parts[0] for path in wrote} == {"run", "new"}
     assert Path("new/report.html") in wrote
+    assert not list(place.rglob("*unfinished-*"))
     for name in TEN:
         assert sum(line.split()[:2] == [name, "3"] for line in outcome.out.splitlines()) == 1
 
@@ -1534,7 +1557,23 @@ def test_a_stored_audit_beside_a_baseline_is_shown_as_a_run_is(place: Path, comm
         refused = command("audit", after, "--baseline", other, "--format", form)
         assert (refused.code, refused.out) == (2, "")
         assert "not of the same images" in refused.err
+        assert command("audit", after, "--baseline", other, "--report", "page.html", "--format", form).code == 2
     assert changes(files, tree(place)) == []
+
+
+def test_a_stored_audit_gets_its_report(place: Path, command: Command) -> None:
+    (before,) = (place / "stored" / "before").glob("*.json")
+    (after,) = (place / "stored" / "after").glob("*.json")
+    files = tree(place)
+    outcome = command("audit", after, "--report", "deep/one.html", "--quiet")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[-1] == "wrote deep/one.html"
+    command("audit", after, "--baseline", before, "--report", "deep/two.html", "--json").json()
+    one, two = ((place / "deep" / f"{name}.html").read_text(encoding="utf-8") for name in ("one", "two"))
+    name = json.loads(before.read_text())["model"]
+    assert (name in one, name in two) == (False, True)
+    new = {path for path in tree(place) if path not in files}
+    assert {Path(path).suffix for path in new} <= {"", ".html"}
 
 
 def test_a_run_beside_a_baseline_has_the_comparison_in_its_json(place: Path, command: Command) -> None:

@@ -19,7 +19,8 @@ from robustfair import workflows
 from robustfair.config import RobustFairWarning
 from robustfair.data import load_dataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
-from robustfair.evaluate.audit import audit, load_audit
+from robustfair.evaluate.audit import BATCH_SIZE, audit, load_audit
+from robustfair.evaluate.columns import Sweeper
 from robustfair.evaluate.finding import Finding
 from robustfair.loading import Target, load_target
 from robustfair.models import head_norms
@@ -191,6 +192,26 @@ def test_the_same_threat_finds_the_same_journal_in_any_spelling(
     assert len(list(kept.glob("unfinished-*"))) == others
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "kept"),
+    [
+        ({}, {"batch_size": BATCH_SIZE}, 1),
+        ({}, {"attacks": "clean,square(queries=20),pgd-2"}, 1),
+        ({}, {"attacks": "square(queries=20),PGD_2,clean", "batch_size": BATCH_SIZE}, 1),
+        ({}, {"attacks": "pgd-2,square(queries=20)"}, 2),
+        ({}, {"batch_size": 7}, 2),
+    ],
+)
+def test_the_same_audit_finds_the_same_journal_in_any_spelling(
+    run: Path, one: dict[str, Any], other: dict[str, Any], kept: int
+) -> None:
+    request = AuditRequest(attacks="square(queries=20),pgd-2", limit_per_class=2, max_minutes=1e-9)
+    for spelt in (one, other):
+        with pytest.warns(RobustFairWarning, match="The same command goes on"):
+            audit_target(load_target(str(run)), replace(request, **spelt), quiet=True)
+    assert len(list((run / "audit").glob("unfinished-*"))) == kept
+
+
 # Thorough checks
 
 
@@ -268,6 +289,34 @@ def test_outputs_lie_where_the_user_says(run: Path, tmp_path: Path) -> None:
     assert changes(before, tree(run)) == []
     assert len(write_outputs(target, found, html=False)) == 2
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("out", [None, "elsewhere"])
+def test_the_journal_of_a_finished_audit_goes_when_it_is_saved(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+) -> None:
+    target, folder = load_target(str(run)), None if out is None else tmp_path / out
+    kept = folder or run / "audit"
+    found = audit_target(target, QUICK, out=folder, quiet=True)
+    (journal,) = kept.iterdir()
+    assert journal.name.startswith("unfinished-")
+    monkeypatch.delattr(Sweeper, "_attack")
+    again = audit_target(target, QUICK, out=folder, quiet=True)
+    assert again.correct("pgd-2").tolist() == found.correct("pgd-2").tolist()
+    left = journal.with_name(f".{journal.name}.123.tmp")
+    left.write_bytes(b"half")
+    write_outputs(target, again, out=folder)
+    assert journal.exists(), "which audit it was is not known"
+    write_outputs(target, again, request=replace(QUICK, checks=True), out=folder)
+    assert {path.suffix for path in kept.iterdir()} == {".json", ".npz"}
+
+
+def test_the_journal_of_an_audit_that_was_cut_stays(run: Path) -> None:
+    target, request = load_target(str(run)), AuditRequest(attacks="square(queries=20)", max_minutes=1e-9)
+    with pytest.warns(RobustFairWarning, match="goes on"):
+        found = audit_target(target, request, quiet=True)
+    write_outputs(target, found, request=request)
+    assert len(list((run / "audit").glob("unfinished-*"))) == 1
 
 
 def test_a_model_from_elsewhere_leaves_nothing_unasked(run: Path, tmp_path: Path) -> None:
@@ -410,6 +459,7 @@ def test_the_demo_is_train_repair_and_two_audits(tmp_path: Path, monkeypatch: py
         for part, found in (("before", before), ("after", after)):
             (line,) = [line for line in lines if line.startswith(part) and line.split()[1] == "pgd-2"]
             assert f"average {100 * found.average('pgd-2'):.1f} " in line
+        assert not list(Path(out).rglob("*unfinished-*"))
 
 
 @pytest.mark.parametrize(("name", "message"), [("folder", "is not empty"), ("file", "is a file")])

@@ -100,6 +100,7 @@ class TargetFlags:
 
 
 NO_TARGET_FLAGS = TargetFlags()
+ATTACKS = "clean,pgd-20"
 
 
 @app.command
@@ -165,7 +166,7 @@ def audit(
     target: str,
     /,
     *,
-    attacks: str = "clean,pgd-20",
+    attacks: str = ATTACKS,
     eps: str | None = None,
     norm: str | None = None,
     step_size: Annotated[str | None, Parameter(name=["--step-size", "--alpha"])] = None,
@@ -190,7 +191,8 @@ def audit(
     ----------
     target
         A run folder; a weight file with --arch; package.module:factory; timm:NAME with --weights; robustbench:NAME; or
-        the JSON of a stored audit, which is read again for groups, gates, a baseline and formats without attacking.
+        the JSON of a stored audit, which is read again for groups, gates, a baseline, formats and --report without
+        attacking, and takes no other flags.
     attacks
         Comma-separated: clean, fgsm, pgd-K, cw-K, autoattack, apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, each with
         options, such as cw-50(restarts=5) or autoattack(version=plus).
@@ -231,6 +233,7 @@ def audit(
         The same as --format json.
     """
     from robustfair.attacks.named import parse_attacks
+    from robustfair.config import require
     from robustfair.evaluate.audit import load_audit
     from robustfair.evaluate.gates import parse_gate, require_known
     from robustfair.evaluate.grouping import read_groups
@@ -243,11 +246,6 @@ def audit(
 
     gates = [parse_gate(text) for text in fail_under or ()]
     form = "json" if json_ else format_
-    before = None if baseline is None else load_audit(baseline)
-    if target.endswith(".json"):
-        stored = load_audit(target)
-        groups = read_groups(group_by, stored) if group_by else None
-        return _judge(stored, form, gates, groups, baseline=before)
     request = AuditRequest(
         attacks=attacks,
         eps=eps,
@@ -260,6 +258,17 @@ def audit(
         checks=checks,
         **flags.asked(),
     )
+    before = None if baseline is None else load_audit(baseline)
+    if target.endswith(".json"):
+        asked = vars(request) | vars(flags) | {"out": out}
+        usual = vars(AuditRequest(attacks=ATTACKS)) | vars(NO_TARGET_FLAGS) | {"out": None}
+        given = ", ".join(f"--{name.replace('_', '-')}" for name, value in asked.items() if value != usual[name])
+        allowed = "--report, --baseline, --fail-under, --group-by, --format or --json"
+        hint = "It is only read: name the run or the weights to audit them anew"
+        require(not given, "audit", "flags of a stored audit", allowed=allowed, got=given, hint=hint)
+        stored = load_audit(target)
+        groups = read_groups(group_by, stored) if group_by else None
+        return _judge(stored, form, gates, groups, baseline=before, report=report)
     images = None if Path(target).is_dir() else request.images()
     found = flags.load(target, images)
     require_outputs(found, out=out, report=report, points=points)
@@ -271,21 +280,32 @@ def audit(
         known = None if groups is None else groups.names
         require_known(gates, attacks=names, classes=images[0].class_names, groups=known)
     result = audit_target(found, request, images=images, out=out, baseline=before, quiet=quiet)
-    written = write_outputs(found, result, baseline=before, out=out, report=report)
+    written = write_outputs(found, result, baseline=before, request=request, out=out, report=report)
     return _judge(result, form, gates, groups, baseline=before, written=written)
 
 
 def _judge(
-    result: Any, form: str, gates: Sequence[Any], groups: Any, *, baseline: Any = None, written: Sequence[Path] = ()
+    result: Any,
+    form: str,
+    gates: Sequence[Any],
+    groups: Any,
+    *,
+    baseline: Any = None,
+    written: Sequence[Path] = (),
+    report: Path | None = None,
 ) -> int:
-    """Print an audit, its groups and its gates; the exit code."""
+    """Print an audit, its groups and its gates, and write a report that is not `written` yet; the exit code."""
     from robustfair.evaluate.gates import check
     from robustfair.evaluate.grouping import regroup
+    from robustfair.report.html import write_report
     from robustfair.workflows import audit_text
 
     rates = None if groups is None else regroup(result, groups)
     checked = check(gates, result, rates)
-    print(audit_text(result, form, baseline=baseline, rates=rates, checked=checked, width=_width()))
+    text = audit_text(result, form, baseline=baseline, rates=rates, checked=checked, width=_width())
+    if report is not None:
+        written = [*written, write_report(report, result, baseline=baseline)]
+    print(text)
     lines = [gate.line for gate in checked]
     if form == "table":
         lines = [*(f"wrote {path}" for path in written), *lines]
@@ -394,15 +414,18 @@ def compare(
     from robustfair.attacks.named import parse_attacks
     from robustfair.checkpoint import write_text
     from robustfair.config import require
-    from robustfair.evaluate.compare import compare_many
+    from robustfair.evaluate.audit import ROBUST
+    from robustfair.evaluate.compare import _OUTER_COMMA, compare_many
     from robustfair.evaluate.stored import comparable_audits
+    from robustfair.registry import canonical
     from robustfair.workflows import before_after_lines, comparison_text
 
     require(len(targets) >= 2, "compare", "targets", allowed="at least two runs or audits", got=len(targets))
     hint = f"Try {out}/comparison.txt"
     require(out is None or not out.is_dir(), "compare", "out", allowed="a file name", got=str(out), hint=hint)
     form = "json" if json_ else format_
-    wanted = [attack.name for attack in parse_attacks(attacks.replace("robust", ""))] if attacks else []
+    named = [name for name in _OUTER_COMMA.split(attacks) if canonical(name) != ROBUST] if attacks else []
+    wanted = [attack.name for attack in parse_attacks(named)] if named else []
     stored = comparable_audits(targets, wanted)
     audits, width = [audit for _, audit in stored], None if out else _width()
     compared = compare_many(audits, attacks=attacks)
@@ -481,8 +504,8 @@ def repair(
         device=device,
     )
     done = repair_with_audits(target, method, out, request, checkpoint=checkpoint, quiet=quiet)
-    written = write_outputs(done.before, done.first, html=False)
-    written += write_outputs(done.after, done.second, baseline=done.first)
+    written = write_outputs(done.before, done.first, request=request, html=False)
+    written += write_outputs(done.after, done.second, baseline=done.first, request=request)
     shown = before_after_lines(done.first, done.second, _width())
     print(done.text, *shown, *(f"wrote {path}" for path in written), sep="\n")
     return 0

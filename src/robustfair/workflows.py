@@ -19,12 +19,13 @@ from robustfair.checkpoint import Checkpoint, write_checkpoint
 from robustfair.config import RobustFairWarning, build, format_eps, parse_norm, require
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import CheckpointError, DataError, ModelError
-from robustfair.evaluate.audit import CLEAN, Audit, audit, threat
+from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Audit, audit, threat
 from robustfair.evaluate.compare import Comparison, check_comparable, compare
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
 from robustfair.evaluate.finding import Finding
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.grouping import GroupRates
+from robustfair.evaluate.journal import Journal
 from robustfair.evaluate.masking import checks_cut, thorough_findings
 from robustfair.evaluate.sanity import compare_findings, findings
 from robustfair.loading import Target, load_target
@@ -134,7 +135,8 @@ def audit_target(
 ) -> Audit:
     """Audit a loaded model on the images and the threat it was made for, or the requested ones.
 
-    An interruption of the thorough checks, which follow the attacks, ends them and keeps the audit.
+    An interruption of the thorough checks, which follow the attacks, ends them and keeps the audit. The journal of a
+    finished audit stays until `write_outputs` has saved it.
 
     Args:
         images: what `request.images` gave, where the caller has loaded them already.
@@ -166,7 +168,8 @@ def audit_target(
             precision=request.precision,  # type: ignore[arg-type]
             engine=request.engine,  # type: ignore[arg-type]
             max_minutes=request.max_minutes,
-            journal=_journal(target, request, data, limits, out),
+            journal=_journal(target, request, data.fingerprint, len(data), limits, out),
+            keep_journal=True,
             keep_points=request.points,
             device=request.device,
             label=target.label,
@@ -279,23 +282,23 @@ def _images_for(
 
 
 def _journal(
-    target: Target, request: AuditRequest, data: ImageDataset, limits: Threat, out: Path | None
+    target: Target, request: AuditRequest, fingerprint: str, images: int, limits: Threat, out: Path | None
 ) -> Path | None:
-    """Where an audit that is not finished keeps what it knows; None where there is nowhere to."""
+    """Where an audit that is not saved keeps what it knows; None where there is nowhere to."""
     audits = out or (target.folder.audits if target.folder else None)
     if audits is None:
         return None
     names = [attack.name for attack in parse_attacks(request.attacks)]
     about = repr(
         [
-            names,
+            [CLEAN, *(name for name in names if name != CLEAN)],
             limits,
             request.seed,
             request.precision,
             request.engine,
-            request.batch_size,
-            data.fingerprint,
-            len(data),
+            BATCH_SIZE if request.batch_size is None else request.batch_size,
+            fingerprint,
+            images,
             target.checkpoint,
             request.points,
             target.label if out is not None or target.folder is None else None,
@@ -309,6 +312,7 @@ def write_outputs(
     result: Audit,
     *,
     baseline: Audit | None = None,
+    request: AuditRequest | None = None,
     out: Path | None = None,
     report: Path | None = None,
     html: bool = True,
@@ -316,6 +320,7 @@ def write_outputs(
     """Save an audit, and its report, into the run's folder or where the user said; returns the paths written.
 
     A file name tells attacks, threat, checkpoint, images and seed, so that only the same audit replaces itself.
+    `request` is what `audit_target` was given, and `out` too: with it the journal of a complete audit goes at the end.
     """
     folder = target.folder
     if baseline is not None:
@@ -329,6 +334,10 @@ def write_outputs(
         history = folder.history() if folder else None
         recipe = read_recipe(str(folder.recipe), {}).values() if folder else None
         written.append(write_report(page, result, baseline=baseline, history=history or None, recipe=recipe))
+    if request is not None and result.complete:
+        journal = _journal(target, request, result.fingerprint, len(result.labels), result.threat, out)
+        if journal is not None:
+            Journal(journal, {}).remove()
     return written
 
 
@@ -407,7 +416,10 @@ class RepairAudits(NamedTuple):
 def repair_with_audits(
     source: str, method: str, out: Path, request: AuditRequest, *, checkpoint: str | None = None, quiet: bool = False
 ) -> RepairAudits:
-    """Audit a run, repair it into `out`, and audit that too. A request that cannot be audited leaves no folder."""
+    """Audit a run, repair it into `out`, and audit that too. A request that cannot be audited leaves no folder.
+
+    `write_outputs` saves the audits; given `request`, it removes their journals too.
+    """
     read_repair(method)
     RunFolder(out).require_free()
     before = load_target(source, checkpoint=checkpoint)
@@ -430,9 +442,10 @@ def run_demo(
     RunFolder(base).require_free()
     with TrainingProgress(quiet=quiet) as progress:
         train(recipe, trained, on_start=progress.start, on_step=progress.step, on_epoch=progress.epoch)
-    done = repair_with_audits(str(trained), "hwnwb", repaired, AuditRequest(attacks=DEMO_ATTACKS), quiet=quiet)
-    write_outputs(done.before, done.first)
-    written = write_outputs(done.after, done.second, baseline=done.first)
+    request = AuditRequest(attacks=DEMO_ATTACKS)
+    done = repair_with_audits(str(trained), "hwnwb", repaired, request, quiet=quiet)
+    write_outputs(done.before, done.first, request=request)
+    written = write_outputs(done.after, done.second, baseline=done.first, request=request)
     yield done.text
     yield ""
     yield from before_after_lines(done.first, done.second, width)

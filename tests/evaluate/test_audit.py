@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reference.linear_robustness import margin_left, survives
+from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
 from robustfair import metrics
 from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, UnknownNameError
 from robustfair.evaluate.audit import Audit, audit, load_audit, threat
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.sanity import findings
+from robustfair.models import OnCopies, unwrap
 from robustfair.values import Threat
 
 EPS = 0.1
@@ -244,6 +247,54 @@ def test_a_low_precision_searches_and_the_model_itself_predicts() -> None:
     assert 0 < found.average("pgd-5") < found.average("clean")
 
 
+FAMILY = "pgd-3,apgd-ce(steps=4),apgd-t(steps=3),fab(steps=2),fab-t(steps=2),square(queries=30)"
+
+
+def right_on(model: nn.Module, channels: int = 3) -> ImageDataset:
+    """Twenty images of 8x8 that a network classifies right."""
+    images = torch.randint(0, 256, (20, channels, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    with torch.no_grad():
+        return dataset(model.eval()(images / 255).argmax(1), images, 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("network", [Viewing, WritingOnImages])
+def test_a_network_that_needs_copies_is_audited_as_one_that_does_not(
+    network: type[Plain], channels: int, precision: Literal["fp32", "bf16"], tmp_path: Path
+) -> None:
+    model, twin = network(channels), OnCopies(Plain(channels))
+    data = right_on(twin, channels)
+    found, wanted = (audit(m, data, attacks=FAMILY, eps=0.1, precision=precision) for m in (model, twin))
+    assert (found.model, wanted.model) == (network.__name__, "Plain")
+    assert found.head_norms == wanted.head_norms is not None
+    assert found.provenance["input_gradients"] == wanted.provenance["input_gradients"]
+    assert all(torch.equal(found.prediction(name), wanted.prediction(name)) for name in wanted.attacks)
+    assert found.average("clean") == 1 > found.average("apgd-t(steps=3)")
+    assert model.training
+    journal = tmp_path / "journal"
+    audit(model, data, attacks="fgsm", eps=0.03, journal=journal, keep_journal=True)
+    assert audit(unwrap(twin), data, attacks="fgsm", eps=0.03, journal=journal).attacks == ("clean", "fgsm")
+
+
+def test_where_no_gradient_can_be_taken_attacks_that_need_one_are_refused() -> None:
+    model = Reentrant()
+    data = right_on(Plain())
+    for attacks in ("fgsm", "square,apgd-ce", "autoattack"):
+        with pytest.raises(ModelError, match="the gradient of the images cannot be taken through Reentrant: When"):
+            audit(model, data, attacks=attacks)
+    assert audit(model, data, attacks="clean").average("clean") == 1
+    for precision in ("fp32", "bf16"):
+        found, wanted = (
+            audit(m, data, attacks="square(queries=50)", eps=0.1, precision=precision)  # type: ignore[arg-type]
+            for m in (model, Plain())
+        )
+        assert found.provenance["input_gradients"] is None
+        assert wanted.provenance["input_gradients"] == {"images": 20, "zero": 0, "not_finite": 0}
+        assert 0 < found.average("square(queries=50)") < 1
+        assert not [each for each in findings(found) if each.code == "masked-gradient"]
+
+
 def test_wrong_input_is_refused_before_any_attack() -> None:
     model, data = two_classes(10)
     with pytest.raises(ModelError, match="2 outputs, data has 3 classes"):
@@ -278,6 +329,9 @@ class Never(nn.Module):
         ({"batch_size": 0}, "audit: batch_size must be a whole number >= 1, got 0"),
         ({"batch_size": -1}, "audit: batch_size must be a whole number >= 1, got -1"),
         ({"seed": 1.5}, "audit: seed must be a whole number, got 1.5"),
+        ({"seed": False}, "audit: seed must be a whole number, got False"),
+        ({"batch_size": True}, "audit: batch_size must be a whole number >= 1, got True"),
+        ({"max_minutes": True}, "audit: max_minutes must be a number, got True"),
         ({"device": "nonsense"}, "device: device must be auto, cpu, or a GPU that torch sees, got 'nonsense'"),
         pytest.param(
             {"device": "cuda"},

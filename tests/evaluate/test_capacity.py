@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reference.public_networks import Plain, Reentrant, WritingOnImages
 from robustfair.data import ImageDataset
+from robustfair.errors import ModelError
 from robustfair.evaluate import capacity
 from robustfair.evaluate.audit import audit
 from robustfair.evaluate.capacity import CPU_BUDGET, HEADROOM, bytes_per_image, images_that_fit
@@ -90,6 +92,21 @@ def test_a_model_without_gradients_counts_at_least_its_images() -> None:
 
     x = torch.rand(1, 3, 8, 8)
     assert bytes_per_image(Blind(), x) == 3 * 8 * 8 * FLOAT
+
+
+@pytest.mark.parametrize("network", [Reentrant, WritingOnImages])
+def test_without_a_graph_what_the_layers_return_counts(network: Callable[[], nn.Module]) -> None:
+    """Convolution and batch norm, the head; what they return stands for the rest too."""
+    model, x = network(), torch.rand(1, 3, 8, 8)
+    before = x.clone()
+    with pytest.raises(ModelError, match="the gradient of the images cannot be taken through"):
+        bytes_per_image(model, x)
+    found = bytes_per_image(model, x, gradient=False)
+    assert found == (2 * 6 * 6 * 6 + 4) * FLOAT
+    assert images_that_fit(model, x, gradient=False) == int(CPU_BUDGET / (HEADROOM * found))
+    assert torch.equal(x, before)
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert bytes_per_image(Plain(), x) == bytes_per_image(Plain(), x, gradient=False)
 
 
 @pytest.mark.parametrize("images", [1, 2, 7, 1000])

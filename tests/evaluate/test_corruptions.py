@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from reference.public_networks import Plain, Viewing, WritingOnImages
 from robustfair import metrics
 from robustfair.data import ImageDataset
 from robustfair.data.corruptions import CORRUPTIONS, FAIR_TAT, SEVERITIES, STANDARD, corrupt
@@ -23,6 +24,7 @@ from robustfair.evaluate.corruptions import (
     open_published,
     parse_corruptions,
 )
+from robustfair.models import OnCopies
 
 
 class Brightness(nn.Module):
@@ -87,6 +89,19 @@ def test_predictions_are_those_of_images_corrupted_one_by_one(channels: int) -> 
                 for i in range(12)
             ]
             assert found.prediction(name, severity).tolist() == [int(value) for value in expected]
+
+
+@pytest.mark.parametrize("network", [Viewing, WritingOnImages])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_that_needs_copies_gets_them(network: type[Plain], precision: Literal["fp32", "bf16"]) -> None:
+    data = dataset(size=8)
+    found, wanted = (
+        audit_corruptions(model, data, corruptions="fog,contrast", severities=(1,), batch_size=9, precision=precision)
+        for model in (network(classes=3), OnCopies(Plain(classes=3)))
+    )
+    assert (found.model, wanted.model) == (network.__name__, "Plain")
+    assert torch.equal(found.clean, wanted.clean)
+    assert all(torch.equal(found.predictions[name], wanted.predictions[name]) for name in wanted.predictions)
 
 
 def test_numbers_do_not_depend_on_the_batch_size() -> None:

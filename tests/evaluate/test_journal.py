@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from robustfair.evaluate.journal import Journal, weights_fingerprint
 Net = Callable[..., nn.Module]
 Small = tuple[nn.Module, ImageDataset]
 
-ABOUT = {"attacks": {"pgd-2": {"steps": 2}}, "seed": 0, "engine": "native"}
+ABOUT = {"attacks": [["pgd-2", {"steps": 2}], ["fgsm", {}]], "seed": 0, "engine": "native"}
 STATE = {
     "column/clean": torch.arange(5),
     "now/lanes/point": torch.rand(2, 1, 3, 3),
@@ -127,7 +128,9 @@ def refused(journal: Journal, *fragments: str) -> None:
     [
         ({"seed": 1}, "differs in seed)"),
         ({"seed": 1, "engine": "reference"}, "differs in engine, seed)"),
-        ({"attacks": {"pgd-2": {"steps": 3}}}, "differs in attacks)"),
+        ({"attacks": [["pgd-2", {"steps": 3}], ["fgsm", {}]]}, "differs in attacks)"),
+        ({"attacks": [["fgsm", {}], ["pgd-2", {"steps": 2}]]}, "differs in attacks)"),
+        ({"schema": "robustfair.audit-journal/1"}, "differs in schema)"),
         ({"precisions": {"pgd": "fp32"}}, "differs in precisions)"),
     ],
 )
@@ -211,16 +214,23 @@ USUAL: dict[str, Any] = {
 
 
 @pytest.fixture
-def begun(small: Small, tmp_path: Path, at_pass: Any) -> Path:
-    """The journal of an audit that was interrupted."""
+def begun(small: Small, tmp_path: Path) -> Path:
+    """The journal of an audit that was interrupted in its first attack."""
+    told: list[str] = []
+    passes: list[int] = []
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+    def interrupt(*_: object) -> None:
+        passes.append(len(told))
+        if sum(map(bool, passes)) == 5:
+            raise KeyboardInterrupt
 
     journal = tmp_path / "journal.safetensors"
-    with at_pass(small[0], 16, interrupt), pytest.raises(KeyboardInterrupt):
-        audit(*small, journal=journal, **USUAL)
-    assert journal.exists()
+    hook = small[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        audit(*small, journal=journal, on_progress=lambda attack, *_: told.append(attack), **USUAL)
+    hook.remove()
+    with safe_open(journal, "pt") as file:
+        assert "now/member" in file.keys()  # noqa: SIM118 - no mapping
     return journal
 
 
@@ -233,6 +243,7 @@ def begun(small: Small, tmp_path: Path, at_pass: Any) -> Path:
         ({"step_size": 0.001}, "differs in attacks"),
         ({"attacks": ["apgd-ce(steps=3)", "pgd-2"]}, "differs in attacks"),
         ({"attacks": ["apgd-ce(steps=4)", "pgd-2", "square(queries=8)"]}, "differs in attacks"),
+        ({"attacks": ["pgd-2", "apgd-ce(steps=3)", "square(queries=8)"]}, "differs in attacks"),
         ({"batch_size": 7}, "differs in batch_size"),
         ({"precision": "bf16"}, "differs in precisions"),
         ({"engine": "reference"}, "differs in engine"),
@@ -263,6 +274,27 @@ def test_another_model_or_other_images_do_not_go_on_from_it(small: Small, begun:
     assert begun.read_bytes() == before
 
 
+def test_a_half_run_attack_is_not_handed_to_another(
+    tiny_net: Net, tiny_data: Callable[..., ImageDataset], tmp_path: Path, at_pass: Any
+) -> None:
+    model, data, journal = tiny_net(), tiny_data(), tmp_path / "journal"
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    usual: dict[str, Any] = {"journal": journal, "batch_size": 4, "checks": False}
+    with at_pass(model, 30, interrupt), pytest.raises(KeyboardInterrupt):
+        audit(model, data, attacks=["pgd-3(restarts=9, freeze=true)", "fgsm"], **usual)
+    with pytest.raises(CheckpointError, match="differs in attacks"):
+        audit(model, data, attacks=["fgsm", "pgd-3(restarts=9, freeze=true)"], **usual)
+
+
+def test_another_version_does_not_go_on_from_it(small: Small, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustfair.rundir.version", lambda package: "0.0.1")
+    with pytest.raises(CheckpointError, match=r"differs in version\): delete it to begin"):
+        audit(*small, journal=begun, **USUAL)
+
+
 def test_a_damaged_journal_is_one_clear_error(small: Small, begun: Path) -> None:
     begun.write_bytes(begun.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="delete it to begin the audit anew"):
@@ -283,6 +315,30 @@ def test_the_same_audit_goes_on_from_it(small: Small, begun: Path, same: Callabl
 def test_an_audit_that_is_through_leaves_none(small: Small, tmp_path: Path, attacks: str) -> None:
     audit(*small, attacks=attacks, journal=tmp_path / "a" / "b" / "journal.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_audit_can_leave_its_journal(small: Small, tmp_path: Path, same: Callable[..., bool]) -> None:
+    keys: dict[str, Any] = {"attacks": "pgd-2,square(queries=3)", "journal": tmp_path / "journal"}
+    calls: list[str] = []
+    first = audit(*small, keep_journal=True, **keys)
+    written = keys["journal"].read_bytes()
+    again = audit(*small, keep_journal=True, on_progress=lambda *call: calls.append(call[0]), **keys)
+    assert same(first, again)
+    assert calls == []
+    assert keys["journal"].read_bytes() == written
+    audit(*small, **keys)
+    assert not keys["journal"].exists()
+
+
+def test_going_on_never_forgets_what_is_finished(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: dict[str, Any] = {"attacks": "pgd-2,square(queries=3)", "journal": tmp_path / "journal"}
+    audit(*small, keep_journal=True, **keys)
+
+    def refused(*_: object) -> None:
+        raise AssertionError("the journal was written")
+
+    monkeypatch.setattr(Journal, "write", refused)
+    audit(*small, keep_journal=True, **keys)
 
 
 def test_a_model_that_is_refused_leaves_none(small: Small, tmp_path: Path) -> None:

@@ -36,8 +36,9 @@ ATTACKS = "pgd-2,autoattack,fab(steps=3)"
 
 def command(root: Path, name: str) -> list[str]:
     weights = ["--arch", "small-cnn", "--width", "4", "--data", "digits", "--limit-per-class", "2"]
-    how = ["--attacks", ATTACKS, "--eps", "0.08", "--points", "--batch-size", "7", "--quiet", "--json"]
-    return ["audit", str(root / "weights.safetensors"), *weights, *how, "--out", str(root / name)]
+    how = ["--attacks", ATTACKS, "--eps", "0.08", "--points", "--checks", "--batch-size", "7", "--quiet", "--json"]
+    where = ["--out", str(root / name), "--report", str(root / f"{name}.html")]
+    return ["audit", str(root / "weights.safetensors"), *weights, *how, *where]
 
 
 # Where a child dies
@@ -94,6 +95,23 @@ def half_a_writing() -> None:
     files.save_file = dying
 
 
+def note_attacks(file: Path) -> Callable[[], None]:
+    """Write into `file` which attacks run."""
+
+    def patch() -> None:
+        usual = Sweeper._attack
+        file.touch()
+
+        def noted(self: Sweeper, attack: Any, *rest: Any) -> bool:
+            with file.open("a") as notes:
+                notes.write(f"{attack.name}\n")
+            return usual(self, attack, *rest)
+
+        Sweeper._attack = noted  # type: ignore[method-assign]
+
+    return patch
+
+
 KILLS: dict[str, Callable[[], None]] = {
     "clean": before(Sweeper, "_clean"),
     "clean is known": after_writing(1),
@@ -103,11 +121,15 @@ KILLS: dict[str, Callable[[], None]] = {
     "square": after_writing(64),
     "half a writing": half_a_writing,
     "before a rename": before(os, "fsync", call=9),
-    "last column": before(journal.Journal, "remove"),
+    "in the checks": before(workflows, "thorough_findings"),
     "before the files": before(workflows, "write_outputs"),
     "between the files": before(Audit, "to_dict"),
     "before the points": before(Audit, "_save_points"),
+    "before the report": before(workflows, "write_report"),
+    "before the journal goes": before(journal.Journal, "remove"),
 }
+ATTACKED = [name for name in KILLS if name.startswith(("in the", "before the", "between the"))]
+"""Kills after the last attack."""
 TWICE = (after_writing(9), after_writing(12))
 
 
@@ -134,6 +156,7 @@ def main(root: Path) -> None:
     schedule = Schedule(epochs=8, lr=0.01, kind="constant", batch_size=16, optimizer="adam", weight_decay=0.0)
     save_file(fit(model, data, Standard(), schedule=schedule).model.state_dict(), root / "weights.safetensors")
     strong.SAVE_EVERY = columns.SAVE_EVERY = 0.0
+    workflows.thorough_findings = lambda *given, **keys: ()
     standard = StrongAttack(name="standard", members=family.VERSIONS["standard"])
     family.VERSIONS["standard"] = cheaper(standard, steps=5, targets=2, queries=30).members  # type: ignore[index]
 
@@ -148,7 +171,7 @@ def main(root: Path) -> None:
     for name, patch in KILLS.items():
         killed = run(name, patch)
         left = sorted(path.name for path in (root / name).glob("*"))
-        status[name] = {"killed": killed, "left": left, "resumed": run(name)}
+        status[name] = {"killed": killed, "left": left, "resumed": run(name, note_attacks(root / f"{name}.txt"))}
     status["twice"] = {"killed": [run("twice", patch) for patch in TWICE], "resumed": run("twice")}
     json.dump(status, sys.__stdout__)  # type: ignore[arg-type]
 
@@ -200,8 +223,21 @@ def test_a_killed_audit_ends_with_the_files_of_the_uninterrupted_one(
     assert contents(root / name) == contents(root / "whole")
 
 
+@pytest.mark.parametrize("name", ATTACKED)
+def test_a_finished_audit_that_is_killed_before_it_is_saved_attacks_nothing_again(
+    audits: tuple[Path, dict[str, Any]], name: str
+) -> None:
+    root, status = audits
+    assert any(left.startswith("unfinished-") for left in status[name]["left"])
+    assert (root / f"{name}.txt").read_text() == ""
+    assert (root / "square.txt").read_text().splitlines() == ["autoattack", "fab(steps=3)"]
+    assert (root / f"{name}.html").is_file()
+    assert not list((root / name).glob("*unfinished-*"))
+
+
 @pytest.mark.parametrize(
-    "name", ["clean is known", "pgd is half way", "pgd is known", "targeted", "square", "last column"]
+    "name",
+    ["clean is known", "pgd is half way", "pgd is known", "targeted", "square", "in the checks", "before the files"],
 )
 def test_a_killed_audit_leaves_its_journal_alone(audits: tuple[Path, dict[str, Any]], name: str) -> None:
     (left,) = audits[1][name]["left"]

@@ -332,6 +332,10 @@ def test_all_findings_come_with_warnings_first_and_leave_no_trace(images: ImageD
     ]
 
 
+def test_a_network_that_halves_the_images_where_they_lie_is_fed_right(images: ImageDataset, network: nn.Module) -> None:
+    assert suspect_model(Behind(Behind(network, lambda x: 2 * x), lambda x: x.mul_(0.5)), images) == []
+
+
 def test_the_sample_does_not_depend_on_the_global_generator(images: ImageDataset, network: nn.Module) -> None:
     model = Behind(network, undo(0.5, 0.5))
     torch.manual_seed(1)

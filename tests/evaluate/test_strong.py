@@ -449,7 +449,7 @@ def test_logits_that_are_no_numbers_at_attacked_points_break_an_image(small: Sma
             assert found.average(name) == 0
     (finding,) = [finding for finding in findings(found) if finding.code == "not-finite"]
     assert finding.severity == "warn"
-    assert f"fab(steps=4) met {found.settings['fab(steps=4)']['not_finite']}" in finding.text
+    assert f"pgd-2 met {len(data)}, autoattack met {found.settings['autoattack']['not_finite']}" in finding.text
 
 
 def test_logits_that_are_always_numbers_are_no_finding(small: Small) -> None:

@@ -5,9 +5,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
 from robustfair.errors import ModelError
-from robustfair.models import Normalised, check_outputs, create_model, find_head, head_norms, unwrap
-from robustfair.models.head import require_finite
+from robustfair.models import (
+    Normalised,
+    OnCopies,
+    check_outputs,
+    create_model,
+    find_head,
+    head_norms,
+    prepared,
+    unwrap,
+)
+from robustfair.models.head import check_gradient, require_finite
+from robustfair.repairs import repair
 
 
 class TokenClassifier(nn.Module):
@@ -234,3 +245,91 @@ def test_logits_that_are_not_finite_are_counted_and_the_first_is_named():
         require_finite(nn.Identity(), logits)
     with pytest.raises(ModelError, match="the first is image 70:"):
         require_finite(nn.Identity(), logits, torch.tensor([50, 60, 70, 80]))
+
+
+# Networks that do with their images what they like
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.rand(*shape).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, nn.Sequential])
+@pytest.mark.parametrize("channels", [2, 3])
+@pytest.mark.parametrize("network", [Viewing, WritingOnImages])
+def test_a_network_that_fails_on_images_or_writes_on_them_gets_copies(network, channels, wrap):
+    """Images of two channels come in the default layout at first and channels last to the strong attacks."""
+    model, x = wrap(network(channels)).eval(), torch.rand(2, channels, 8, 8)
+    found, last = prepared(model, x), x.contiguous(memory_format=torch.channels_last)
+    before, wanted = x.clone(), Plain(channels).eval()(x)
+    assert isinstance(found, OnCopies)
+    assert unwrap(found) is unwrap(model)
+    assert not any(module.training for module in found.modules())
+    for given in (x, last, last[:1]):
+        torch.testing.assert_close(found(given), wanted[: len(given)])
+    assert torch.equal(x, before)
+    z = last.requires_grad_(True)
+    gradient = torch.autograd.grad(found(z).sum(), z)[0]
+    y = before.requires_grad_(True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(Plain(channels).eval()(y).sum(), y)[0])
+    assert prepared(found, x) is found
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_any_other_network_stays_as_it_is(mode):
+    for model in (Plain().train(mode), Reentrant().train(mode), create_model("resnet9", width=4).train(mode)):
+        assert prepared(model, torch.rand(2, 3, 8, 8)) is model
+        assert all(module.training is mode for module in model.modules())
+    assert OnCopies(model).training is mode
+
+
+def test_a_first_layer_that_acts_in_place_without_changing_a_pixel_counts_as_writing():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 2))
+    assert isinstance(prepared(model, torch.rand(2, 3, 2, 2)), OnCopies)
+
+
+def test_pixels_written_behind_the_back_of_autograd_count_too():
+    class Behind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x.data.sub_(0.5)
+            return x.flatten(1)
+
+    assert isinstance(prepared(Behind(), torch.rand(2, 3, 2, 2)), OnCopies)
+
+
+def test_images_can_be_looked_at_in_inference_mode():
+    with torch.inference_mode():
+        model, x = Plain(), torch.rand(2, 3, 8, 8)
+        assert prepared(model, x) is model
+
+
+def test_a_network_that_fails_on_copies_too_is_refused_with_its_own_reason():
+    model, x = Viewing(), channels_last(2, 3, 12, 12)
+    with pytest.raises(ModelError, match=r"Viewing does not accept input of shape .*: mat1 and mat2"):
+        check_outputs(prepared(model, x), 4, x)
+
+
+def test_the_head_of_such_a_network_is_read_and_repaired():
+    x = channels_last(2, 3, 8, 8)
+    before = x.clone()
+    for model in (Viewing(), WritingOnImages()):
+        assert find_head(model, x) is find_head(OnCopies(model), x) is model.head
+        check_outputs(model, 4, x)
+        assert torch.equal(x, before)
+        assert head_norms(repair(model, example=x)).tolist() == pytest.approx([1] * 4)
+
+
+def test_a_gradient_that_cannot_be_taken_is_refused_with_the_networks_own_words():
+    class Detached(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach())
+
+    x = torch.rand(2, 3, 8, 8)
+    for model in (Plain(), Viewing(), prepared(WritingOnImages(), x)):
+        check_gradient(model, x)
+        assert model.training
+    check_gradient(Detached(4, 2), torch.rand(2, 4))
+    with pytest.raises(ModelError, match=r"through WritingOnImages: a leaf .* in-place operation\. .*x = x - 0\.5"):
+        check_gradient(WritingOnImages(), x)
+    with pytest.raises(ModelError, match=r"through Reentrant: .*incompatible with \.grad\(\).*use_reentrant=False"):
+        check_gradient(Reentrant(), x)

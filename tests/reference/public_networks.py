@@ -2,7 +2,8 @@
 
 `PublicWideResNet` keeps the unused copy of the first stage that the files of TRADES and FAAL carry. `PublicResNet18`
 has the names of CIFAR codes, or those of torchvision. `PublicDMWideResNet` is written from the layer table of its paper
-and the padding rule of JAX's "SAME".
+and the padding rule of JAX's "SAME". `Plain` and its kin are small networks in the manner of tutorials, which do
+with their images what they like.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class _WideBlock(nn.Module):
@@ -202,3 +204,46 @@ def scramble(model: nn.Module, seed: int) -> nn.Module:
             noise = torch.randn(value.shape, generator=generator)
             value.copy_(noise.abs() + 0.5 if name.endswith("running_var") else 0.3 * noise)
     return model.eval()
+
+
+class Plain(nn.Module):
+    """Pixels about zero, one convolution, pooling, a head; for images of 8x8."""
+
+    def __init__(self, channels: int = 3, classes: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(channels, 6, 3)
+            self.norm = nn.BatchNorm2d(6)
+            self.head = nn.Linear(6 * 3 * 3, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.flat(self.features(x - 0.5)))
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(torch.relu(self.norm(self.conv(x))), 2)
+
+    def flat(self, h: Tensor) -> Tensor:
+        return h.flatten(1)
+
+
+class Viewing(Plain):
+    """Views what it pooled as the LeNet of torch's tutorial does, which fails on images laid out channels last."""
+
+    def flat(self, h: Tensor) -> Tensor:
+        return h.view(h.size(0), -1)
+
+
+class WritingOnImages(Plain):
+    """Centres the images where they lie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        return self.head(self.flat(self.features(x)))
+
+
+class Reentrant(Plain):
+    """Checkpoints in the way in which autograd cannot give the gradient of the images."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return checkpoint(super().features, x, use_reentrant=True)

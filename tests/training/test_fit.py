@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reference import training as reference
+from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
 from robustfair.data import ImageDataset, Loader, evaluation_batches
 from robustfair.errors import ConfigError, ConflictError, DivergedError, ModelError
 from robustfair.methods import CCM, CCR, EMA, Method
@@ -633,3 +634,54 @@ def test_colour_images_train_too(tiny_net: Net, tiny_data: Data, differences: Di
         return fit(tiny_net(channels=3), tiny_data(channels=3), PGDAT(), schedule=SHORT, validation=0.25).state
 
     assert differences(run(), run()) == []
+
+
+@pytest.mark.parametrize("network", [Viewing, WritingOnImages])
+@pytest.mark.parametrize(
+    ("objective", "channels"),
+    [
+        (Standard(), 3),
+        (PGDAT(norm="l2", start="zero", steps=2), 3),
+        (PGDAT(steps=2), 1),
+        (Trades(steps=2), 1),
+    ],
+    ids=["standard", "pgd-at", "pgd-at, grey", "trades, grey"],
+)
+def test_a_network_that_needs_copies_is_trained_as_one_that_does_not(
+    tiny_data: Data, network: type[Plain], channels: int, objective: Objective
+) -> None:
+    """Attack and loss see the same images, so what is written on must be a copy.
+
+    Random starts follow the layout of colour images, and a sign would magnify its roundings.
+    """
+    data = tiny_data((9,) * 4, channels=channels, size=8)
+
+    def run(model: nn.Module) -> Fitted:
+        ema = EMA(decay=0.5, buffers="reestimate")
+        return fit(model, data, objective, methods=(ema,), schedule=SHORT, validation=0.25, select="last")
+
+    model, twin = network(channels), Plain(channels)
+    found, wanted = run(model), run(twin)
+    assert found.model is model
+    assert not any(module.training for module in model.modules())
+    assert list(found.state.weights) == list(wanted.state.weights)
+    for name, tensor in wanted.state.weights.items():
+        torch.testing.assert_close(found.state.weights[name], tensor, rtol=1e-3, atol=1e-4)
+    assert model.conv.weight.is_contiguous()
+    assert channels == 1 or not twin.conv.weight.is_contiguous()
+
+
+def test_a_network_trains_in_part_too_where_it_needs_copies(tiny_data: Data) -> None:
+    model, data = Viewing(), tiny_data((9,) * 4, channels=3, size=8)
+    before = snapshot(model)
+    fit(model, data, PGDAT(steps=1), schedule=replace(SHORT, only=("head.weight",)), validation=0.25)
+    assert [name for name, tensor in snapshot(model).items() if not torch.equal(before[name], tensor)] == [
+        "head.weight"
+    ]
+
+
+def test_a_network_without_gradients_of_its_images_trains_on_clean_ones_alone(tiny_data: Data) -> None:
+    data = tiny_data((9,) * 4, channels=3, size=8)
+    with pytest.raises(ModelError, match="the gradient of the images cannot be taken through Reentrant"):
+        fit(Reentrant(), data, PGDAT(), schedule=SHORT, validation=0.25)
+    fit(Reentrant(), data, Standard(), schedule=SHORT, validation=0.25)

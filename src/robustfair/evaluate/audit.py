@@ -46,7 +46,7 @@ from robustfair.evaluate.journal import Journal, weights_fingerprint
 from robustfair.evaluate.normalisation import suspect_model
 from robustfair.evaluate.strong import require_reference
 from robustfair.memory import kept_memory
-from robustfair.models.head import check_outputs, head_norms, unwrap
+from robustfair.models.head import check_outputs, head_norms, prepared, unwrap
 from robustfair.rundir import versions
 from robustfair.training.precision import full_float32
 from robustfair.values import Threat, default_eps, default_step
@@ -410,6 +410,7 @@ def audit(
     engine: Engine = "native",
     max_minutes: float | None = None,
     journal: Path | None = None,
+    keep_journal: bool = False,
     keep_points: bool = False,
     checks: bool = True,
     label: str = "",
@@ -440,6 +441,7 @@ def audit(
         max_minutes: stop then, counted from the call; what ran is in the audit, and `settings[attack]["ran"]` says how
             much of it.
         journal: file that keeps what is known while the audit runs; where it exists the audit goes on from it.
+        keep_journal: leave the journal of a finished audit, for a caller who has yet to save it.
         keep_points: keep where the model fails, per strong attack.
         checks: look first, on some clean images, whether the model is fed as it was trained and gives the same logits
             twice, see `normalisation.suspect_model`; what is found is among the `findings` on the audit.
@@ -451,7 +453,8 @@ def audit(
         UnknownNameError, ConfigError: attacks or radii that cannot be read, or that the engine cannot run; a device
             that is not there; another value that makes no sense.
         DataError: no images.
-        ModelError: outputs that do not fit the classes, or are no numbers.
+        ModelError: outputs that do not fit the classes, or are no numbers; gradients that an attack needs and that
+            cannot be taken.
         CheckpointError: a journal of another audit.
     """
     began = time.monotonic()
@@ -464,7 +467,8 @@ def audit(
         allowed = get_args(kind)
         require(value in allowed, "audit", field_name, allowed=f"one of {', '.join(allowed)}", got=value)
     if max_minutes is not None:
-        require(isinstance(max_minutes, Real), "audit", "max_minutes", allowed="a number", got=max_minutes)
+        number = isinstance(max_minutes, Real) and not isinstance(max_minutes, bool)
+        require(number, "audit", "max_minutes", allowed="a number", got=max_minutes)
         require(max_minutes > 0, "audit", "max_minutes", allowed="> 0", got=max_minutes)
     asked = BATCH_SIZE if batch_size is None else whole("audit", "batch_size", batch_size, least=1)
     seed = whole("audit", "seed", seed)
@@ -472,15 +476,16 @@ def audit(
     if len(dataset) == 0:
         raise DataError(f"{dataset.name}: no images to audit on")
     data = dataset.to(device)
-    model.to(device)
     example = next(evaluation_batches(data, 2)).x
+    model = prepared(model.to(device), example)
     check_outputs(model, data.num_classes, example)
     if engine == "reference":
         for attack in _strong(suite):
             require_reference(attack, data.num_classes)
     _warn_of_few_classes(suite, data.num_classes)
     lanes = CUDA_LANES if batch_size is None and device.type == "cuda" else asked
-    fit = images_that_fit(model, example) if len(suite) > 1 else lanes
+    gradient = any(_takes_gradients(attack) for attack in suite)
+    fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else lanes
     size = min(asked, fit)
     suspected = suspect_model(model, dataset, device, batch_size=size) if checks else []
     sweeper = Sweeper(
@@ -498,9 +503,10 @@ def audit(
     )
     settings = {attack.name: attack.settings(limits, data.num_classes) for attack in suite}
     identity = {
+        "version": versions()["robustfair"],
         "images": [dataset.fingerprint, len(dataset)],
-        "model": weights_fingerprint(model) if journal else None,
-        "attacks": settings,
+        "model": weights_fingerprint(unwrap(model)) if journal else None,
+        "attacks": list(settings.items()),
         "seed": seed,
         "batch_size": asked,
         "precisions": sweeper.precisions,
@@ -508,7 +514,8 @@ def audit(
         "points": keep_points,
     }
     with kept_memory(device), full_float32(), attacking(model, "eval"):
-        found = sweeper.run(suite, None if journal is None else Journal(Path(journal), identity))
+        kept = None if journal is None else Journal(Path(journal), identity)
+        found = sweeper.run(suite, kept, keep_journal=keep_journal)
     ran = {name: {**settings[name], **found.about(name)} for name in found.predictions}
     result = Audit(
         model=label or type(unwrap(model)).__name__,
@@ -555,7 +562,7 @@ def whole(owner: str, field: str, value: int, *, least: int | None = None) -> in
         ConfigError: it is no whole number, or below `least`.
     """
     allowed = "a whole number" if least is None else f"a whole number >= {least}"
-    fits = isinstance(value, Integral) and (least is None or value >= least)
+    fits = isinstance(value, Integral) and not isinstance(value, bool) and (least is None or value >= least)
     require(fits, owner, field, allowed=allowed, got=value)
     return int(value)
 
@@ -623,6 +630,13 @@ def _suite(attacks: str | Sequence[str]) -> tuple[AnyAttack, ...]:
 
 def _strong(suite: Sequence[AnyAttack]) -> list[StrongAttack]:
     return [attack for attack in suite if isinstance(attack, StrongAttack)]
+
+
+def _takes_gradients(attack: AnyAttack) -> bool:
+    """Whether it does: clean and Square by itself do not."""
+    if isinstance(attack, StrongAttack):
+        return any(member.kind != "square" for member in attack.members)
+    return attack.needs_gradient
 
 
 def _warn_of_few_classes(suite: Sequence[AnyAttack], classes: int) -> None:

@@ -165,9 +165,7 @@ class Sweeper:
     keep_points: bool = False
     on_progress: Progress | None = None
 
-    def run(
-        self, suite: Sequence[AnyAttack], journal: Journal | None = None, *, keep_journal: bool = False
-    ) -> Columns:
+    def run(self, suite: Sequence[AnyAttack], journal: Journal | None = None, *, keep_journal: bool = False) -> Columns:
         """All attacks of `suite`, which begins with clean, as far as time goes: a turn of one at least."""
         found, known = Columns(), {} if journal is None else journal.read()
         labels = self.data.labels.cpu()
@@ -270,14 +268,20 @@ class Sweeper:
             found.points[name] = {int(rows[at]): point for at, point in outcome.points.items()}
         return unfinished is None
 
-    def _gradients(self, data: ImageDataset) -> dict[str, int]:
-        """How many images give the cross-entropy a gradient that no attack can follow: all zero, or not finite."""
+    def _gradients(self, data: ImageDataset) -> dict[str, int] | None:
+        """How many images give the cross-entropy a gradient that no attack can follow: all zero, or not finite.
+
+        None where the gradient cannot be taken at all; `audit` has refused attacks that need it then.
+        """
         found = {"images": len(data), "zero": 0, "not_finite": 0}
         for batch in evaluation_batches(data, self.batch_size):
             x = batch.x.detach().requires_grad_(True)
-            with torch.enable_grad():
-                loss = cross_entropy(self.model(x), batch.y)
-                gradient = input_gradient(loss, x) if loss.requires_grad else torch.zeros_like(x)
+            try:
+                with torch.enable_grad():
+                    loss = cross_entropy(self.model(x), batch.y)
+                    gradient = input_gradient(loss, x) if loss.requires_grad else torch.zeros_like(x)
+            except Exception:  # a foreign module may raise anything in a graph that it was not made for
+                return None
             gradient = gradient.flatten(1)
             found["zero"] += int((gradient == 0).all(1).sum())
             found["not_finite"] += int((~gradient.isfinite()).any(1).sum())

@@ -41,7 +41,7 @@ from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFai
 from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass, whole
 from robustfair.evaluate.files import as_json, paths, read_pair, write_arrays
 from robustfair.memory import kept_memory
-from robustfair.models.head import check_outputs, require_finite, unwrap
+from robustfair.models.head import check_outputs, prepared, require_finite, unwrap
 from robustfair.rundir import versions
 from robustfair.training.precision import InPrecision, Precision
 
@@ -335,8 +335,9 @@ def audit_corruptions(
     elif "frost" in chosen:
         source["frost"] = ice
     images(chosen[0], levels[0], slice(0, 1))  # images that cannot be corrupted are refused before the model runs
-    model.to(device)
-    check_outputs(model, data.num_classes, next(evaluation_batches(data, 2)).x)
+    example = next(evaluation_batches(data, 2)).x
+    model = prepared(model.to(device), example)
+    check_outputs(model, data.num_classes, example)
     sweeper = _Sweeper(
         model=InPrecision(model, precision, device.type),
         data=data,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustfair.errors import CheckpointError
 from robustfair.evaluate.files import left_beside, write_tensors
 
-SCHEMA = "robustfair.audit-journal/1"
+SCHEMA = "robustfair.audit-journal/2"
 
 
 class Journal:
@@ -28,7 +28,7 @@ class Journal:
 
     Args:
         path: where it is; its folder is made.
-        identity: JSON values that define the audit: model, images, attacks, threat, seed.
+        identity: JSON values that define the audit: model, images, attacks in order, threat, seed, version.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from robustfair.attacks.pgd import attacking
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import DataError
 from robustfair.evaluate.finding import LEAST_SKILL, Finding, paired_difference
-from robustfair.models.head import check_outputs, unwrap
+from robustfair.models.head import check_outputs, prepared, unwrap
 from robustfair.models.normalise import NAMED_STATISTICS, Normalise, Statistics
 from robustfair.values import BATCH_NORM, seeded_generator
 
@@ -62,7 +62,9 @@ def suspect_model(
     if len(dataset) == 0:
         raise DataError(f"{dataset.name}: no images to look at")
     first = dataset.subset(range(min(2, len(dataset)))).to(device)
-    check_outputs(model.to(device), dataset.num_classes, next(evaluation_batches(first, 2)).x)
+    example = next(evaluation_batches(first, 2)).x
+    model = prepared(model.to(device), example)
+    check_outputs(model, dataset.num_classes, example)
     size = min(batch_size, BATCH)
     found = [
         *suspect_pixels(_sample(dataset, device)),

@@ -2,7 +2,7 @@
 
 from robustfair.models.build import build_model, create_model, describe_model
 from robustfair.models.dm_wide_resnet import DMWideResNet
-from robustfair.models.head import Head, check_outputs, find_head, head_norms, unwrap
+from robustfair.models.head import Head, OnCopies, check_outputs, find_head, head_norms, prepared, unwrap
 from robustfair.models.normalise import Normalise, Normalised
 from robustfair.models.preact_resnet import PreActResNet18
 from robustfair.models.resnet9 import ResNet9
@@ -17,6 +17,7 @@ __all__ = [
     "LoadReport",
     "Normalise",
     "Normalised",
+    "OnCopies",
     "PreActResNet18",
     "ResNet9",
     "ResNet18",
@@ -29,6 +30,7 @@ __all__ = [
     "find_head",
     "head_norms",
     "load_weights",
+    "prepared",
     "read_weight_file",
     "unwrap",
 ]

@@ -23,13 +23,51 @@ Head = nn.Linear | nn.Conv2d
 _GUESSED_SIZES = (8, 28, 32, 64, 96, 224)
 
 
+class OnCopies(nn.Module):
+    """A network that is given a copy of its images in torch's default layout, to view as it likes and to write on.
+
+    Shares the network, its mode included.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the network gives."""
+        return self.network(x.clone(memory_format=torch.contiguous_format))
+
+
+def prepared(model: nn.Module, example: Tensor) -> nn.Module:
+    """The model as it may be called here: itself, or `OnCopies` of it.
+
+    Images come in the layout that convolutions are fastest in, on which `view` may fail behind one, and the same images
+    come again: a model that fails on that layout, or changes its input in place, gets copies.
+
+    Args:
+        example: (B, C, H, W) on the device of the model.
+    """
+    try:
+        with torch.inference_mode(False), _evaluating(model):
+            x = example.clone(memory_format=torch.channels_last)
+            version = x._version
+            model(x)
+            untouched = x._version == version and torch.equal(x, example)
+    except Exception:  # `check_outputs` says what is wrong if it fails on a copy too
+        untouched = False
+    return model if untouched else OnCopies(model)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside `torch.compile`, a data-parallel wrapper or an averaged copy, however deep."""
+    """The network inside `torch.compile`, a data-parallel wrapper, an averaged copy or `OnCopies`, however deep."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
+        elif isinstance(model, OnCopies):
+            model = model.network
         else:
             return model
 
@@ -99,6 +137,32 @@ def check_outputs(model: nn.Module, num_classes: int, example: Tensor) -> None:
     require_finite(model, logits)
 
 
+def check_gradient(model: nn.Module, example: Tensor) -> None:
+    """Make sure that the gradient of the images (B, ...) can be taken; one that is zero or cut off passes.
+
+    Raises:
+        ModelError: see `no_gradient`.
+    """
+    with _evaluating(model), torch.enable_grad():
+        x = example.detach().clone().requires_grad_(True)
+        try:
+            logits = model(x)
+            if logits.requires_grad:
+                torch.autograd.grad(logits.sum(), x, allow_unused=True)
+        except Exception as error:  # a foreign module may raise anything in a graph that it was not made for
+            raise no_gradient(model, error) from error
+
+
+def no_gradient(model: nn.Module, error: Exception) -> ModelError:
+    """What to raise where taking the gradient of the images failed with `error`."""
+    reason = str(error).strip().split("\n", 1)[0].rstrip(".") or type(error).__name__
+    return ModelError(
+        f"the gradient of the images cannot be taken through {_name(model)}: {reason}. "
+        "Compute out of place in it (x = x - 0.5, not x -= 0.5), checkpoint with use_reentrant=False, or choose what "
+        "needs no gradient: the attacks clean and square, the objective standard"
+    )
+
+
 def require_finite(model: nn.Module, logits: Tensor, index: Tensor | None = None) -> None:
     """Refuse logits (B, C) that are not finite; `index` (B,) are the rows of the data set they belong to.
 
@@ -133,7 +197,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     try:
-        logits = model(x)
+        logits = model(x.clone(memory_format=torch.contiguous_format))
     except Exception as error:  # a foreign module may raise anything on an input it was not made for
         reason = _channels(model, x) or str(error).split("\n", 1)[0] or type(error).__name__
         raise ModelError(f"{_name(model)} does not accept input of shape {tuple(x.shape)}: {reason}") from error

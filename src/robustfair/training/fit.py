@@ -26,7 +26,7 @@ from robustfair.data.split import stratified_split
 from robustfair.errors import ConfigError, DataError, DivergedError, ModelError
 from robustfair.memory import kept_memory
 from robustfair.methods.base import Method, Plan, compose
-from robustfair.models.head import check_outputs, head_norms
+from robustfair.models.head import check_gradient, check_outputs, head_norms, prepared
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine, require_pure
 from robustfair.training.precision import allow_deterministic_products, numerics
@@ -101,7 +101,8 @@ def fit(
 
     Raises:
         ConflictError: methods that cannot act together, before any step.
-        ModelError: the model's output does not fit the classes; or it cannot be compiled, and shall be.
+        ModelError: the model's output does not fit the classes; the gradient of the images cannot be taken, and an
+            attack needs it; or it cannot be compiled, and shall be.
         DivergedError: a loss that is not finite; carries epoch, step and class state.
     """
     schedule = schedule or Schedule()
@@ -122,15 +123,22 @@ def fit(
     if train.images.shape[1] >= 3:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = next(evaluation_batches(train, 2)).x
-    check_outputs(model, train.num_classes, first)
+    called = prepared(model, first)
+    if called is not model:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    check_outputs(called, train.num_classes, first)
     if compile:
-        require_pure(model, first)
+        require_pure(called, first)
+    elif isinstance(objective, AdversarialObjective):
+        check_gradient(called, first)
+    layout = None if called is model else torch.contiguous_format
     augmentation = parse_augmentation(train.augment) if augment is None else augment
     training = _Training(
-        engine=Engine(model, precision=precision, device=device, compile=compile, batch_size=schedule.batch_size),
+        model=model,
+        engine=Engine(called, precision=precision, device=device, compile=compile, batch_size=schedule.batch_size),
         plan=plan,
         schedule=schedule,
-        loader=Loader(train, schedule.batch_size, augment=augmentation, seed=seed),
+        loader=Loader(train, schedule.batch_size, augment=augmentation, seed=seed, memory_format=layout),
         held=held,
         select=select,
         seed=seed,
@@ -154,11 +162,15 @@ def fit(
 
 
 class _Training:
-    """One run of `fit`: what does not change, and `run`, `states`, `state`, which advance."""
+    """One run of `fit`: what does not change, and `run`, `states`, `state`, which advance.
+
+    `engine` calls `model`, through `OnCopies` where it must.
+    """
 
     def __init__(
         self,
         *,
+        model: nn.Module,
         engine: Engine,
         plan: Plan,
         schedule: Schedule,
@@ -169,7 +181,7 @@ class _Training:
     ) -> None:
         self.engine, self.plan, self.schedule, self.loader = engine, plan, schedule, loader
         self.held, self.select, self.seed = held, select, seed
-        self.model = engine.model
+        self.model = model
         self.device = loader.dataset.images.device
         self.shares_clean = plan.objective.clean_pass and not plan.moves_weights
         self.trainable = schedule.trainable(self.model)
@@ -210,7 +222,7 @@ class _Training:
         """
         run, schedule = self.run, self.schedule
         torch.manual_seed(derive_seed(self.seed, run.epoch, "layers"))
-        _train_mode(self.model, self.trainable if schedule.only else None)
+        _train_mode(self.engine.model, self.trainable if schedule.only else None)
         meter = Meter(run.num_classes, self.device)
         started, steps = time.perf_counter(), self.loader.steps_per_epoch
         for step, batch in enumerate(self.loader.epoch(run.epoch)):
@@ -299,7 +311,7 @@ class _Training:
             raise ConfigError("fit", "validation", allowed="a share of each class: a method measures on it", got=0)
         objective = self.plan.objective
         attack_on = objective.evaluation_attack if isinstance(objective, AdversarialObjective) else None
-        batches = evaluation_batches(self.held, EVALUATION_BATCH)
+        batches = evaluation_batches(self.held, EVALUATION_BATCH, memory_format=self.loader.memory_format)
         return sweep(self.engine.eager, batches, self.run.num_classes, attack_on)
 
     def _measure_at(self, candidate: StateDict, current: StateDict) -> ClassTally:
