@@ -2,8 +2,9 @@
 
 A robust hit requires a clean hit: an image that is misclassified as it is counts as lost under every attack, with its
 clean prediction, and is not attacked. Each attack runs on all other images, so its column stands alone: adding an
-attack to an audit never changes another's numbers. Every prediction is that of the model as given: a lower precision
-only searches. On disk an audit is counts (JSON) and predictions (npz), never rates alone.
+attack to an audit never changes another's numbers. Every prediction is that of the model as given, a lower precision
+only searches; where the logits are no finite numbers it is the class after the label, a wrong one. On disk an audit is
+counts (JSON) and predictions (npz), never rates alone.
 """
 
 from __future__ import annotations

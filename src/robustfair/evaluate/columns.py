@@ -143,7 +143,7 @@ class Sweeper:
         data: the images.
         threat: norm, radius and step that all attacks share.
         batch_size: images at a time.
-        lanes: the same for strong attacks.
+        lanes: searches of a strong attack at a time.
         seed: of random starts.
         precisions: "pgd", "strong" and "fab" -> precision that these attacks search in. FAB alone was found weaker in
             bf16; in an ensemble APGD has gone before it, and it searches as the others do.
