@@ -1572,6 +1572,10 @@ def test_a_stored_audit_gets_its_report(place: Path, command: Command) -> None:
     one, two = ((place / "deep" / f"{name}.html").read_text(encoding="utf-8") for name in ("one", "two"))
     name = json.loads(before.read_text())["model"]
     assert (name in one, name in two) == (False, True)
+    judged = command("audit", after, "--report", "deep/three.html", "--fail-under", "average.clean=1", "--quiet")
+    assert judged.code == 1
+    assert "failed: average.clean is" in (place / "deep" / "three.html").read_text(encoding="utf-8")
+    assert "failed:" not in one
     new = {path for path in tree(place) if path not in files}
     assert {Path(path).suffix for path in new} <= {"", ".html"}
 

@@ -267,8 +267,8 @@ def audit(
         hint = "It is only read: name the run or the weights to audit them anew"
         require(not given, "audit", "flags of a stored audit", allowed=allowed, got=given, hint=hint)
         stored = load_audit(target)
-        groups = read_groups(group_by, stored) if group_by else None
-        return _judge(stored, form, gates, groups, baseline=before, report=report)
+        rates, checked = _judged(stored, gates, read_groups(group_by, stored) if group_by else None)
+        return _show(stored, form, rates, checked, baseline=before, report=report)
     images = None if Path(target).is_dir() else request.images()
     found = flags.load(target, images)
     require_outputs(found, out=out, report=report, points=points)
@@ -280,31 +280,38 @@ def audit(
         known = None if groups is None else groups.names
         require_known(gates, attacks=names, classes=images[0].class_names, groups=known)
     result = audit_target(found, request, images=images, out=out, baseline=before, quiet=quiet)
-    written = write_outputs(found, result, baseline=before, request=request, out=out, report=report)
-    return _judge(result, form, gates, groups, baseline=before, written=written)
+    rates, checked = _judged(result, gates, groups)
+    page: dict[str, Any] = {"report": report, "rates": rates, "gates": checked}
+    written = write_outputs(found, result, baseline=before, request=request, out=out, **page)
+    return _show(result, form, rates, checked, baseline=before, written=written)
 
 
-def _judge(
+def _judged(result: Any, gates: Sequence[Any], groups: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The rates of an audit by group, None without groups, and what its gates come to."""
+    from robustfair.evaluate.gates import check
+    from robustfair.evaluate.grouping import regroup
+
+    rates = None if groups is None else regroup(result, groups)
+    return rates, tuple(check(gates, result, rates))
+
+
+def _show(
     result: Any,
     form: str,
-    gates: Sequence[Any],
-    groups: Any,
+    rates: Any,
+    checked: Sequence[Any],
     *,
     baseline: Any = None,
     written: Sequence[Path] = (),
     report: Path | None = None,
 ) -> int:
     """Print an audit, its groups and its gates, and write a report that is not `written` yet; the exit code."""
-    from robustfair.evaluate.gates import check
-    from robustfair.evaluate.grouping import regroup
     from robustfair.report.html import write_report
     from robustfair.workflows import audit_text
 
-    rates = None if groups is None else regroup(result, groups)
-    checked = check(gates, result, rates)
     text = audit_text(result, form, baseline=baseline, rates=rates, checked=checked, width=_width())
     if report is not None:
-        written = [*written, write_report(report, result, baseline=baseline)]
+        written = [*written, write_report(report, result, baseline=baseline, rates=rates, gates=checked)]
     print(text)
     lines = [gate.line for gate in checked]
     if form == "table":

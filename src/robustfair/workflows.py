@@ -316,6 +316,8 @@ def write_outputs(
     out: Path | None = None,
     report: Path | None = None,
     html: bool = True,
+    rates: GroupRates | None = None,
+    gates: Sequence[GateResult] = (),
 ) -> list[Path]:
     """Save an audit, and its report, into the run's folder or where the user said; returns the paths written.
 
@@ -333,7 +335,8 @@ def write_outputs(
     if page is not None:
         history = folder.history() if folder else None
         recipe = read_recipe(str(folder.recipe), {}).values() if folder else None
-        written.append(write_report(page, result, baseline=baseline, history=history or None, recipe=recipe))
+        more: dict[str, Any] = {"history": history or None, "recipe": recipe, "rates": rates, "gates": gates}
+        written.append(write_report(page, result, baseline=baseline, **more))
     if request is not None and result.complete:
         journal = _journal(target, request, result.fingerprint, len(result.labels), result.threat, out)
         if journal is not None:

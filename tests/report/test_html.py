@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from robustfair.errors import ConfigError, DataError
+from robustfair.evaluate.gates import check, parse_gate
+from robustfair.evaluate.grouping import read_groups, regroup
 from robustfair.report.html import breakable, render_report, strongest, write_report
 from robustfair.report.table import percent, shown_attacks
 
@@ -214,6 +216,24 @@ def test_history_with_missing_parts(small):
         {"epoch": 2, "loss": None, "train": None, "validation": {}, "head_norms": None},
     ]
     Page(render_report(small, history=records))
+
+
+def test_groups_and_gates_are_shown_where_there_are_some(large):
+    audit = replace(large(10), groups=(0, 0, 0, 0, 0, 1, 1, 1, 1, 1), group_names=(HOSTILE, "other"))
+    rates = regroup(audit, read_groups("superclass", audit))
+    gates = check([parse_gate("average.clean=0"), parse_gate("worst.robust=1")], audit, rates)
+    text = render_report(audit, rates=rates, gates=gates)
+    parsed = Page(text)
+    assert HOSTILE not in text
+    assert HOSTILE in parsed.text
+    for attack in shown_attacks(audit):
+        (lower, *_), (upper, *_) = rates.interval(attack)
+        assert f"{percent(rates.rate(attack)[0])} [{percent(lower)}, {percent(upper)}]" in parsed.text
+    assert all(gate.line in parsed.text for gate in gates)
+    assert [a["class"] for a in parsed.all("li")][-2:] == ["finding note", "finding warn"]
+    bare = Page(render_report(audit)).text
+    assert "Gates" not in bare
+    assert "Group by group" not in bare
 
 
 def test_same_audit_same_page(large):

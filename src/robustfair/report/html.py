@@ -25,9 +25,12 @@ from robustfair.config import format_eps, needed
 from robustfair.errors import ConfigError
 from robustfair.evaluate.audit import CLEAN, Audit
 from robustfair.evaluate.compare import check_comparable
+from robustfair.evaluate.gates import GateResult
+from robustfair.evaluate.grouping import GroupRates
 from robustfair.evaluate.sanity import compare_findings, findings
 from robustfair.report import figures
 from robustfair.report.figures import Bar, Curve
+from robustfair.report.sheet import sheet_of
 from robustfair.report.table import (
     Change,
     ClassRate,
@@ -82,6 +85,8 @@ def write_report(
     history: Sequence[Mapping[str, Any]] | None = None,
     title: str | None = None,
     recipe: Mapping[str, Any] | None = None,
+    rates: GroupRates | None = None,
+    gates: Sequence[GateResult] = (),
 ) -> Path:
     """Write the report of an audit, whole or not at all; an earlier file of that name is replaced.
 
@@ -90,6 +95,8 @@ def write_report(
         history: records of a training run, one an epoch, as `fit` leaves them.
         title: heading; None names the model.
         recipe: what the model was made from, printed as YAML.
+        rates: the audit's by group, as a table of their own.
+        gates: demands on the audit, each shown with its outcome.
 
     Raises:
         ConfigError: `path` is a folder.
@@ -98,7 +105,8 @@ def write_report(
     path = Path(path)
     if path.is_dir():
         raise ConfigError("report", "path", allowed="a file name", got=str(path), hint=f"Try {path / 'report.html'}.")
-    page = render_report(audit, baseline=baseline, history=history, title=title, recipe=recipe)
+    more: dict[str, Any] = {"history": history, "title": title, "recipe": recipe, "rates": rates, "gates": gates}
+    page = render_report(audit, baseline=baseline, **more)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return path
@@ -111,6 +119,8 @@ def render_report(
     history: Sequence[Mapping[str, Any]] | None = None,
     title: str | None = None,
     recipe: Mapping[str, Any] | None = None,
+    rates: GroupRates | None = None,
+    gates: Sequence[GateResult] = (),
 ) -> str:
     """The page as text; arguments as for `write_report`. The same audit gives the same page."""
     with needed("jinja2", "a report"):
@@ -134,6 +144,8 @@ def render_report(
         lead=_lead(audit, baseline),
         facts=_facts(audit, baseline),
         findings=_findings(audit, baseline),
+        gates=[{"kind": "note" if gate.passed else "warn", "line": gate.line} for gate in gates],
+        groups=None if rates is None else sheet_of(rates),
         attacks=attacks,
         has_baseline=baseline is not None,
         has_norms=audit.head_norms is not None,
