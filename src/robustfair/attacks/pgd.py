@@ -198,9 +198,7 @@ class Best:
 
     def update(self, x_adv: Tensor, value: Tensor, logits: Tensor, y: Tensor, attack: Attack) -> Best:
         fooled = predicted(logits, y) != y if attack.stop else torch.zeros_like(self.fooled)
-        value = value.nan_to_num(
-            torch.inf, posinf=torch.inf, neginf=-torch.inf
-        )  # where there is none, nothing is right
+        value = torch.where(value.isnan(), torch.inf, value)  # a model without logits fails
         better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (value >= self.value))
         return Best(
             torch.where(per_pixel(better, x_adv), x_adv, self.x_adv),

@@ -148,4 +148,4 @@ def _pair(value: Any) -> tuple[int, int] | None:
     values = [value] if isinstance(value, int) else value
     if not isinstance(values, list | tuple) or not all(isinstance(each, int) for each in values):
         return None
-    return {1: (values[0], values[0]), 2: tuple(values)}.get(len(values)) if values else None
+    return (values[0], values[-1]) if len(values) in (1, 2) else None
