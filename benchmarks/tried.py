@@ -80,6 +80,7 @@ def spread_statistics(model: nn.Module) -> None:
 
 def compare(model: nn.Module, size: int, precision: Any, args: argparse.Namespace) -> list[Row]:
     """Rows of all ways on the same images, the plain NCHW pass through all weights first."""
+    torch.compiler.reset()  # it compiles a function eight times at most, and then runs it as it stands
     batch = one_batch(size, args.device)
     exact = gradient(deepcopy(model).double(), batch.x.double(), batch.y)
     keep = partial(kept_memory, args.device)
