@@ -88,3 +88,13 @@ def test_distance_is_that_of_the_norm() -> None:
     assert distance(x, point, "linf").tolist() == [4.0]
     assert distance(x, point, "l2").tolist() == [5.0]
     assert distance(x, point, "l2").dtype == torch.float64
+
+
+def test_a_model_that_cuts_its_graph_is_refused_in_one_line() -> None:
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().flatten(1)[:, :3]
+
+    x = torch.rand(2, 1, 2, 2)
+    for ask in (lambda passes: passes.jacobian(x), lambda passes: passes.gradient(x, lambda logits: logits[:, 0])):
+        with pytest.raises(ModelError, match="gives no gradient to its input"):
+            ask(Passes(cut))

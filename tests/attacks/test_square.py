@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reference import strong_attacks as reference
 from robustfair.attacks import square
-from robustfair.attacks.lanes import Passes
+from robustfair.attacks.lanes import Passes, margins
 from robustfair.attacks.square import Draws, Square, bump, stripes, tiles
 from robustfair.values import seeded_generator
 
@@ -133,6 +133,39 @@ def test_judging_ahead_meets_the_same_points(
     assert kept_one == kept_many
     assert sum(map(len, kept_one)) > 10
     assert torch.equal(one["point"], many["point"])
+
+
+def test_judging_ahead_passes_over_no_point_that_the_exact_model_is_asked_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(square, "FORGOTTEN", 1.0)
+    search = Square(name="square", eps=0.02, norm="linf", queries=300)
+    draw = torch.Generator().manual_seed(0)
+    weight = 0.3 * torch.randn(192, 4, generator=draw, dtype=torch.float64)
+    x = torch.rand(20, 3, 8, 8, generator=draw, dtype=torch.float64)
+
+    def model(x: Tensor) -> Tensor:
+        """Logits that are all large at one point in seven: a share of them covers more margins there."""
+        large = torch.sin(1e4 * x.sum((1, 2, 3))) > 0.9
+        return x.flatten(1) @ weight + 10 * large[:, None]
+
+    def asked(room: int) -> list[list[int]]:
+        y = model(x).argmax(1)
+        lanes = search.begin(x, y, torch.zeros_like(y), [seeded_generator("cpu", 0, row) for row in range(20)])
+        passes, found = Passes(model, slack=2**-6, room=room), [[] for _ in range(20)]
+        while int(lanes["judged"].min()) < search.turns:
+            waits = lanes["judged"] >= search.turns
+            _, logits = search.turn(lanes, passes)
+            margin = margins(logits, y)
+            near = (margin >= -passes.slack * logits.abs().amax(1)) & (margin > lanes["tested"]) & ~waits
+            lanes["tested"] = torch.where(near, margin, lanes["tested"])
+            for row in near.nonzero().flatten().tolist():
+                found[row].append(int(lanes["judged"][row]))
+        return found
+
+    one = asked(0)
+    assert sum(map(len, one)) > 20
+    assert asked(200) == one
 
 
 class Replayed(SquareAttack):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from robustfair.attacks import strong as family
@@ -19,7 +21,7 @@ from robustfair.attacks.named import parse_attacks
 from robustfair.attacks.strong import StrongAttack, cheaper
 from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
-from robustfair.errors import ConfigError, ModelError
+from robustfair.errors import CheckpointError, ConfigError, ModelError
 from robustfair.evaluate import columns, strong
 from robustfair.evaluate.audit import Audit, audit, load_audit
 from robustfair.evaluate.sanity import findings
@@ -452,6 +454,25 @@ def test_logits_that_are_no_numbers_at_attacked_points_break_an_image(small: Sma
     assert f"pgd-2 met {len(data)}, autoattack met {found.settings['autoattack']['not_finite']}" in finding.text
 
 
+class Underflowing(nn.Module):
+    """Log of a softmax whose last class underflows, and has no finite logit, in all but dark images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = 100 * (x.mean((1, 2, 3)) - 0.495)
+        return torch.stack([-bright.abs(), 0 * bright - 2, -60 - 60 * (bright > 0)], 1).softmax(1).log()
+
+
+@pytest.mark.parametrize("name", ["pgd-4", "autoattack", *(name for name in MEMBERS if "fab" not in name)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_logit_that_is_no_number_breaks_an_image_whatever_the_margin(name: str, precision: Any) -> None:
+    images = torch.full((4, 3, 4, 4), 126, dtype=torch.uint8)
+    data = ImageDataset(images=images, labels=torch.zeros(4).long(), class_names=("a", "b", "c"), name="grey")
+    found = audit(Underflowing(), data, attacks=name, eps="16/255", precision=precision, checks=False)
+    assert found.average("clean") == 1
+    assert found.average(name) == 0
+    assert found.settings[name]["not_finite"] > 0
+
+
 def test_logits_that_are_always_numbers_are_no_finding(small: Small) -> None:
     model, data = small
     assert "not-finite" not in {finding.code for finding in findings(audit(model, data, attacks="autoattack"))}
@@ -623,6 +644,51 @@ def test_what_was_done_is_not_done_again(small: Small, interrupted: Callable[...
     assert whole[0] - 90 <= rest[0] <= whole[0] - 90 + again
 
 
+def interrupting(attack: str) -> Callable[[str, int, int], None]:
+    """Progress of an audit whose user gives up after some images of an attack."""
+
+    def tell(name: str, done: int, total: int) -> None:
+        if name == attack and done >= 6:
+            raise KeyboardInterrupt
+
+    return tell
+
+
+@pytest.mark.parametrize(("first", "second"), [(5, 16), (7, 2), (3, 8)])
+@pytest.mark.parametrize("attack", ["pgd-3", "cw-3(restarts=3)"])
+def test_a_sweep_goes_on_where_it_stood_when_other_batches_fit(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str, first: int, second: int
+) -> None:
+    model, data = small
+    journal = tmp_path / "journal.safetensors"
+    keys: dict[str, Any] = {"attacks": attack, "eps": 0.3, "checks": False}
+    module = sys.modules[audit.__module__]
+    monkeypatch.setattr(module, "images_that_fit", lambda *_, **__: first)
+    with pytest.raises(KeyboardInterrupt):
+        audit(model, data, journal=journal, on_progress=interrupting(attack), **keys)
+    with safe_open(journal, "pt") as file:
+        assert first <= int(file.get_tensor("now/done")) < len(data)
+    monkeypatch.setattr(module, "images_that_fit", lambda *_, **__: second)
+    resumed = audit(model, data, journal=journal, **keys)
+    assert resumed.complete
+    assert resumed.average(attack) == audit(model, data, **keys).average(attack) == 0, "left out, one would hold"
+
+
+def test_a_journal_of_another_function_with_the_same_weights_is_refused(small: Small, tmp_path: Path) -> None:
+    model, data = small
+    journal = tmp_path / "journal.safetensors"
+    keys: dict[str, Any] = {"attacks": "pgd-3", "eps": 0.02, "checks": False, "journal": journal, "batch_size": 4}
+    with pytest.raises(KeyboardInterrupt):
+        audit(model, data, on_progress=interrupting("pgd-3"), **keys)
+    before = journal.read_bytes()
+    handle = model.register_forward_hook(lambda module, given, logits: logits.roll(1, 1))
+    with pytest.raises(CheckpointError, match="predicted 16 of 16 clean images otherwise: delete it to begin"):
+        audit(model, data, **keys)
+    handle.remove()
+    assert journal.read_bytes() == before
+    assert audit(model, data, **keys).complete
+
+
 # Stopped by the clock
 
 
@@ -663,6 +729,16 @@ def test_a_budget_says_what_ran(small: Small, clock: Callable[[nn.Module], None]
     assert finding.severity == "warn"
     assert "square(queries=30) of autoattack at 0 %" in finding.text
     assert "square(queries=5) at 0 %" in finding.text
+
+
+def test_a_sweep_that_was_cut_says_how_far_it_came(small: Small, clock: Callable[[nn.Module], None]) -> None:
+    model, data = small
+    clock(model)
+    with pytest.warns(RobustFairWarning, match=r"pgd-4 at [1-9]\d? %"):
+        found = audit(model, data, attacks="pgd-4,pgd-5", eps=0.02, max_minutes=30, batch_size=2, checks=False)
+    assert found.provenance["not_run"] == ["pgd-4", "pgd-5"]
+    assert found.unfinished() == {"pgd-4": found.provenance["begun"]["pgd-4"], "pgd-5": 0.0}
+    assert 0 < found.unfinished("pgd-4")["pgd-4"] < 1
 
 
 @pytest.mark.parametrize("attacks", ["autoattack", "pgd-2,pgd-3", "cw-2(restarts=2),autoattack"])

@@ -274,7 +274,7 @@ class Ensemble:
         point, logits = search.turn(lanes, passes)
         margin = margins(logits, lanes["y"])
         near = margin >= -passes.slack * logits.abs().amax(1)
-        suspect = near & ((margin > lanes["tested"]) | (margin >= 0)) | ~margin.isfinite()
+        suspect = near & ((margin > lanes["tested"]) | (margin >= 0)) | ~logits.isfinite().all(1)
         lanes["turns"] = lanes["turns"] + 1
         leaves = lanes["turns"] >= search.turns
         rows = suspect.nonzero().squeeze(1)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from robustfair.attacks.pgd import input_gradient, per_pixel
+from robustfair.attacks.pgd import input_gradient, per_pixel, require_graph
 from robustfair.config import Norm
 from robustfair.values import Model
 
@@ -59,6 +59,7 @@ class Passes:
         z = x.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = self.model(z)
+            require_graph(logits)
             rows = [torch.autograd.grad(logits[:, k].sum(), z, retain_graph=True)[0] for k in range(logits.shape[1])]
         return logits.detach(), _finite(torch.stack(rows, 1))
 

@@ -97,9 +97,14 @@ class NamedAttack:
         return f"{self._base}({inside})" if inside else self._base
 
     @property
+    def is_clean(self) -> bool:
+        """Whether it is none: predictions on the images as they are."""
+        return self.kind == "clean"
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether running it takes gradients of the model."""
-        return self.kind != "clean"
+        return not self.is_clean
 
     def on(self, batch: Batch, threat: Threat) -> Attack:
         """This attack on the images of `batch`, within `threat`.

@@ -155,11 +155,20 @@ def input_gradient(value: Tensor, x: Tensor) -> Tensor:
     Raises:
         ModelError: the model cut the graph between its input and its output.
     """
+    require_graph(value)
+    return torch.autograd.grad(value.sum(), x)[0]
+
+
+def require_graph(value: Tensor) -> None:
+    """Refuse what a model gives where the graph between its input and its output is cut.
+
+    Raises:
+        ModelError: as it says.
+    """
     if not value.requires_grad:
         raise ModelError(
             "the model gives no gradient to its input: it runs under no_grad, or detaches what it is given"
         )
-    return torch.autograd.grad(value.sum(), x)[0]
 
 
 def require_input_gradient(model: nn.Module, x: Tensor) -> None:

@@ -101,6 +101,7 @@ class Square:
             "round": target,
             "point": (x + self.eps * (moved if self.norm == "linf" else _unit(moved))).clamp(0, 1),
             "margin": torch.full_like(x[:, 0, 0, 0], -torch.inf),
+            "tested": torch.full_like(x[:, 0, 0, 0], -torch.inf),
             "judged": torch.zeros_like(y),
             "turns": torch.zeros_like(y),
             "stops": torch.ones_like(x[:, 0, 0, 0]),
@@ -118,8 +119,8 @@ class Square:
         """Judge candidates of every lane, up to the first that is kept: the margin grows, or the class is wrong.
 
         A candidate is drawn from the best point, which few of them change. Where a pass has room the candidates of the
-        next queries are therefore judged with it, and those behind the first that is kept, or has no margin, are
-        forgotten: what a lane meets is the same as one query at a time.
+        next queries are therefore judged with it, and those behind the first that is kept, or that the exact model is
+        to be asked about, are forgotten: what a lane meets is the same as one query at a time.
         """
         rows = torch.arange(len(lanes["y"]), device=lanes["y"].device)
         ahead = self._ahead(lanes, passes)
@@ -127,9 +128,11 @@ class Square:
         logits = passes.logits(candidates)
         margin = margins(logits, lanes["y"].repeat_interleave(ahead)).view(-1, ahead)
         better = (margin > lanes["margin"][:, None]) | (margin >= 0)
+        near = margin >= -passes.slack * logits.abs().amax(1).view(-1, ahead)
         last = (self.queries - lanes["judged"]).clamp_max(ahead - 1)
         seen = torch.arange(ahead, device=rows.device) <= last[:, None]
-        stop = (better | ~margin.isfinite()) & seen  # where a network gives no number the exact one is asked
+        asked = near & (margin > lanes["tested"][:, None]) | ~logits.isfinite().all(1).view(-1, ahead)
+        stop = (better | asked) & seen
         at = torch.where(stop.any(1), stop.int().argmax(1), last)
         kept, candidate = better[rows, at], candidates[rows * ahead + at]
         lanes["point"] = torch.where(per_pixel(kept, candidate), candidate, lanes["point"])

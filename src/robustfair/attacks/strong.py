@@ -161,7 +161,12 @@ class StrongAttack:
     name: str
     members: tuple[Member, ...]
 
-    needs_gradient = True
+    is_clean = False
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether running it takes gradients of the model: Square by itself does not."""
+        return any(member.kind != "square" for member in self.members)
 
     def settings(self, threat: Threat, classes: int | None = None) -> dict[str, Any]:
         """Everything that defines the attack, as JSON values; as it runs on so many classes."""

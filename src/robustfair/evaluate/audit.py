@@ -156,7 +156,8 @@ class Audit:
 
         An accuracy that was measured so is an upper bound. `shortfall` puts it in words.
         """
-        parts = dict.fromkeys(self.provenance.get("not_run", ()), 0.0)
+        begun = self.provenance.get("begun", {})
+        parts = {name: begun.get(name, 0.0) for name in self.provenance.get("not_run", ())}
         if attack != ROBUST:
             parts = {name: share for name, share in parts.items() if name == attack}
         for name in self.attacks if attack == ROBUST else (attack,):
@@ -485,7 +486,7 @@ def audit(
             require_reference(attack, data.num_classes)
     _warn_of_few_classes(suite, data.num_classes)
     lanes = CUDA_LANES if batch_size is None and device.type == "cuda" else asked
-    gradient = any(_takes_gradients(attack) for attack in suite)
+    gradient = any(attack.needs_gradient for attack in suite)
     fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else lanes
     size = min(asked, fit)
     suspected = suspect_model(model, dataset, device, batch_size=size) if checks else []
@@ -544,6 +545,7 @@ def audit(
             "batch_size": sweeper.batch_size,
             "seconds": found.seconds,
             "not_run": found.not_run,
+            "begun": found.begun,
             "input_gradients": found.gradients,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "checks": [asdict(finding) for finding in suspected],
@@ -631,13 +633,6 @@ def _suite(attacks: str | Sequence[str]) -> tuple[AnyAttack, ...]:
 
 def _strong(suite: Sequence[AnyAttack]) -> list[StrongAttack]:
     return [attack for attack in suite if isinstance(attack, StrongAttack)]
-
-
-def _takes_gradients(attack: AnyAttack) -> bool:
-    """Whether it does: clean and Square by itself do not."""
-    if isinstance(attack, StrongAttack):
-        return any(member.kind != "square" for member in attack.members)
-    return attack.needs_gradient
 
 
 def _warn_of_few_classes(suite: Sequence[AnyAttack], classes: int) -> None:

@@ -16,6 +16,7 @@ from robustfair.attacks.strong import Engine, StrongAttack
 from robustfair.attacks.sweep import attacked_logits
 from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches
+from robustfair.errors import CheckpointError
 from robustfair.evaluate.capacity import CPU_BUDGET
 from robustfair.evaluate.journal import Journal
 from robustfair.evaluate.strong import SAVE_EVERY, Outcome, Terms, run_native, run_reference
@@ -43,14 +44,14 @@ class Sweep:
         column: (n,) class found for each image, its label where none was yet.
         rows: images of the restart that is on: all, or those that are not fooled yet.
         restart: its number.
-        position: how many of its batches are done.
+        done: how many of them it has attacked; how many it takes at a time may change when a run goes on.
         not_finite: attacked images so far whose logits were no finite numbers.
     """
 
     column: Tensor
     rows: Tensor
     restart: int = 0
-    position: int = 0
+    done: int = 0
     not_finite: int = 0
 
     def state(self) -> dict[str, Tensor]:
@@ -60,7 +61,7 @@ class Sweep:
     @staticmethod
     def of_state(state: Mapping[str, Tensor]) -> Sweep:
         """What `state` gave."""
-        counts = (int(state[name]) for name in ("restart", "position", "not_finite"))
+        counts = (int(state[name]) for name in ("restart", "done", "not_finite"))
         return Sweep(state["column"], state["rows"], *counts)
 
 
@@ -76,7 +77,8 @@ class Columns:
         not_finite: attack -> attacked points at which the logits were no finite numbers: no image is right there.
         points: strong attack -> image -> (C, H, W) where the model gives the prediction.
         gradients: of the images that are right when clean: how many have none that an attack can follow.
-        not_run: attacks that the deadline left out.
+        not_run: attacks that the deadline left without a column.
+        begun: those of them that were begun, and the share of their work that was done and is kept for the next time.
     """
 
     predictions: dict[str, Tensor] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class Columns:
     points: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     gradients: dict[str, int] | None = None
     not_run: list[str] = field(default_factory=list)
+    begun: dict[str, float] = field(default_factory=dict)
 
     def about(self, attack: str) -> dict[str, Any]:
         """What an attack's settings should say of its run."""
@@ -173,15 +176,17 @@ class Sweeper:
         cut = worked = False
         for attack in suite:
             taken = found.take(attack, known)
+            if taken and attack.is_clean:
+                self._require_same(found.predictions[CLEAN], journal)
             if not taken:
-                if attack.needs_gradient and (cut or (worked and self._late())):
+                if not attack.is_clean and (cut or (worked and self._late())):
                     found.not_run.append(attack.name)
                     continue
                 state = {name.removeprefix(NOW): value for name, value in known.items() if name.startswith(NOW)}
                 known = {}
                 cut = not self._attack(attack, survivors, rows, found, state, journal)
-                worked = attack.needs_gradient
-            if not attack.needs_gradient:
+                worked = not attack.is_clean
+            if attack.is_clean:
                 rows = (found.predictions[CLEAN] == labels).nonzero().squeeze(1)
                 survivors = self.data.subset(rows.to(self.data.device))
                 if len(suite) > 1 and found.gradients is None:
@@ -214,13 +219,14 @@ class Sweeper:
 
         if isinstance(attack, StrongAttack):
             done = self._strong(attack, survivors, rows, found, state, save)
-        elif not attack.needs_gradient:
+        elif attack.is_clean:
             found.predictions[attack.name], done = self._clean().cpu(), True
         else:
-            sweep = self._sweep(survivors, attack, state, save)
-            done = sweep is not None
-            if sweep is None:
+            sweep, share = self._sweep(survivors, attack, state, save)
+            done = share == 1
+            if not done:
                 found.not_run.append(attack.name)
+                found.begun[attack.name] = share
             else:
                 found.predictions[attack.name] = found.predictions[CLEAN].clone().index_copy_(0, rows, sweep.column)
                 found.not_finite[attack.name] = sweep.not_finite
@@ -271,10 +277,13 @@ class Sweeper:
     def _gradients(self, data: ImageDataset) -> dict[str, int] | None:
         """How many images give the cross-entropy a gradient that no attack can follow: all zero, or not finite.
 
-        None where the gradient cannot be taken at all; `audit` has refused attacks that need it then.
+        Looked at are all, or as many as there is time for. None where the gradient cannot be taken at all; `audit` has
+        refused attacks that need it then.
         """
-        found = {"images": len(data), "zero": 0, "not_finite": 0}
+        found = {"images": 0, "zero": 0, "not_finite": 0}
         for batch in evaluation_batches(data, self.batch_size):
+            if found["images"] and self._late():
+                break
             x = batch.x.detach().requires_grad_(True)
             try:
                 with torch.enable_grad():
@@ -283,11 +292,12 @@ class Sweeper:
             except Exception:  # a foreign module may raise anything in a graph that it was not made for
                 return None
             gradient = gradient.flatten(1)
+            found["images"] += len(gradient)
             found["zero"] += int((gradient == 0).all(1).sum())
             found["not_finite"] += int((~gradient.isfinite()).any(1).sum())
         return found
 
-    def _clean(self) -> Tensor:
+    def _clean(self, *, quiet: bool = False) -> Tensor:
         columns, done = [self.data.labels[:0]], 0
         for batch in evaluation_batches(self.data, self.batch_size):
             with torch.no_grad():
@@ -295,12 +305,27 @@ class Sweeper:
             require_finite(self.model, logits, batch.index)
             columns.append(logits.argmax(1))
             done += len(batch.y)
-            if self.on_progress:
+            if self.on_progress and not quiet:
                 self.on_progress(CLEAN, done, len(self.data))
         return torch.cat(columns)
 
-    def _sweep(self, data: ImageDataset, attack: NamedAttack, state: Mapping[str, Tensor], save: Save) -> Sweep | None:
-        """What `attack` finds, None where time was up before its end.
+    def _require_same(self, known: Tensor, journal: Journal | None) -> None:
+        """Refuse to go on with what a journal says of other predictions: the same weights may serve another function.
+
+        A few images, one in a thousand, may lie so near a boundary that rounding decides them.
+        """
+        different = int((self._clean(quiet=True).cpu() != known).sum())
+        if different * 1000 > len(known):
+            where = "the journal" if journal is None else journal.path
+            raise CheckpointError(
+                f"{where} is of a model that predicted {different} of {len(known)} clean images otherwise: delete it "
+                "to begin the audit anew"
+            )
+
+    def _sweep(
+        self, data: ImageDataset, attack: NamedAttack, state: Mapping[str, Tensor], save: Save
+    ) -> tuple[Sweep, float]:
+        """What `attack` finds, and the share of its work that was done: below 1 where time was up.
 
         Where fooled images stay so, a restart takes only those that are left.
         """
@@ -311,19 +336,16 @@ class Sweeper:
         moved, told, saved = False, 0, time.monotonic()
         try:
             while at.restart < rounds:
-                part = data.subset(at.rows.to(data.device))
-                for position, batch in enumerate(evaluation_batches(part, self.batch_size)):
-                    if position < at.position:
-                        continue
+                part = data.subset(at.rows[at.done :].to(data.device))
+                for batch in evaluation_batches(part, self.batch_size):
                     if moved and self._late():
                         save(at.state())
-                        return None
+                        return at, told / (rounds * len(data))
+                    position = at.done // self.batch_size
                     keys = (position,) if rounds == 1 else (at.restart, position)
                     self._batch(once, replace(batch, seed=derive_seed("audit", self.seed, attack.name, *keys)), at)
-                    moved = True
+                    moved, told = True, (at.restart + 1) * len(data) - (len(at.rows) - at.done)
                     if self.on_progress:
-                        waiting = len(at.rows) - min(at.position * self.batch_size, len(at.rows))
-                        told = (at.restart + 1) * len(data) - waiting
                         self.on_progress(attack.name, told, rounds * len(data))
                     if time.monotonic() - saved >= SAVE_EVERY:
                         save(at.state())
@@ -335,16 +357,16 @@ class Sweeper:
             raise
         if self.on_progress and told < rounds * len(data):
             self.on_progress(attack.name, rounds * len(data), rounds * len(data))
-        return at
+        return at, 1.0
 
     def _batch(self, attack: NamedAttack, batch: Batch, at: Sweep) -> None:
         """Attack the batch at hand and note the classes found."""
         search = InPrecision(self.model, self.precisions["pgd"], batch.x.device.type)
         logits = attacked_logits(self.model, batch, lambda given: attack.on(given, self.threat), search=search)
-        rows = at.rows[at.position * self.batch_size :][: len(logits)]
+        rows = at.rows[at.done :][: len(logits)]
         at.column[rows] = predicted(logits, batch.y).cpu()
         at.not_finite += int((~logits.isfinite()).any(1).sum())
-        at.position += 1
+        at.done += len(logits)
 
     def _lanes(self, attack: StrongAttack) -> int:
         """Searches at a time: fewer where one holds the gradients of every class."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustfair.errors import CheckpointError
 from robustfair.evaluate.files import left_beside, write_tensors
 
-SCHEMA = "robustfair.audit-journal/2"
+SCHEMA = "robustfair.audit-journal/3"
 
 
 class Journal:
