@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from robustfair.checkpoint import (
     read_checkpoint,
     read_json,
     read_state,
+    write_bytes,
     write_checkpoint,
     write_json,
     write_state,
@@ -165,7 +168,7 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the library may catch it and go on."""
 
 
-STAGES = ("save_file", "write_json", "rename", "second rename", "last flush", "final rmtree")
+STAGES = ("save", "write_json", "rename", "second rename", "last flush", "final rmtree")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -187,7 +190,7 @@ def test_killed_at_any_stage_of_a_write_the_old_or_the_new_reads(
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, stage: str, folder: Path) -> None:
-    """End the write right before `save_file` and `write_json`, right after the others."""
+    """End the write right before `save` and `write_json`, right after the others."""
     renames = 0
     rename, flush, rmtree = Path.rename, module._flush, shutil.rmtree
 
@@ -213,7 +216,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, stage: str, folder: Path) -> None:
             raise Killed
         rmtree(path, ignore_errors=ignore_errors)
 
-    if stage in ("save_file", "write_json"):
+    if stage in ("save", "write_json"):
         monkeypatch.setattr(module, stage, before)
     monkeypatch.setattr(Path, "rename", counted_rename)
     if stage == "last flush":
@@ -279,6 +282,34 @@ def test_a_failed_write_keeps_the_old_text_and_leaves_no_temporary(
         monkeypatch.undo()
         assert path.read_text() == "old\n"
         assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes, as on a full disk."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+def test_an_error_of_writing_names_the_file_and_not_its_temporary(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent" / "a.bin", tmp_path / "a.bin"):
+        with files_end_at(10), pytest.raises(OSError, match=r"No such file|File too large") as caught:
+            write_bytes(path, bytes(100))
+        assert (caught.value.filename, caught.value.filename2) == (str(path), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_an_error_of_the_disk_and_the_old_one_stays(
+    tmp_path: Path,
+) -> None:
+    write_checkpoint(tmp_path / "last", checkpoint(1.0))
+    with files_end_at(100), pytest.raises(OSError, match=r"File too large: .*weights\.safetensors"):
+        write_checkpoint(tmp_path / "last", checkpoint(2.0))
+    assert equal(read_checkpoint(tmp_path / "last"), checkpoint(1.0))
 
 
 def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ class Noisy(torch.nn.Module):
     def forward(self, x):
         return self.model(x + 0.1 * torch.randn_like(x))
 
+class Blind(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = tiny()
+
+    def forward(self, x):
+        return self.model(x.detach())
+
 class NotFinite(torch.nn.Module):
     def forward(self, x):
         return torch.full((len(x), 10), float("nan"))
@@ -1118,6 +1126,27 @@ def test_checks_say_what_hides_gradients(place: Path, command: Command, monkeypa
     assert any(line.startswith("warning: The same images give other logits at every pass") for line in lines)
     told = [line for line in noisy.err.splitlines() if line.startswith("check ")]
     assert any(line.startswith("check pgd-100: ") for line in told)
+
+
+def test_checks_of_a_model_without_gradients_keep_the_audit(
+    place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masking, "SAMPLE", 10)
+    monkeypatch.setattr(masking, "SQUARE", "square(queries=20)")
+    words = ["--data", "digits", "--attacks", "square(queries=20)", "--limit-per-class", 2, "--checks"]
+    found = command("audit", "zoo_of_test:Blind", *words, "--out", "kept")
+    assert found.code == 0, found.err
+    (line,) = (line for line in found.out.splitlines() if "could not be made: the model gives no gradient" in line)
+    assert line.startswith("warning: The checks with gradients, by pgd-20, ")
+    assert "square(queries=20) by itself leaves" in line
+    assert sorted(path.suffix for path in (place / "kept").iterdir()) == [".json", ".npz"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder here refuses root")
+def test_a_folder_that_cannot_be_written_is_one_line(place: Path, command: Command) -> None:
+    outcome = command("audit", "run", *AUDIT, "--quiet", "--out", "/proc/self")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.fullmatch(r"robustfair: /proc/self/unfinished-\w+\.safetensors: .+\n", outcome.err)
 
 
 def test_random_output_is_said_without_being_asked(place: Path, command: Command) -> None:

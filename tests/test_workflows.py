@@ -266,6 +266,18 @@ def test_interrupted_checks_leave_the_audit(
     assert cut["text"] == "Not all checks for masked gradients were made: they were interrupted."
 
 
+def test_checks_that_fail_leave_the_audit_and_say_why(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(*given: Any, **keys: Any) -> None:
+        raise ModelError("the model cannot be attacked at all")
+
+    monkeypatch.setattr(workflows, "thorough_findings", failed)
+    found = audit_target(load_target(str(run)), replace(QUICK, checks=True), quiet=True)
+    assert found.complete
+    (cut,) = (check for check in found.provenance["checks"] if check["code"] == "checks-cut")
+    assert cut["text"] == "Not all checks for masked gradients were made: the model cannot be attacked at all."
+    assert "time" not in cut["advice"]
+
+
 # What an audit leaves
 
 

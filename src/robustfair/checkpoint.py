@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustfair.errors import CheckpointError
@@ -52,9 +52,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     new.mkdir()
     files = {}
     for name, tensors in ((WEIGHTS, checkpoint.weights), (STATE, checkpoint.tensors)):
-        save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, new / name)
+        own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+        write_bytes(new / name, save(own))
         files[name] = _fingerprint(new / name)
-        _flush(new / name)
     write_json(new / META, {"schema": SCHEMA, "files": files, **checkpoint.meta})
     _flush(new)
     if folder.exists():
@@ -170,14 +170,25 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a temporary file beside it, flushed to disk, renamed over it."""
+    """Write a text file in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file atomically: a temporary file beside it, flushed to disk, renamed over it.
+
+    Raises:
+        OSError: it cannot be written; names `path`, not the temporary file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ from robustfair.attacks.named import parse_attacks
 from robustfair.checkpoint import Checkpoint, write_checkpoint
 from robustfair.config import RobustFairWarning, build, format_eps, parse_norm, require
 from robustfair.data import ImageDataset, load_dataset
-from robustfair.errors import CheckpointError, DataError, ModelError
+from robustfair.errors import CheckpointError, DataError, ModelError, RobustFairError
 from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Audit, audit, threat
 from robustfair.evaluate.compare import Comparison, check_comparable, compare
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
@@ -135,8 +135,8 @@ def audit_target(
 ) -> Audit:
     """Audit a loaded model on the images and the threat it was made for, or the requested ones.
 
-    An interruption of the thorough checks, which follow the attacks, ends them and keeps the audit. The journal of a
-    finished audit stays until `write_outputs` has saved it.
+    An interruption or an error of the thorough checks, which follow the attacks, ends them and keeps the audit. The
+    journal of a finished audit stays until `write_outputs` has saved it.
 
     Args:
         images: what `request.images` gave, where the caller has loaded them already.
@@ -192,6 +192,8 @@ def audit_target(
             )
         except KeyboardInterrupt:
             found = (checks_cut("they were interrupted"),)
+        except RobustFairError as error:
+            found = (checks_cut(str(error), "the audit itself is whole"),)
     checks = [*result.provenance["checks"], *map(asdict, found)]
     return replace(result, provenance={**result.provenance, "checks": checks})
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,47 @@ def test_a_root_that_cannot_be_a_folder_costs_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="not cached"):
         cache.write(tmp_path / "file" / "x.safetensors", {"images": torch.zeros(1)}, {})
+
+
+def test_what_a_killed_writing_left_goes_with_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "x-train-1.safetensors"
+    for left in (".x-train-1-abc.tmp", ".x-train-2-abc.tmp"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / ".tmpXYZ").write_bytes(b"half")
+    cache.write(path, {"images": torch.zeros(1)}, {})
+    assert {entry.name for entry in tmp_path.iterdir()} == {".x-train-2-abc.tmp", path.name}
+
+
+def test_what_is_written_meanwhile_lies_in_a_folder_that_bears_the_name_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    usual = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        seen.extend(str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*") if entry.is_file())
+        return usual(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    cache.write(tmp_path / "x.safetensors", {"images": torch.zeros(1)}, {})
+    (name,) = seen
+    assert name.startswith(".x-")
+    assert name.endswith(".tmp/x.safetensors")
+
+
+def test_of_two_writings_at_a_time_one_stays_and_none_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    content: tuple[Any, ...] = (tmp_path / "x.safetensors", {"images": torch.ones(2)}, {"about": "the same"})
+    usual = Path.replace
+
+    def overtaken(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", usual)
+        cache.write(*content)
+        return usual(self, target)
+
+    monkeypatch.setattr(Path, "replace", overtaken)
+    cache.write(*content)
+    assert not recwarn.list
+    assert cache.read(content[0]) is not None
+    assert list(tmp_path.iterdir()) == [content[0]]

@@ -119,6 +119,24 @@ def test_json_holds_counts_and_intervals() -> None:
     assert entry["worst_interval"] == list(found.worst_interval("pgd-20"))
 
 
+def test_groups_know_which_attacks_were_cut() -> None:
+    cut = replace(
+        pets(),
+        settings={**pets().settings, "pgd-20": {"ran": {"pgd-20": 0.25}}},
+        provenance={"not_run": ["square"]},
+    )
+    found = regroup(cut, read_groups("superclass", cut))
+    for attack in (*cut.attacks, "robust"):
+        assert found.unfinished(attack) == cut.unfinished(attack)
+    assert found.unfinished("PGD_20") == {"pgd-20": 0.25}
+    assert found.unfinished() == {"square": 0.0, "pgd-20": 0.25}
+    bounds = [found.is_upper_bound(name) for name in ("clean", "pgd-20", "cw-20", "robust")]
+    assert bounds == [False, True, False, True]
+    entries = json.loads(json.dumps(found.to_dict(), allow_nan=False))["attacks"]
+    assert (entries["pgd-20"]["unfinished"], entries["cw-20"]["unfinished"]) == ({"pgd-20": 0.25}, {})
+    assert (entries["pgd-20"]["upper_bound"], entries["cw-20"]["upper_bound"]) == (True, False)
+
+
 # Where groups come from
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from robustfair import cli, workflows
 from robustfair.attacks import strong as family
 from robustfair.attacks.strong import StrongAttack, cheaper
 from robustfair.data import load_dataset
-from robustfair.evaluate import columns, files, journal, strong
+from robustfair.evaluate import columns, journal, strong
 from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.columns import Sweeper
 from robustfair.models import create_model
@@ -83,16 +85,18 @@ def after_writing(call: int) -> Callable[[], None]:
 
 
 def half_a_writing() -> None:
-    usual, calls = files.save_file, []
+    """Die by the system's own hand in the sixth writing of the journal, where its file has come to 300 bytes."""
+    usual, calls = journal.Journal.write, []
 
-    def dying(tensors: Any, path: Path, header: Any) -> None:
-        usual(tensors, path, header)
+    def dying(self: journal.Journal, tensors: Any) -> None:
         calls.append(1)
         if len(calls) == 6:
-            path.write_bytes(path.read_bytes()[:300])
-            die()
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+        usual(self, tensors)
 
-    files.save_file = dying
+    journal.Journal.write = dying  # type: ignore[method-assign]
 
 
 def note_attacks(file: Path) -> Callable[[], None]:
@@ -130,6 +134,8 @@ KILLS: dict[str, Callable[[], None]] = {
 }
 ATTACKED = [name for name in KILLS if name.startswith(("in the", "before the", "between the"))]
 """Kills after the last attack."""
+ENDS = {"half a writing": -signal.SIGXFSZ, "twice": [-signal.SIGKILL] * 2}
+"""Exit status of what does not end by one SIGKILL."""
 TWICE = (after_writing(9), after_writing(12))
 
 
@@ -218,7 +224,7 @@ def test_a_killed_audit_ends_with_the_files_of_the_uninterrupted_one(
     audits: tuple[Path, dict[str, Any]], name: str
 ) -> None:
     root, status = audits
-    assert status[name]["killed"] in (-signal.SIGKILL, [-signal.SIGKILL] * 2), "it was over before it could be killed"
+    assert status[name]["killed"] == ENDS.get(name, -signal.SIGKILL), "it was over before it could be killed"
     assert status[name]["resumed"] == 0, status["stderr"]
     assert contents(root / name) == contents(root / "whole")
 
@@ -243,6 +249,13 @@ def test_a_killed_audit_leaves_its_journal_alone(audits: tuple[Path, dict[str, A
     (left,) = audits[1][name]["left"]
     assert left.startswith("unfinished-")
     assert left.endswith(".safetensors")
+
+
+def test_a_writing_that_is_killed_leaves_only_what_bears_the_name_of_the_journal(
+    audits: tuple[Path, dict[str, Any]],
+) -> None:
+    temporary, written = audits[1]["half a writing"]["left"]
+    assert re.fullmatch(rf"\.{re.escape(written)}\.\d+\.tmp", temporary)
 
 
 if __name__ == "__main__":

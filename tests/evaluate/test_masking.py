@@ -129,6 +129,38 @@ def test_the_model_leaves_as_it_came(tiny_net: Net, small_sample: None, digits: 
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+class Custom(torch.autograd.Function):
+    """The identity, through which no gradient can be taken."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise RuntimeError("no backward here")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [(Custom.apply, "cannot be taken through Before: no backward here"), (Tensor.detach, "gives no gradient")],
+    ids=["raises", "detaches"],
+)
+def test_without_gradients_square_is_made_alone_and_that_is_said(
+    robust_net: nn.Module, digits: ImageDataset, small_sample: None, change: Callable[[Tensor], Tensor], why: str
+) -> None:
+    (found,) = thorough_findings(Before(robust_net, change), digits, THREAT)
+    assert (found.code, found.severity) == ("no-gradient", "warn")
+    assert "with gradients, by pgd-20, pgd-100 and pgd-20(restarts=5), could not be made: the " in found.text
+    assert why in found.text
+    seen = audit(robust_net, digits, attacks="square(queries=150)", eps=0.1)
+    left, clean = (f"{100 * seen.average(name):.1f} %" for name in ("square(queries=150)", "clean"))
+    assert found.text.endswith(
+        f"square(queries=150) by itself leaves {left} of 60 images; {clean} are right when clean."
+    )
+    assert left != clean
+
+
 # What counts as a drop
 
 
@@ -207,6 +239,18 @@ def test_attacks_that_were_cut_prove_nothing(
     half = thorough_findings(masked, digits, THREAT, max_minutes=begun["check square(queries=150)"] / 60 + 1)
     assert set(codes(half)) <= {"not-converged", "checks-cut"}
     assert re.search(r"the time budget left square\(queries=150\) at [1-9]\d? %, pgd-20 at a large", half[-1].text)
+
+
+def test_without_gradients_and_time_square_is_named_and_proves_nothing(
+    robust_net: nn.Module, digits: ImageDataset, small_sample: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blind, now = Before(robust_net, Tensor.detach), [0.0]
+    blind.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 60.0))
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    first, cut = thorough_findings(blind, digits, THREAT, max_minutes=15)
+    assert (first.code, cut.code) == ("no-gradient", "checks-cut")
+    assert "by itself" not in first.text
+    assert "square(queries=150) at " in cut.text
 
 
 def test_progress_bears_the_names_of_the_checks(

@@ -90,3 +90,14 @@ def test_what_the_rates_are_is_said() -> None:
     assert sheet_of(short).notes[1] == "Upper bounds under attack: the time budget left pgd-20 at 25 %."
     assert sheet_of(short, ["clean"]).notes == ("Intervals: 95 %, Wilson; for worst, bootstrap.",)
     assert "net: the time budget left pgd-20 at 25 %" in sheet_of(compare(audit, short)).notes[-1]
+
+
+@pytest.mark.parametrize("within", ["class", "group"])
+def test_a_cut_attack_is_said_below_groups_as_below_classes(within) -> None:
+    audit = random_audit(1)
+    short = replace(audit, groups=(0, 0, 1, 1), settings={**audit.settings, "pgd-20": {"ran": {"pgd-20": 0.25}}})
+    rates = regroup(short, read_groups("superclass", short), within=within)
+    assert sheet_of(rates).notes[-1] == sheet_of(short).notes[-1]
+    assert "the time budget left pgd-20 at 25 %" in sheet_of(rates).notes[-1]
+    assert not any("time budget" in note for note in sheet_of(rates, ["clean"]).notes)
+    assert ("aimed at another class" in " ".join(sheet_of(rates).notes)) == (within == "group")

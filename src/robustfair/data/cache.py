@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -46,21 +47,28 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write atomically; a folder that cannot be written to costs a warning and the next decode, not this load."""
+    """Write atomically; a folder that cannot be written to costs a warning and the next decode, not this load.
+
+    It is written in a folder of its own, where all that a killed writing leaves lies: the next one removes it. Of two
+    at a time the first removes the other's, whose content is the same.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        os.close(handle)
-        save_file(dict(tensors), temporary, metadata=dict(header))
-        with open(temporary, "rb+") as file:
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp"))
+        save_file(dict(tensors), temporary / path.name, metadata=dict(header))
+        with (temporary / path.name).open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        (temporary / path.name).replace(path)
+        for left in path.parent.glob(f".{path.stem}-*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        warnings.warn(f"decoded data is not cached, {path.parent} cannot be written: {error}", stacklevel=2)
+        found = read(path)
+        if found is None or found[1] != dict(header):
+            warnings.warn(f"decoded data is not cached, {path.parent} cannot be written: {error}", stacklevel=2)
     finally:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)

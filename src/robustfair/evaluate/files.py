@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from robustfair.checkpoint import read_json
+from robustfair.checkpoint import read_json, write_bytes
 from robustfair.errors import CheckpointError
 
 
@@ -39,27 +38,12 @@ def write_arrays(path: Path, columns: Mapping[str, Tensor]) -> None:
     """Write tensors on the CPU by name, compressed and without pickle; an earlier file is replaced."""
     content = io.BytesIO()
     np.savez_compressed(content, **{name: column.numpy() for name, column in columns.items()})  # type: ignore[arg-type]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, content.getbuffer())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, with text by name in the header; an earlier file is replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, dict(header or {}))
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}, dict(header or {})))
 
 
 def left_beside(path: Path) -> list[Path]:

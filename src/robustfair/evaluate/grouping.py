@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,7 @@ class GroupRates:
         right: attack -> (N,) bool, "clean" first and "robust" last.
         within: "class" if an image counts as right by its own class, "group" if by any class of its group.
         source: where the groups come from.
+        cut: attack -> its parts that a time budget cut short and how far each came, see `Audit.unfinished`.
     """
 
     model: str
@@ -72,6 +73,7 @@ class GroupRates:
     right: Mapping[str, Tensor]
     within: Within
     source: str
+    cut: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def attacks(self) -> tuple[str, ...]:
@@ -127,9 +129,17 @@ class GroupRates:
         found = metrics.bootstrap_statistic(self.correct(attack), self.count(), "worst", level=level)
         return found.lower, found.upper
 
-    def is_upper_bound(self, attack: str) -> bool:
-        """Whether the attack might have done more: it aims at another class, not at another group."""
+    def unfinished(self, attack: str = ROBUST) -> dict[str, float]:
+        """The parts of an attack that a time budget cut short, and how far each came; of every attack for "robust"."""
+        return dict(self.cut.get(find_attack(attack, self.right, "attack of this audit"), {}))
+
+    def misses_groups(self, attack: str) -> bool:
+        """Whether it aims at another class where only another group counts."""
         return self.within == "group" and canonical(attack) != CLEAN
+
+    def is_upper_bound(self, attack: str) -> bool:
+        """Whether the attack might have done more: it misses groups, or time was up before its end."""
+        return self.misses_groups(attack) or bool(self.unfinished(attack))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values: nan is null."""
@@ -159,6 +169,7 @@ class GroupRates:
             "worst_group": worst.class_name,
             "worst_interval": self.worst_interval(attack),
             "upper_bound": self.is_upper_bound(attack),
+            "unfinished": self.unfinished(attack),
         }
 
 
@@ -200,6 +211,7 @@ def regroup(audit: Audit, groups: Groups, *, within: Within = "class") -> GroupR
         right=right,
         within=within,
         source=groups.source,
+        cut={name: audit.unfinished(name) for name in names},
     )
 
 

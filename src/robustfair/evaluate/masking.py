@@ -16,7 +16,8 @@ from torch import nn
 
 from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
-from robustfair.evaluate.audit import Audit, SearchPrecision, audit, shortfall
+from robustfair.errors import ModelError
+from robustfair.evaluate.audit import CLEAN, Audit, SearchPrecision, audit, shortfall
 from robustfair.evaluate.columns import Progress
 from robustfair.evaluate.finding import Finding, paired_difference
 from robustfair.evaluate.sanity import MISLEADING, WITHOUT_GRADIENTS
@@ -43,7 +44,7 @@ def thorough_findings(
     max_minutes: float | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[Finding, ...]:
-    """What attacking a sample of the images again and again shows.
+    """What attacking a sample of the images again and again shows; by Square alone where there are no gradients.
 
     Args:
         model: on the device that the attacks are to run on.
@@ -52,6 +53,9 @@ def thorough_findings(
         seed, batch_size, precision: see `robustfair.evaluate.audit.audit`.
         max_minutes: stop then; none are left from 0 down. An attack that was cut proves nothing, and is named.
         on_progress: as for an audit; the attacks are called "check pgd-20", ...
+
+    Raises:
+        ModelError: Square cannot attack the model either.
     """
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
     sample = dataset.limit_per_class(max(1, SAMPLE // dataset.num_classes))
@@ -90,22 +94,40 @@ def thorough_findings(
         cut.update((f"{part}{where}", share) for part, share in result.unfinished().items())
         return result
 
-    again = attacked((BASE, LONGER, RESTARTED, SQUARE), threat.eps, threat.step_size)
-    if again is not None:
-        found += [*_square_is_stronger(again), *_still_falling(again)]
-    far = attacked((BASE,), _large(threat, sample), None, " at a large radius")
-    if far is not None:
-        found += _robust_far_away(far)
+    try:
+        again = attacked((BASE, LONGER, RESTARTED, SQUARE), threat.eps, threat.step_size)
+    except ModelError as error:
+        found.append(_no_gradient(error, attacked((SQUARE,), threat.eps, threat.step_size)))
+    else:
+        if again is not None:
+            found += [*_square_is_stronger(again), *_still_falling(again)]
+        far = attacked((BASE,), _large(threat, sample), None, " at a large radius")
+        if far is not None:
+            found += _robust_far_away(far)
     return (*found, checks_cut(shortfall(cut))) if cut else tuple(found)
 
 
-def checks_cut(reason: str) -> Finding:
+def checks_cut(reason: str, remedy: str = "run them again with more time") -> Finding:
     """That some of these checks could not be made."""
     return Finding(
         code="checks-cut",
         severity="note",
         text=f"Not all checks for masked gradients were made: {reason}.",
-        advice="What they would have shown is not known: run them again with more time.",
+        advice=f"What they would have shown is not known: {remedy}.",
+    )
+
+
+def _no_gradient(error: ModelError, found: Audit | None) -> Finding:
+    """That the checks by gradients could not be made, and what Square alone left."""
+    text = f"The checks with gradients, by {BASE}, {LONGER} and {RESTARTED}, could not be made: {error}."
+    if found is not None and _ran(found, SQUARE):
+        left = f"{_rate(found, SQUARE)} of {len(found.labels)} images"
+        text += f" {SQUARE} by itself leaves {left}; {_rate(found, CLEAN)} are right when clean."
+    return Finding(
+        code="no-gradient",
+        severity="warn",
+        text=text,
+        advice="Attacks by queries alone say little of robustness: audit the model in a form that gives gradients.",
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from robustfair import metrics
-from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, shortfall
+from robustfair.evaluate.audit import CLEAN, ROBUST, shortfall
 from robustfair.evaluate.compare import AttackComparison, Comparison, Difference, PairedTest
 from robustfair.evaluate.grouping import GroupRates
 from robustfair.report.table import (
@@ -127,7 +127,8 @@ def _rates(rates: Rates, attacks: Sequence[str] | None) -> Sheet:
         ),
         notes=(
             "Intervals: 95 %, Wilson; for worst, bootstrap.",
-            *(_group_notes(rates, chosen) if isinstance(rates, GroupRates) else _cut_short(rates, chosen)),
+            *(_group_notes(rates, chosen) if isinstance(rates, GroupRates) else ()),
+            *_cut_short(rates, chosen),
         ),
     )
 
@@ -135,15 +136,15 @@ def _rates(rates: Rates, attacks: Sequence[str] | None) -> Sheet:
 def _group_notes(groups: GroupRates, attacks: Sequence[str]) -> list[str]:
     if groups.within == "class":
         return ["An image counts as right if its class is."]
-    bound = any(groups.is_upper_bound(attack) for attack in attacks)
+    bound = any(groups.misses_groups(attack) for attack in attacks)
     return [
         "An image counts as right if any class of its group is predicted."
         + (" The attacks aimed at another class, so the rates under attack are upper bounds." if bound else "")
     ]
 
 
-def _cut_short(audit: Audit, attacks: Sequence[str]) -> list[str]:
-    parts = {part: share for attack in attacks for part, share in audit.unfinished(attack).items()}
+def _cut_short(rates: Rates, attacks: Sequence[str]) -> list[str]:
+    parts = {part: share for attack in attacks for part, share in rates.unfinished(attack).items()}
     return [f"Upper bounds under attack: {shortfall(parts)}."] if parts else []
 
 
