@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from robustfair.evaluate.search import search_network
 from robustfair.models import create_model
+from robustfair.training import bundle
 
 
 def trained_statistics(model: nn.Module) -> nn.Module:
@@ -110,6 +112,29 @@ def test_what_cannot_be_folded_is_searched_as_it_is(kind: type[nn.Module]) -> No
     exact = model(images())
     assert (network(images()) - exact).abs().max() <= 0.05 * exact.abs().max()
     assert model.conv.weight.dtype == torch.float32
+
+
+class Checkpointing(Branching):
+    """It computes its convolution anew in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = checkpoint(self.conv, x, use_reentrant=False)
+        return self.head(self.norm(z if z.mean() > 0 else -z).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Checkpointing, type("SingleCheckpointing", (Checkpointing, Single), {})])
+def test_the_gradient_of_a_network_that_checkpoints_can_be_taken(
+    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]
+) -> None:
+    monkeypatch.setattr(bundle, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(bundle, "WIDEST", 8)
+    torch.manual_seed(0)
+    model = trained_statistics(kind())
+    wanted, found = (
+        torch.autograd.grad(network(x)[:, 0].sum(), x)[0]
+        for network, x in ((each, images().requires_grad_()) for each in (model, search_network(model, images())))
+    )
+    assert (found - wanted).abs().max() <= 0.1 * wanted.abs().max()
 
 
 def test_train_mode_and_hooks_of_the_model_are_left_and_followed() -> None:

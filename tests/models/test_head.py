@@ -297,6 +297,37 @@ def test_pixels_written_behind_the_back_of_autograd_count_too():
     assert isinstance(prepared(Behind(), torch.rand(2, 3, 2, 2)), OnCopies)
 
 
+class WritingInTraining(Plain):
+    """Adds its noise to the images where they lie, as long as it trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x += 0.1 * torch.rand_like(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_where_it_trains_a_network_is_looked_at_in_train_mode_too_and_left_as_it_is(mode):
+    model, x, state = WritingInTraining().train(mode), torch.rand(2, 3, 8, 8), torch.get_rng_state()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert prepared(model, x) is model
+    assert isinstance(prepared(model, x, trains=True), OnCopies)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training is mode for module in model.modules())
+    for other in (Plain(), Reentrant(), nn.Sequential(nn.Dropout(0.5), Plain())):
+        assert prepared(other, x, trains=True) is other
+
+
+def test_a_network_without_a_copy_is_looked_at_in_eval_mode_alone():
+    class Single(Plain):
+        def __deepcopy__(self, memo: object) -> Single:
+            raise RuntimeError("there is only one")
+
+    model = Single()
+    assert prepared(model, torch.rand(2, 3, 8, 8), trains=True) is model
+
+
 def test_images_can_be_looked_at_in_inference_mode():
     with torch.inference_mode():
         model, x = Plain(), torch.rand(2, 3, 8, 8)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from robustfair.objectives import PGDAT
 from robustfair.training import bundle
-from robustfair.training.bundle import Bundled, Geometry, bundle_size, bundled_conv2d
+from robustfair.training.bundle import Bundled, Geometry, bundle_size, bundled_conv2d, may_gain
 from robustfair.training.engine import Engine
 from robustfair.training.precision import InPrecision
 from robustfair.values import Batch
@@ -125,6 +129,38 @@ def test_every_spelling_of_a_call_gives_what_torch_gives_and_lays_it_out_so(
     assert found.stride() == expected.stride()
 
 
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole": lambda t: t,
+    "batch": lambda t: t[::2],
+    "channels": lambda t: t[:, :4],
+    "pixels": lambda t: t[:, :, ::2, ::2],
+    "every way": lambda t: t[1:, 1:, 1:, 1:],
+    "none": lambda t: t[:0],
+    "one for all": lambda t: t[:1].expand(6, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
+@pytest.mark.parametrize("traced", [False, True])
+def test_slices_of_any_layout_give_what_torch_gives_laid_out_so(
+    monkeypatch: pytest.MonkeyPatch, cut: Callable[[Tensor], Tensor], traced: bool
+) -> None:
+    monkeypatch.setattr(bundle, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)  # takes the way of strides without a compiler
+    formats = (torch.contiguous_format, torch.channels_last)
+    for size, kernel, stride, images, weights in product((4, 8), (1, 2, 3, 4), (1, 2), formats, formats):
+        x = cut(draw(12, 8, size, size).detach().contiguous(memory_format=images))
+        if x.shape[3] < kernel:
+            continue
+        whole = draw(6, 2 * x.shape[1], kernel, kernel).detach().contiguous(memory_format=weights)
+        for weight in (whole[:, ::2], whole[:, ::2].clone(memory_format=weights)):
+            expected = torch.conv2d(x, weight, None, stride)
+            with Bundled():
+                found = torch.conv2d(x, weight, None, stride)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+            assert found.stride() == expected.stride()
+
+
 class Deep(nn.Module):
     """A network whose convolutions are all bundled once no layer counts as too small."""
 
@@ -137,20 +173,65 @@ class Deep(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.first(x).relu()
+        z = self.stem(x)
         return self.head(self.norm(self.down(z) + self.short(z)).relu().mean((2, 3)))
 
+    def stem(self, x: Tensor) -> Tensor:
+        return self.first(x).relu()
 
-def test_a_compiled_engine_bundles_and_attacks_and_learns_as_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "FEWEST_WEIGHTS", 0)
-    bundled = []
+
+class Checkpointed(Deep):
+    """Computes its stem anew in the backward pass."""
+
+    def stem(self, x: Tensor) -> Tensor:
+        return checkpoint(super().stem, x, use_reentrant=False)
+
+
+@pytest.fixture
+def bundled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """No layer counts as too small; shapes of the images of those that were bundled."""
+    seen: list[tuple[int, ...]] = []
     compute = bundled_conv2d
 
     def noted(x: Tensor, *rest: object) -> Tensor:
-        bundled.append(tuple(x.shape))
+        seen.append(tuple(x.shape))
         return compute(x, *rest)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(bundle, "FEWEST_WEIGHTS", 0)
     monkeypatch.setattr(bundle, "bundled_conv2d", noted)
+    return seen
+
+
+def test_what_is_checkpointed_is_not_bundled_where_it_is_computed_anew(bundled: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), part).double() for part in (Deep(), Checkpointed())]
+    models[1].load_state_dict(models[0].state_dict())
+    x = draw(6, 3, 4, 4)
+    wanted, found = (
+        torch.autograd.grad(InPrecision(model, "fp32", "cpu", bundled=told)(x).square().sum(), [x, *model.parameters()])
+        for model, told in zip(models, (False, True), strict=True)
+    )
+    assert bundled == [(6, 3, 4, 4)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        InPrecision(models[1], "fp32", "cpu", bundled=True)(x)
+    assert len(bundled) == 3
+
+
+@pytest.mark.parametrize("count", [6, 4], ids=["whole batch", "smaller batch"])
+def test_a_compiled_engine_trains_what_checkpoints(bundled: list[tuple[int, ...]], count: int) -> None:
+    torch.manual_seed(0)
+    plain, fast = Checkpointed().double(), Checkpointed().double()
+    fast.load_state_dict(plain.state_dict())
+    x = draw(count, 3, 4, 4).detach()
+    for engine in (Engine(plain), Engine(fast, compile=True, batch_size=6)):
+        engine(x).square().sum().backward()
+    for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-10)
+
+
+def test_a_compiled_engine_bundles_and_attacks_and_learns_as_the_plain_one(bundled: list[tuple[int, ...]]) -> None:
     torch.manual_seed(0)
     plain, fast = Deep().double(), Deep().double()
     fast.load_state_dict(plain.state_dict())
@@ -164,6 +245,31 @@ def test_a_compiled_engine_bundles_and_attacks_and_learns_as_the_plain_one(monke
     for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-10)
     assert {(6, 3, 4, 4), (6, 6, 4, 4)} <= set(bundled)
+
+
+class Computing(nn.Conv2d):
+    """Its weight is what a pass makes of other tensors."""
+
+    def __init__(self, given: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__(256, 256, 3)
+        weight = self.weight.detach()
+        del self.weight
+        if given is not None:
+            self.weight = given(weight)
+
+
+@pytest.mark.parametrize(
+    "given", [None, lambda weight: None, lambda weight: weight.flatten(1)], ids=["absent", "none", "flat"]
+)
+def test_a_layer_that_has_no_weight_yet_does_not_count(given: Callable[[Tensor], Tensor] | None) -> None:
+    layer = Computing(given)
+    assert not may_gain(layer)
+    assert may_gain(nn.Sequential(layer, nn.Conv2d(256, 256, 3)))
+
+
+def test_a_weight_that_is_none_of_a_convolution_is_refused_in_the_words_of_torch() -> None:
+    with pytest.raises(RuntimeError, match="match the convolution dimensions"), Bundled():
+        torch.conv2d(torch.zeros(2, 3, 4, 4), torch.zeros(3, 3, 3))
 
 
 def test_it_is_entered_in_bf16_where_a_layer_may_gain_or_where_told(monkeypatch: pytest.MonkeyPatch) -> None:

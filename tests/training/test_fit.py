@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reference import training as reference
 from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
@@ -19,7 +20,7 @@ from robustfair.data import ImageDataset, Loader, evaluation_batches
 from robustfair.errors import ConfigError, ConflictError, DivergedError, ModelError
 from robustfair.methods import CCM, CCR, EMA, Method
 from robustfair.objectives import PGDAT, Objective, Standard, Trades
-from robustfair.training import Fitted, Schedule, fit
+from robustfair.training import Fitted, Schedule, bundle, fit
 from robustfair.training.state import TrainState
 from robustfair.values import ClassTally, State
 
@@ -685,3 +686,52 @@ def test_a_network_without_gradients_of_its_images_trains_on_clean_ones_alone(ti
     with pytest.raises(ModelError, match="the gradient of the images cannot be taken through Reentrant"):
         fit(Reentrant(), data, PGDAT(), schedule=SHORT, validation=0.25)
     fit(Reentrant(), data, Standard(), schedule=SHORT, validation=0.25)
+
+
+class WritingInTraining(Plain):
+    """Darkens the images where they lie, as long as it trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x *= 0.5
+        return super().forward(x)
+
+
+class DarkeningInTraining(Plain):
+    """The same on copies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 0.5 if self.training else x)
+
+
+def test_a_network_that_writes_on_images_in_training_alone_is_trained_as_one_that_does_not(tiny_data: Data) -> None:
+    data = tiny_data((9,) * 4, channels=1, size=8)
+    writing, twin = WritingInTraining(1), DarkeningInTraining(1)
+    for model in (writing, twin):
+        objective = Trades(steps=2, attack_mode="train_frozen")
+        fit(model, data, objective, schedule=SHORT, validation=0, select="last")
+    for name, tensor in twin.state_dict().items():
+        torch.testing.assert_close(writing.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+class Checkpointing(Plain):
+    """Computes its features anew in the backward pass."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return checkpoint(super().features, x, use_reentrant=False)
+
+
+def test_a_network_that_checkpoints_trains_in_bf16_as_without_bundles(
+    tiny_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny_data((9,) * 4, channels=3, size=8)
+
+    def weights() -> dict[str, Tensor]:
+        fitted = fit(Checkpointing(), data, PGDAT(steps=2), schedule=SHORT, validation=0.25, precision="bf16")
+        return dict(fitted.state.weights)
+
+    wanted = weights()
+    monkeypatch.setattr(bundle, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(bundle, "WIDEST", 8)
+    found = weights()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

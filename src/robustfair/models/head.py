@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class OnCopies(nn.Module):
         return self.network(x.clone(memory_format=torch.contiguous_format))
 
 
-def prepared(model: nn.Module, example: Tensor) -> nn.Module:
+def prepared(model: nn.Module, example: Tensor, *, trains: bool = False) -> nn.Module:
     """The model as it may be called here: itself, or `OnCopies` of it.
 
     Images come in the layout that convolutions are fastest in, on which `view` may fail behind one, and the same images
@@ -47,16 +48,35 @@ def prepared(model: nn.Module, example: Tensor) -> nn.Module:
 
     Args:
         example: (B, C, H, W) on the device of the model.
+        trains: the model is called in train mode too, where other layers may act: a copy of it is tried in that mode.
     """
+    with torch.inference_mode(False), torch.no_grad():
+        with _evaluating(model):
+            spares = _spares_images(model, example)
+        if spares and trains:
+            spares = _spares_images_in_training(model, example)
+    return model if spares else OnCopies(model)
+
+
+def _spares_images(model: nn.Module, example: Tensor) -> bool:
+    """Whether a pass on images laid out channels last goes through and leaves them as they are."""
+    x = example.clone(memory_format=torch.channels_last)
+    version = x._version
     try:
-        with torch.inference_mode(False), _evaluating(model):
-            x = example.clone(memory_format=torch.channels_last)
-            version = x._version
-            model(x)
-            untouched = x._version == version and torch.equal(x, example)
+        model(x)
     except Exception:  # `check_outputs` says what is wrong if it fails on a copy too
-        untouched = False
-    return model if untouched else OnCopies(model)
+        return False
+    return x._version == version and torch.equal(x, example)
+
+
+def _spares_images_in_training(model: nn.Module, example: Tensor) -> bool:
+    """The same in train mode, with all random streams and running statistics left; a model without a copy passes."""
+    try:
+        copy = deepcopy(model)
+    except Exception:  # a foreign module may hold what cannot be copied
+        return True
+    with torch.random.fork_rng(devices=[example.device] if example.device.type == "cuda" else []):
+        return _spares_images(copy.train(), example)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -7,7 +7,8 @@ neighbours it met before. A stride of `s` in width becomes `s` such convolutions
 and their sum; a 1x1 convolution with a stride reads an image that was thinned before. Both take copies, so they pay
 where a compiler merges these with what comes before and after, and are left alone elsewhere.
 
-The products are the same and their sums taken in another order. What it brings is measured in benchmarks/NOTES.md.
+The products are the same and their sums taken in another order; under autocast the convolutions that a stride makes of
+one are rounded to bf16 each, before they are added. What it brings is measured in benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -27,21 +28,24 @@ LARGEST_BUNDLE = 8
 
 
 class Bundled(TorchFunctionMode):
-    """Within this scope `torch.conv2d` takes the faster way where there is one."""
+    """Within this scope `torch.conv2d` takes the faster way where there is one, save in checkpointed parts of a model:
+    those are computed anew in the backward pass, outside of this scope, and have to save tensors of the same shapes.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run `func`, or what stands for it."""
-        if func is torch.conv2d:
+        if func is torch.conv2d and not _packing():
             return conv2d(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def may_gain(model: nn.Module) -> bool:
     """Whether a model has a layer that could be bundled: the scope costs every operation a detour through Python."""
-    layers = (module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
-    return any(_many(weight) and weight.shape[3] > 1 for weight in layers)
+    weights = (getattr(module, "weight", None) for module in model.modules() if isinstance(module, nn.Conv2d))
+    found = (weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 4)  # some compute it later
+    return any(_many(weight) and weight.shape[3] > 1 for weight in found)
 
 
 class Geometry(NamedTuple):
@@ -61,13 +65,13 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """`torch.conv2d`: images (N, C, H, W) and weights (O, C, h, w) -> (N, O, H', W'), in the layout torch gives it."""
-    geometry = _plain(input, stride, padding, dilation, groups)
+    geometry = _plain(input, weight, stride, padding, dilation, groups)
     strided = geometry is not None and geometry.stride != (1, 1)
     if geometry is None or (strided and not torch.compiler.is_compiling()):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if strided and weight.shape[2:] == (1, 1) and geometry.padding == (0, 0):
         thinned = input[:, :, :: geometry.stride[0], :: geometry.stride[1]]
-        return torch.conv2d(thinned.contiguous(memory_format=_layout(input, weight)), weight, bias)
+        return torch.conv2d(thinned.clone(memory_format=_layout(input, weight)), weight, bias)
     b = bundle_size(input, weight, geometry)
     if b == 1:
         return torch.conv2d(input, weight, bias, stride, padding)
@@ -94,7 +98,7 @@ def bundled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
         sums = sums[..., (shift + pad) * b : (shift + pad + columns) * b]
         total = sums if total is None else total + sums
     assert total is not None, "a kernel has a column"
-    return from_bundles(total, b).contiguous(memory_format=_layout(x, weight))
+    return from_bundles(total, b).clone(memory_format=_layout(x, weight))
 
 
 def to_bundles(x: Tensor, b: int) -> Tensor:
@@ -123,22 +127,37 @@ def result_columns(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
     return (x.shape[3] + 2 * geometry.padding[1] - weight.shape[3]) // geometry.stride[1] + 1
 
 
+def _packing() -> bool:
+    """Whether hooks take what is saved for the backward pass, as in a checkpointed part. A compiler needs no such care:
+    it takes what is computed anew from the one graph that it traced.
+    """
+    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def _many(weight: Tensor) -> bool:
     return weight.shape[0] * weight.shape[1] >= FEWEST_WEIGHTS
 
 
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """How torch lays out the result: channels last where the images or the weights lie so, and not in both ways."""
-    last = any(
-        each.is_contiguous(memory_format=torch.channels_last) and not each.is_contiguous() for each in (x, weight)
-    )
-    return torch.channels_last if last else torch.contiguous_format
+    """How torch lays out the result: channels last where the images or the weights lie so."""
+    return torch.channels_last if _channels_last(x) or _channels_last(weight) else torch.contiguous_format
 
 
-def _plain(x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry | None:
-    """The geometry of a batch's convolution on a CPU without dilation or groups; None for any other."""
+def _channels_last(x: Tensor) -> bool:
+    """Whether torch takes strides for channels last: rising from channels to columns, rows and images, gaps or none."""
+    shape, strides, least = x.shape, x.stride(), 1
+    for dim in (1, 3, 2):
+        if strides[dim] < least:
+            return False
+        least = strides[dim] * shape[dim]
+    return strides[0] >= least > strides[1]
+
+
+def _plain(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry | None:
+    """The geometry of a batch's convolution on a CPU without dilation or groups; None for any other, or no images."""
     pairs = [_pair(value) for value in (stride, padding, dilation)]
-    if x.dim() != 4 or x.device.type != "cpu" or groups != 1 or None in pairs or pairs[2] != (1, 1):
+    batch = x.dim() == weight.dim() == 4 and len(x) > 0 and x.device.type == "cpu"
+    if not batch or groups != 1 or None in pairs or pairs[2] != (1, 1):
         return None
     return Geometry(*pairs[:2])  # type: ignore[arg-type]
 

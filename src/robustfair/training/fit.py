@@ -123,7 +123,7 @@ def fit(
     if train.images.shape[1] >= 3:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = next(evaluation_batches(train, 2)).x
-    called = prepared(model, first)
+    called = prepared(model, first, trains=True)
     if called is not model:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     check_outputs(called, train.num_classes, first)
