@@ -273,8 +273,7 @@ class Ensemble:
         passes = self.fine if search.fine else self.passes
         point, logits = search.turn(lanes, passes)
         margin = margins(logits, lanes["y"])
-        near = margin >= -passes.slack * logits.abs().amax(1)
-        suspect = near & ((margin > lanes["tested"]) | (margin >= 0)) | ~logits.isfinite().all(1)
+        suspect = passes.suspects(logits, margin, lanes["tested"])
         lanes["turns"] = lanes["turns"] + 1
         leaves = lanes["turns"] >= search.turns
         rows = suspect.nonzero().squeeze(1)

@@ -38,6 +38,16 @@ class Passes:
         self.slack = slack
         self.room = room
 
+    def suspects(self, logits: Tensor, margin: Tensor, tested: Tensor) -> Tensor:
+        """(L,) where the exact model is to be asked: it may be wrong there, or the logits are no numbers.
+
+        Args:
+            margin: (L,) of `logits` (L, K).
+            tested: (L,) largest margin that it was asked about before; below it only a wrong class is new.
+        """
+        near = margin >= -self.slack * logits.abs().amax(1)
+        return near & ((margin > tested) | (margin >= 0)) | ~logits.isfinite().all(1)
+
     def logits(self, x: Tensor) -> Tensor:
         """(L, K), without a graph."""
         with torch.no_grad():

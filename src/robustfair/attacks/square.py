@@ -126,12 +126,12 @@ class Square:
         ahead = self._ahead(lanes, passes)
         candidates = self._candidates(lanes, rows, ahead)
         logits = passes.logits(candidates)
-        margin = margins(logits, lanes["y"].repeat_interleave(ahead)).view(-1, ahead)
+        margin = margins(logits, lanes["y"].repeat_interleave(ahead))
+        asked = passes.suspects(logits, margin, lanes["tested"].repeat_interleave(ahead)).view(-1, ahead)
+        margin = margin.view(-1, ahead)
         better = (margin > lanes["margin"][:, None]) | (margin >= 0)
-        near = margin >= -passes.slack * logits.abs().amax(1).view(-1, ahead)
         last = (self.queries - lanes["judged"]).clamp_max(ahead - 1)
         seen = torch.arange(ahead, device=rows.device) <= last[:, None]
-        asked = near & (margin > lanes["tested"][:, None]) | ~logits.isfinite().all(1).view(-1, ahead)
         stop = (better | asked) & seen
         at = torch.where(stop.any(1), stop.int().argmax(1), last)
         kept, candidate = better[rows, at], candidates[rows * ahead + at]
