@@ -6,9 +6,9 @@ import importlib.util
 from types import ModuleType
 
 import pytest
-import torch
+from torch import library
 
-_LIBRARIES: list[torch.library.Library] = []
+_LIBRARIES: list[library.Library] = []
 """What was declared, alive as long as the tests run."""
 
 
@@ -19,10 +19,10 @@ def import_timm() -> ModuleType:
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
+        declared = library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARIES.append(library)
+            declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(declared)
     import timm
 
     return timm
