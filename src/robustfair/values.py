@@ -7,7 +7,8 @@ unit, rates as fractions. "Per example" is (B,), "per class" is (C,). A confusio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal, Protocol
@@ -23,6 +24,19 @@ Model = Callable[[Tensor], Tensor]
 Mode = Literal["eval", "train", "train_frozen"]
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 """Base of all batch-norm layers, whatever their dimension."""
+
+
+@contextmanager
+def still_statistics(model: nn.Module) -> Iterator[None]:
+    """Within it batch norm reads the statistics of the batch, where it trains, and leaves its running ones alone."""
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def derive_seed(*keys: object) -> int:
@@ -94,6 +108,8 @@ class Attack:
         keep: "last" iterate, or the "best" one by the goal.
         restarts: independent starts; the best by `goal` is kept per example (by correctness first under a stop rule).
         box_first: l2 only: clip to [0, 1] before the ball, as TRADES does, not after it.
+        box: keep the images in [0, 1]; False leaves the ball alone to bound them.
+        noise: standard deviation of the Gaussian noise added to every step, before the projection, in pixel units.
     """
 
     eps: Tensor
@@ -107,6 +123,8 @@ class Attack:
     keep: Literal["last", "best"] = "last"
     restarts: int = 1
     box_first: bool = False
+    box: bool = True
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)

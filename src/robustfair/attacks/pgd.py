@@ -9,8 +9,8 @@ Source: Madry et al. 2018 (PGD); TRADES `trades.py` for its start, its KL goal a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from robustfair.config import Norm
 from robustfair.errors import ConfigError, ModelError
-from robustfair.values import BATCH_NORM, Attack, Goal, Mode, Model
+from robustfair.values import Attack, Goal, Mode, Model, still_statistics
 
 
 class Problem(NamedTuple):
     """What an attack maximises and where: goal, images, labels, clean logits where the goal reads them, step and ball.
 
-    `step_size` and `eps` are (B, 1, ..., 1), to meet the pixels.
+    `step_size` and `eps` are (B, 1, ..., 1), to meet the pixels; `noise` (B, C, H, W) is added to this step.
     """
 
     goal: Goal
@@ -35,12 +35,14 @@ class Problem(NamedTuple):
     step_size: Tensor
     eps: Tensor
     norm: Norm
-    box_first: bool
+    box_first: bool = False
+    box: bool = True
+    noise: Tensor | None = None
 
     @staticmethod
     def of(attack: Attack, x: Tensor, y: Tensor, clean: Tensor | None) -> Problem:
         step_size, eps = per_pixel(attack.step_size, x), per_pixel(attack.eps, x)
-        return Problem(attack.goal, x, y, clean, step_size, eps, attack.norm, attack.box_first)
+        return Problem(attack.goal, x, y, clean, step_size, eps, attack.norm, attack.box_first, attack.box)
 
 
 Step = Callable[[Model, Tensor, Problem], tuple[Tensor, Tensor, Tensor]]
@@ -48,10 +50,21 @@ Step = Callable[[Model, Tensor, Problem], tuple[Tensor, Tensor, Tensor]]
 
 
 class Ascent(Protocol):
-    """All steps of one restart, from the start `x_adv`: the last iterate and the best point where points compare."""
+    """All steps of one restart, from the start `x_adv`: the last iterate and the best point where points compare.
+
+    `rng` is for attacks that add noise to their steps.
+    """
 
     def __call__(
-        self, model: Model, x: Tensor, y: Tensor, clean: Tensor | None, x_adv: Tensor, attack: Attack, best: Best
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        clean: Tensor | None,
+        x_adv: Tensor,
+        attack: Attack,
+        best: Best,
+        rng: torch.Generator,
     ) -> tuple[Tensor, Best]: ...
 
 
@@ -79,11 +92,12 @@ def pgd(
         ascent: how the steps are run; None runs them as they stand here.
 
     Returns:
-        (B, C, H, W). With `keep="best"` or restarts, per example the point of the largest goal among those compared;
-        under a stop rule a misclassified point beats every correctly classified one.
+        (B, C, H, W), in [0, 1] unless `attack.box` is off. With `keep="best"` or restarts, per example the point of the
+        largest goal among those compared; under a stop rule a misclassified point beats every correctly classified one.
     """
-    if attack.start not in STARTS:
-        raise ConfigError("attack", "start", allowed=f"one of {', '.join(STARTS)}", got=attack.start)
+    starts = (*STARTS, GRADIENT_START)
+    if attack.start not in starts:
+        raise ConfigError("attack", "start", allowed=f"one of {', '.join(starts)}", got=attack.start)
     ascent = ascend if ascent is None else ascent
     with attacking(model, attack.mode):
         if clean is None and attack.goal.needs_clean:
@@ -91,9 +105,15 @@ def pgd(
                 clean = model(x)
         best = Best.nothing(x)
         for restart in range(attack.restarts):
-            start = x_init if x_init is not None and restart == 0 else STARTS[attack.start](x, attack, rng)
-            x_adv, best = ascent(model, x, y, clean, start.detach(), attack, best)
-        return (best.x_adv if compares(attack) else x_adv).clamp(0, 1).detach()
+            if x_init is not None and restart == 0:
+                start = x_init
+            elif attack.start == GRADIENT_START:
+                start = _one_gradient_up(model, x, y, clean, attack)
+            else:
+                start = STARTS[attack.start](x, attack, rng)
+            x_adv, best = ascent(model, x, y, clean, start.detach(), attack, best, rng)
+        found = best.x_adv if compares(attack) else x_adv
+        return (found.clamp(0, 1) if attack.box else found).detach()
 
 
 def eager_step(model: Model, x_adv: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +146,7 @@ def ascend(
     x_adv: Tensor,
     attack: Attack,
     best: Best,
+    rng: torch.Generator,
     *,
     step: Step = eager_step,
 ) -> tuple[Tensor, Best]:
@@ -135,6 +156,8 @@ def ascend(
     if attack.steps and (attack.stop or attack.keep == "best"):
         x_adv = _project(x_adv, problem)  # only then may the start itself be returned
     for _ in range(attack.steps):
+        if attack.noise:
+            problem = problem._replace(noise=attack.noise * torch.empty_like(x).normal_(generator=rng))
         moved, value, logits = step(model, x_adv, problem)
         if attack.keep == "best":
             best = best.update(x_adv, value, logits, y, attack)
@@ -226,17 +249,20 @@ def _move(x_adv: Tensor, gradient: Tensor, problem: Problem) -> Tensor:
         direction = torch.where(norm > 0, gradient / norm, gradient)
     else:
         direction = gradient / (_l2(gradient) + 1e-10)
-    return _project(x_adv + problem.step_size * direction, problem)
+    moved = x_adv + problem.step_size * direction
+    return _project(moved if problem.noise is None else moved + problem.noise, problem)
 
 
 def _project(x_adv: Tensor, problem: Problem) -> Tensor:
     """Into the ball and the box, in the attack's order."""
     x, eps = problem.x, problem.eps
-    if problem.norm == "linf":
-        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
-    if problem.box_first:
+    if problem.norm == "l2" and problem.box_first:
         return x + _into_l2_ball(x_adv.clamp(0, 1) - x, eps)
-    return (x + _into_l2_ball(x_adv - x, eps)).clamp(0, 1)
+    if problem.norm == "linf":
+        inside = torch.minimum(torch.maximum(x_adv, x - eps), x + eps)
+    else:
+        inside = x + _into_l2_ball(x_adv - x, eps)
+    return inside.clamp(0, 1) if problem.box else inside
 
 
 def _into_l2_ball(delta: Tensor, eps: Tensor) -> Tensor:
@@ -289,6 +315,17 @@ STARTS: dict[str, Callable[[Tensor, Attack, torch.Generator], Tensor]] = {
 """Random starts. `uniform` is uniform per pixel for linf; for l2 a random direction with a uniform radius.
 `gauss001` (TRADES) is neither projected nor clipped before the first gradient."""
 
+GRADIENT_START = "input-gradient"
+"""The start that is no draw: x plus the gradient of the batch's mean goal there, clipped to [0, 1]. The public code of
+IDBH trains from it."""
+
+
+def _one_gradient_up(model: Model, x: Tensor, y: Tensor, clean: Tensor | None, attack: Attack) -> Tensor:
+    z = x.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        gradient = input_gradient(attack.goal(model(z), clean, y), z)
+    return (x + gradient / x.shape[0]).clamp(0, 1)
+
 
 @dataclass(frozen=True)
 class FreezeFooled:
@@ -314,22 +351,21 @@ def attacking(model: Model, mode: Mode) -> Iterator[None]:
         return
     modes = [(module, module.training) for module in model.modules()]
     frozen = [module for module, training in modes if model.training and not training]
-    norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
     grads = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
+    with ExitStack() as stack:
+        stack.callback(_restore, modes, grads)
         model.train(mode != "eval")
         for module in frozen:
             module.training = False
         for parameter in grads:
             parameter.requires_grad_(False)
         if mode == "train_frozen":
-            for norm in norms:
-                norm.track_running_stats = False
+            stack.enter_context(still_statistics(model))
         yield
-    finally:
-        for parameter in grads:
-            parameter.requires_grad_(True)
-        for module, training in modes:
-            module.training = training
-        for norm in norms:
-            norm.track_running_stats = True
+
+
+def _restore(modes: Iterable[tuple[nn.Module, bool]], grads: Iterable[nn.Parameter]) -> None:
+    for parameter in grads:
+        parameter.requires_grad_(True)
+    for module, training in modes:
+        module.training = training

@@ -26,8 +26,9 @@ class CapturedAscent:
     """An `Ascent` that records `ascent` the first time an attack of some form and shape comes, and replays it then on.
 
     The weights are read where they lie, so updates in place are seen; when a tensor of the model moves to other memory
-    the attack is recorded anew. What cannot be replayed runs as it is: attacks that compare points or stop examples, or
-    whose goal holds tensors of its own. Attacks in mode "train" write running statistics and must not come here.
+    the attack is recorded anew. What cannot be replayed runs as it is: attacks that compare points, stop examples or
+    add noise, or whose goal holds tensors of its own. Attacks in mode "train" write running statistics and must not
+    come here.
     """
 
     def __init__(self, ascent: Ascent, model: nn.Module) -> None:
@@ -37,10 +38,18 @@ class CapturedAscent:
         self._places: tuple[int, ...] = ()
 
     def __call__(
-        self, model: Model, x: Tensor, y: Tensor, clean: Tensor | None, x_adv: Tensor, attack: Attack, best: Best
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        clean: Tensor | None,
+        x_adv: Tensor,
+        attack: Attack,
+        best: Best,
+        rng: torch.Generator,
     ) -> tuple[Tensor, Best]:
         if not replayable(attack):
-            return self.ascent(model, x, y, clean, x_adv, attack, best)
+            return self.ascent(model, x, y, clean, x_adv, attack, best, rng)
         places = tuple(t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers()))
         if places != self._places:
             self._captured.clear()
@@ -49,22 +58,24 @@ class CapturedAscent:
         if clean is not None:
             given["clean"] = clean
         shapes = tuple((name, t.shape, t.stride(), t.dtype) for name, t in given.items())
-        key = (shapes, attack.steps, attack.goal, attack.norm, attack.mode, attack.box_first)
+        key = (shapes, attack.steps, attack.goal, attack.norm, attack.mode, attack.box_first, attack.box)
         if key not in self._captured:
-            self._captured[key] = self._capture(model, given, attack, best)
+            self._captured[key] = self._capture(model, given, attack, best, rng)
         captured = self._captured[key]
         for name, tensor in given.items():
             captured.inputs[name].copy_(tensor)
         captured.graph.replay()
         return captured.x_adv.clone(), best
 
-    def _capture(self, model: Model, given: dict[str, Tensor], attack: Attack, best: Best) -> _Captured:
+    def _capture(
+        self, model: Model, given: dict[str, Tensor], attack: Attack, best: Best, rng: torch.Generator
+    ) -> _Captured:
         inputs = {name: tensor.detach().clone() for name, tensor in given.items()}
         attack = replace(attack, eps=inputs["eps"], step_size=inputs["step_size"])
 
         def run() -> Tensor:
             places = inputs["x"], inputs["y"], inputs.get("clean"), inputs["x_adv"]
-            return self.ascent(model, *places, attack, best)[0]
+            return self.ascent(model, *places, attack, best, rng)[0]
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -80,7 +91,7 @@ class CapturedAscent:
 
 def replayable(attack: Attack) -> bool:
     """Whether an attack is a fixed sequence of kernels on given tensors that writes nothing but its result."""
-    return _is_plain(attack.goal) and attack.stop is None and not compares(attack)
+    return _is_plain(attack.goal) and attack.stop is None and not attack.noise and not compares(attack)
 
 
 def _is_plain(goal: Goal) -> bool:

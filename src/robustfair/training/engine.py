@@ -124,7 +124,7 @@ def require_pure(model: nn.Module, x: Tensor) -> None:
     none = torch.zeros_like(x[:, :1, :1, :1])
     try:
         with attacking(model, "eval"):
-            functional_step(model, x, Problem(MaximiseCE(), x, y, None, none, none, "linf", False))
+            functional_step(model, x, Problem(MaximiseCE(), x, y, None, none, none, "linf"))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"the model cannot be compiled, train it without compile: {reason}") from error
