@@ -6,6 +6,7 @@ digits, and the KL of nearly equal distributions is all rounding there. float64 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,61 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """-log softmax(logits)_y, (B,).
+def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log softmax(logits)_y, (B,), or the same to labels (1 - s) e_y + s / C under `label_smoothing` s.
 
     >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2])).item() == torch.tensor(4.0).log().item()
     True
     """
-    return F.cross_entropy(at_least_float32(logits), y, reduction="none")
+    return F.cross_entropy(at_least_float32(logits), y, reduction="none", label_smoothing=label_smoothing)
+
+
+def soft_cross_entropy(logits: Tensor, soft: Tensor) -> Tensor:
+    """-sum_c soft_c log softmax(logits)_c, (B,), for targets `soft` (B, C) whose rows sum to 1.
+
+    >>> soft_cross_entropy(torch.zeros(1, 4), torch.full((1, 4), 0.25)).item() == torch.tensor(4.0).log().item()
+    True
+    """
+    return -(soft * F.log_softmax(at_least_float32(logits), dim=1)).sum(1)
+
+
+def boosted_cross_entropy(logits: Tensor, y: Tensor, margin: float = 1.0001, eps_log: float = 1e-12) -> Tensor:
+    """-log q_y - log(margin - max_{k != y} q_k + eps_log) with q = softmax(logits), (B,). Needs C >= 2.
+
+    Source: MART (Wang et al. 2020), eq. (7) with the constants of its `mart.py`; the maximum is a constant index.
+    """
+    logits = at_least_float32(logits)
+    q = F.softmax(logits, dim=1)
+    strongest = q.detach().masked_fill(F.one_hot(y, logits.shape[1]).bool(), -1).argmax(1, keepdim=True)
+    runner_up = q.gather(1, strongest).squeeze(1)
+    return cross_entropy(logits, y) - torch.log(margin - runner_up + eps_log)
+
+
+def floored_kl_divergence(clean: Tensor, adv: Tensor, eps_log: float = 1e-12) -> Tensor:
+    """sum_c p_c (log p_c - log(q_c + eps_log)), (B,), with p, q the softmax of `clean`, `adv`; both carry gradient.
+
+    It is `kl_divergence` but for the floor under the logarithm, and below zero by up to C eps_log where p = q.
+
+    Source: `mart.py` of MART and `loss.py` of ARoW.
+    """
+    log_p = F.log_softmax(at_least_float32(clean), dim=1)
+    q = F.softmax(at_least_float32(adv), dim=1)
+    return (log_p.exp() * (log_p - torch.log(q + eps_log))).sum(1)
+
+
+def true_probability(logits: Tensor, y: Tensor) -> Tensor:
+    """softmax(logits)_y, (B,)."""
+    return F.softmax(at_least_float32(logits), dim=1).gather(1, y[:, None]).squeeze(1)
+
+
+def kept_mass_labels(kept: float, num_classes: int) -> Tensor:
+    """(C, C): row y has `kept` at y and the rest spread evenly over the other classes.
+
+    >>> kept_mass_labels(0.5, 3).tolist()
+    [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]
+    """
+    others = (1 - kept) / (num_classes - 1)
+    return torch.full((num_classes, num_classes), others).fill_diagonal_(kept)
 
 
 def kl_divergence(clean: Tensor, adv: Tensor) -> Tensor:
@@ -35,6 +84,14 @@ def kl_divergence(clean: Tensor, adv: Tensor) -> Tensor:
     log_p = F.log_softmax(at_least_float32(clean), dim=1)
     log_q = F.log_softmax(at_least_float32(adv), dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def js_divergence(clean: Tensor, adv: Tensor) -> Tensor:
+    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, (B,); both arguments carry gradient."""
+    log_p = F.log_softmax(at_least_float32(clean), dim=1)
+    log_q = F.log_softmax(at_least_float32(adv), dim=1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -67,6 +124,28 @@ class MaximiseKL:
     def __call__(self, logits: Tensor, clean: Tensor | None, y: Tensor) -> Tensor:
         assert clean is not None, "an attack computes clean logits when its goal needs them"
         return kl_divergence(clean, logits)
+
+
+@dataclass(frozen=True)
+class MaximiseReverseKL:
+    """Attack goal: KL(f(x') || f(x)), the other direction. Zero gradient at x itself."""
+
+    needs_clean = True
+
+    def __call__(self, logits: Tensor, clean: Tensor | None, y: Tensor) -> Tensor:
+        assert clean is not None, "an attack computes clean logits when its goal needs them"
+        return kl_divergence(logits, clean)
+
+
+@dataclass(frozen=True)
+class MaximiseJS:
+    """Attack goal: Jensen-Shannon divergence to the clean prediction. Zero gradient at x itself."""
+
+    needs_clean = True
+
+    def __call__(self, logits: Tensor, clean: Tensor | None, y: Tensor) -> Tensor:
+        assert clean is not None, "an attack computes clean logits when its goal needs them"
+        return js_divergence(clean, logits)
 
 
 @dataclass(frozen=True)

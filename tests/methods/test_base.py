@@ -13,7 +13,7 @@ from robustfair.errors import ConflictError
 from robustfair.losses import MaximiseMargin
 from robustfair.methods import CCM, CCR, EMA, Method, compose
 from robustfair.methods.base import HOOKS
-from robustfair.objectives import PGDAT, Objective, Standard, Trades
+from robustfair.objectives import MART, PGDAT, Objective, Standard, Trades
 from robustfair.values import Attack, Batch, Forward, Loss, State
 
 Net = Callable[..., nn.Module]
@@ -78,8 +78,8 @@ def test_a_missing_term_is_named_with_those_there_are() -> None:
 
 def test_a_write_that_nobody_reads_is_refused() -> None:
     assert refused([CCM()], Standard()) == "ccm sets attack.eps, but standard trains without an attack: drop ccm"
-    soft = refused([method("smooth", ("batch.soft",))], Trades())
-    assert soft == "smooth sets batch.soft, but trades does not read soft: drop smooth"
+    soft = refused([method("smooth", ("batch.soft",))], MART())
+    assert soft == "smooth sets batch.soft, but mart does not read soft: drop smooth"
     assert "does not read x_adv" in refused([method("vertex", ("batch.x_adv",))], Standard())
     compose(Trades(), [method("vertex", ("batch.x_adv",))])
 

@@ -25,7 +25,7 @@ def test_every_objective_builds_and_says_what_it_reads(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "standard"])
 def test_validation_is_pgd_10_on_cross_entropy_in_eval_mode(name: str) -> None:
     for norm, eps in (("linf", 0.1), ("l2", 0.5)):
-        objective = OBJECTIVES.get(name)(norm=norm, eps=eps, attack_mode="train", steps=3)
+        objective = OBJECTIVES.get(name)(norm=norm, eps=eps, attack_mode="train", step_size=eps)
         attack = objective.evaluation_attack(BATCH)
         assert attack.steps == 10
         assert (attack.goal, attack.norm, attack.mode, attack.start) == (MaximiseCE(), norm, "eval", "uniform")

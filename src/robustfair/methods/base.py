@@ -7,7 +7,7 @@ step is taken; while training, every edit is checked against the method's claims
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
@@ -17,10 +17,16 @@ from torch import Tensor, nn
 
 from robustfair.errors import ConflictError
 from robustfair.objectives.base import Objective
+from robustfair.registry import OBJECTIVES
 from robustfair.values import Attack, Batch, ClassTally, Loss, Model, State, StateDict
 
-LossAt = Callable[[Model], Loss]
-"""The edited loss of the current batch, evaluated on another model or on the same one with other weights."""
+
+class LossAt(Protocol):
+    """The loss of the current batch, evaluated on another model or on the same one with other weights."""
+
+    def __call__(self, model: Model, *, edited: bool = True) -> Loss:
+        """With the edits of all methods, or as the objective has it."""
+        ...
 
 
 class Run(Protocol):
@@ -34,6 +40,8 @@ class Run(Protocol):
     """Epochs completed, which is also the 0-based number of the epoch about to start."""
     step: int
     """Optimizer steps completed."""
+    weight_decay: float
+    """What the optimizer adds to the gradient, in units of the weights."""
     train: ClassTally | None
     """Counts of the epoch just completed, from the forward passes of training itself; None before the first."""
 
@@ -54,7 +62,7 @@ class Method:
     """Fields it edits ("attack.eps", "loss.label", "batch.x_adv", "gradient", "model", "export.ema") and roles it plays
     ("role.class_weight"). A property where the config decides."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Loss terms that must exist."""
+    """Loss terms that must exist; `LABEL_AT_ATTACKED` asks for a label term that is taken at the attacked images."""
 
     def attack(self, attack: Attack, batch: Batch, state: State) -> Attack:
         """Edit: radius, step, goal, stop rule."""
@@ -117,11 +125,11 @@ def compose(objective: Objective, methods: Sequence[Method] = (), *, allow: froz
                     f"{other} and {method.name} both set {claim} ({CLAIM_TEXT.get(claim, 'one field, two owners')}): "
                     f"keep one, or pass allow={{'{claim}'}} to apply both in list order"
                 )
-        for term in sorted(method.needs - objective.terms):
+        for need in sorted(method.needs - offers(objective)):
+            fitting = [name for name in OBJECTIVES if need in offers(OBJECTIVES.get(name))]
             raise ConflictError(
-                f"{method.name} needs the loss term {term!r}, and {objective.name} has only "
-                f"{', '.join(sorted(objective.terms))}: use an objective with that term, such as trades, or drop "
-                f"{method.name}"
+                f"{method.name} needs the loss term {need!r}, and {objective.name} has only "
+                f"{', '.join(sorted(offers(objective)))}: use {' or '.join(fitting)}, or drop {method.name}"
             )
         for claim in sorted(method.claims):
             unread = _unread(claim, objective)
@@ -130,10 +138,20 @@ def compose(objective: Objective, methods: Sequence[Method] = (), *, allow: froz
     return Plan(objective=objective, methods=tuple(methods), allow=allow)
 
 
+LABEL_AT_ATTACKED = "label at x_adv"
+
+
+def offers(objective: Objective | type[Objective]) -> frozenset[str]:
+    """What a method may need of an objective: its terms, and the images that the term "label" is taken at."""
+    return objective.terms | {f"label at {objective.label_at}"}
+
+
 CLAIM_TEXT = {
     "attack.eps": "the class-wise radius",
     "attack.goal": "what the attack maximises",
     "attack.stop": "when the attack stops",
+    "batch.soft": "the soft labels",
+    "batch.x_adv": "the images that are trained on",
     "loss.label": "the weight of the label term",
     "loss.consistency": "the weight of the consistency term",
     "role.class_weight": "the balance between classes",

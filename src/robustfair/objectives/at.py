@@ -2,7 +2,6 @@
 
 Departures from the authors' code: ten steps, the value of their configuration file (the paper's text has seven); batch
 norm in eval mode during the attack by default (`attack_mode="train"` is theirs); no clean pass, so no clean tally.
-FGSM-AT with random start (Wong et al. 2020) is `pgd-at(steps=1, step_size=10/255)`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from robustfair.losses import MaximiseCE, cross_entropy
-from robustfair.objectives.base import AdversarialObjective
+from robustfair.losses import MaximiseCE
+from robustfair.objectives.base import AdversarialObjective, label_loss
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Attack, Batch, Forward, Loss, Model
 
@@ -22,11 +21,13 @@ class PGDAT(AdversarialObjective):
     """min over weights of the mean of max over the ball of CE(f(x'), y).
 
     Attributes:
-        start: "uniform" inside the ball, clipped to [0, 1]; "zero" starts at x.
+        start: "uniform" inside the ball, clipped to [0, 1]; "zero" starts at x; "input-gradient" at x plus the gradient
+            of the batch's mean loss, which is what the public code of IDBH trains from.
     """
 
     name: ClassVar[str] = "pgd-at"
-    start: Literal["uniform", "zero"] = "uniform"
+    reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft"})
+    start: Literal["uniform", "zero", "input-gradient"] = "uniform"
 
     def attack(self, batch: Batch) -> Attack:
         return self.attack_with(batch, MaximiseCE(), self.start)
@@ -34,4 +35,4 @@ class PGDAT(AdversarialObjective):
     def __call__(self, model: Model, batch: Batch) -> Loss:
         assert batch.x_adv is not None, "fit attacks the batch before it asks for the loss"
         adv = model(batch.x_adv)
-        return Loss.of(Forward(adv=adv), label=(cross_entropy(adv, batch.y), 1.0))
+        return Loss.of(Forward(adv=adv), label=(label_loss(adv, batch), 1.0))

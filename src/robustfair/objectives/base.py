@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from robustfair.config import Norm, parse_eps, parse_norm, require, require_at_least, require_literals
-from robustfair.losses import MaximiseCE
+from robustfair.losses import MaximiseCE, cross_entropy, soft_cross_entropy
 from robustfair.values import Attack, Batch, Goal, Loss, Mode, Model, default_eps, default_step
 
 
@@ -23,12 +24,15 @@ class Objective(ABC):
         reads: fields of the batch its loss reads beyond x and y ("x_adv", "soft"). A method that writes what nobody
             reads is refused.
         clean_pass: whether the loss runs the model on x itself; an attack that makes the same pass then shares it.
+        label_at: the images whose label its term "label" asks for. Soft labels that belong to attacked images need
+            "x_adv" here.
     """
 
     name: ClassVar[str]
     terms: ClassVar[frozenset[str]] = frozenset({"label"})
     reads: ClassVar[frozenset[str]] = frozenset()
     clean_pass: ClassVar[bool] = False
+    label_at: ClassVar[Literal["x", "x_adv"]] = "x_adv"
 
     def attack(self, batch: Batch) -> Attack | None:
         """The attack to train on, before any method edits it; None trains on clean images."""
@@ -37,6 +41,11 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, model: Model, batch: Batch) -> Loss:
         """The loss of a batch, per example and per term; `model` is in training mode."""
+
+
+def label_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """(B,) cross-entropy to the soft labels of a batch where a method set them, else to its labels."""
+    return cross_entropy(logits, batch.y) if batch.soft is None else soft_cross_entropy(logits, batch.soft)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +92,7 @@ class AdversarialObjective(Objective):
         """Step in force: the given one, else eps/4 for linf (2/255 at 8/255) and 15/128 eps for l2 (Rice et al.)."""
         return default_step(self.norm, self.radius) if self.step_size is None else self.step_size
 
-    def attack_with(self, batch: Batch, goal: Goal, start: str, *, box_first: bool = False) -> Attack:
+    def attack_with(self, batch: Batch, goal: Goal, start: str, *, box_first: bool = False, box: bool = True) -> Attack:
         """This threat model as an attack on `batch`."""
         return Attack(
             eps=torch.full_like(batch.x[:, 0, 0, 0], self.radius),
@@ -94,6 +103,7 @@ class AdversarialObjective(Objective):
             start=start,
             mode=self.attack_mode,
             box_first=box_first,
+            box=box,
         )
 
     def evaluation_attack(self, batch: Batch) -> Attack:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from robustfair.losses import cross_entropy
-from robustfair.objectives.base import Objective
+from robustfair.objectives.base import Objective, label_loss
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Batch, Forward, Loss, Model
 
@@ -17,8 +16,10 @@ class Standard(Objective):
     """Cross-entropy at x; equals PGD-AT with eps = 0 and TRADES with beta = 0."""
 
     name: ClassVar[str] = "standard"
+    reads: ClassVar[frozenset[str]] = frozenset({"soft"})
+    label_at: ClassVar[Literal["x", "x_adv"]] = "x"
     clean_pass: ClassVar[bool] = True
 
     def __call__(self, model: Model, batch: Batch) -> Loss:
         clean = model(batch.x)
-        return Loss.of(Forward(clean=clean), label=(cross_entropy(clean, batch.y), 1.0))
+        return Loss.of(Forward(clean=clean), label=(label_loss(clean, batch), 1.0))

@@ -3,7 +3,8 @@
 The loss is `trades.py` line by line: neither side of the KL is detached, the mean is over examples. Departures from the
 authors' code: one clean pass instead of two (same value and gradient, one batch-norm update less); eps and step are the
 8/255 and 2/255 of the later literature instead of 0.031 and 0.007; under l2 a zero gradient moves nothing, where theirs
-draws a random direction.
+draws a random direction. The paper's algorithm writes the regulariser as a surrogate loss between f(x) and f(x'), such
+as their cross-entropy (`regularizer="ce"`): the same gradient on f(x'), another on f(x).
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from robustfair.config import require_at_least
-from robustfair.losses import MaximiseKL, cross_entropy, kl_divergence
-from robustfair.objectives.base import AdversarialObjective
+from robustfair.losses import MaximiseKL, at_least_float32, kl_divergence, soft_cross_entropy
+from robustfair.objectives.base import AdversarialObjective, label_loss
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Attack, Batch, Forward, Loss, Model
 
@@ -25,14 +28,18 @@ class Trades(AdversarialObjective):
 
     Attributes:
         beta: weight of the consistency term; 6 in the paper's CIFAR-10 runs and in CFA.
+        regularizer: "kl", or "ce": -sum_c p_c log q_c, which is the KL plus the entropy of p.
         detach_clean: treat the clean prediction as a constant target; a different method, for ablations.
         l2_step: under l2, "two-eps-over-steps" (their code, which ignores the step size) or "given".
     """
 
     name: ClassVar[str] = "trades"
     terms: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
+    reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft"})
+    label_at: ClassVar[Literal["x", "x_adv"]] = "x"
     clean_pass: ClassVar[bool] = True
     beta: float = 6.0
+    regularizer: Literal["kl", "ce"] = "kl"
     detach_clean: bool = False
     l2_step: Literal["two-eps-over-steps", "given"] = "two-eps-over-steps"
 
@@ -54,8 +61,12 @@ class Trades(AdversarialObjective):
         clean = model(batch.x)
         adv = model(batch.x_adv)
         target = clean.detach() if self.detach_clean else clean
+        if self.regularizer == "kl":
+            consistency = kl_divergence(target, adv)
+        else:
+            consistency = soft_cross_entropy(adv, torch.softmax(at_least_float32(target), 1))
         return Loss.of(
             Forward(clean=clean, adv=adv),
-            label=(cross_entropy(clean, batch.y), 1.0),
-            consistency=(kl_divergence(target, adv), self.beta),
+            label=(label_loss(clean, batch), 1.0),
+            consistency=(consistency, self.beta),
         )

@@ -193,6 +193,7 @@ class _Training:
             epochs=schedule.epochs,
             measure=self.measure,
             inputs=lambda: (batch.x for batch in loader.epoch(self.run.epoch)),
+            weight_decay=schedule.weight_decay,
         )
         self.states: dict[str, State] = {}
         self.state = TrainState(epoch=0, step=0, weights={}, optimizer={}, methods={})
@@ -262,8 +263,9 @@ class _Training:
             batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean_pass=self.shares_clean))
         batch = plan.examples(batch, states)
 
-        def loss_at(model: Model) -> Loss:
-            return plan.loss(self.engine if model is self.model else model, batch, states)
+        def loss_at(model: Model, *, edited: bool = True) -> Loss:
+            called = self.engine if model is self.model else model
+            return plan.loss(called, batch, states) if edited else plan.objective(called, batch)
 
         self.optimizer.zero_grad()
         with plan.around_gradient(run, batch, loss_at, states):

@@ -24,6 +24,7 @@ class TrainingRun:
     epochs: int
     measure: Callable[[], ClassTally]
     inputs: Callable[[], Iterator[Tensor]]
+    weight_decay: float = 0.0
     epoch: int = 0
     step: int = 0
     train: ClassTally | None = None
