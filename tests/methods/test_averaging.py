@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from reference import averaging as reference
 from robustfair.methods import EMA
-from robustfair.methods.averaging import reestimated
+from robustfair.methods.averaging import UPDATES, reestimated
 
 Net = Callable[..., nn.Module]
 Run = Callable[..., object]
@@ -62,6 +62,7 @@ def test_decay_zero_is_the_model_and_decay_one_the_first(stand_in_run: Run) -> N
     for decay, which in ((0.0, -1), (1.0, 0)):
         run = stand_in_run()
         state, seen = follow(EMA(decay=decay), run)
+        assert state.pop(UPDATES) == 5
         assert all(torch.equal(tensor, seen[which][name]) for name, tensor in state.items())
 
 

@@ -1,7 +1,24 @@
 """Methods that act on an objective through hooks; each is one file readable beside its paper."""
 
-from robustfair.methods.averaging import EMA
+from robustfair.methods.averaging import EMA, SWA
+from robustfair.methods.avmixup import AVmixup
+from robustfair.methods.awp import AWP
 from robustfair.methods.base import Method, Plan, Run, compose
 from robustfair.methods.cfa import CCM, CCR
+from robustfair.methods.friendly_at import FriendlyAT
+from robustfair.methods.label_smoothing import LabelSmoothing
 
-__all__ = ["CCM", "CCR", "EMA", "Method", "Plan", "Run", "compose"]
+__all__ = [
+    "AWP",
+    "CCM",
+    "CCR",
+    "EMA",
+    "SWA",
+    "AVmixup",
+    "FriendlyAT",
+    "LabelSmoothing",
+    "Method",
+    "Plan",
+    "Run",
+    "compose",
+]

@@ -1,11 +1,16 @@
-"""Averages of the weights along training: EMA.
+"""Averages of the weights along training: EMA and SWA.
 
-theta_bar <- d theta_bar + (1 - d) theta, after every optimizer step or after every epoch. The average is never fed back
-into training. Forms in use differ in three choices, all named here: the period, the start, and what becomes of batch
-norm's running statistics. CFA's own baseline is `ema(decay=0.85, per=epoch, begin=50, buffers=average)`.
+EMA: theta_bar <- d theta_bar + (1 - d) theta, after every optimizer step or after every epoch.
+SWA (Izmailov et al. 2018): theta_bar = the mean of the weights after every epoch from a late one on.
 
-Departures from the official codes: the first update copies the weights (one repository starts from an independent
-random initialisation); integer counters are copied, never averaged; and batch norm is re-estimated by default.
+The average is never fed back into training. Forms in use differ in the period, the start, and what becomes of batch
+norm's running statistics, all named here. CFA's own baseline is `ema(decay=0.85, per=epoch, begin=50,
+buffers=average)`, the average of the IDBH repository `ema(decay=0.999)`, ARoW's `swa(begin=50)` or `ema(decay=0.995,
+init=random, buffers=copy)`, that of the PyTorch port of Gowal et al. `ema(decay=0.995, ramp=true, buffers=copy)`.
+
+Departures from the official codes: the first update copies the weights (`init="random"` starts from an independent
+random initialisation, as ARoW's does); integer counters are copied, never averaged; copied buffers are copies, where
+two repositories share them with the model; and batch norm is re-estimated by default, with batches weighted by size.
 Averaged weights of a net with batch norm are shorter than the current ones while training still moves, so the current
 running statistics do not fit them: in the run under results/ the average with copied statistics stayed at chance to
 the end.
@@ -24,7 +29,11 @@ from torch import Tensor, nn
 from robustfair.config import require, require_literals
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
-from robustfair.values import BATCH_NORM, Batch, Loss, State, StateDict
+from robustfair.values import BATCH_NORM, Batch, Loss, State, StateDict, derive_seed
+
+Buffers = Literal["copy", "average", "reestimate"]
+UPDATES = "/updates"
+"""Key of the state that counts the weights in an average; no tensor of a model has a slash in its name."""
 
 
 @METHODS.register("ema")
@@ -38,6 +47,9 @@ class EMA(Method):
         begin: first epoch (0-based) whose weights enter.
         buffers: batch norm of the average: "copy" of the model's, "average" like the weights (CFA), or "reestimate" by
             a pass over the augmented clean training images, each batch weighted by its size.
+        init: what the first weights are averaged with: nothing ("copy"), or an independent "random" initialisation,
+            which biases the average by decay ** updates.
+        ramp: let the decay of update n (0-based) be at most (1 + n) / (10 + n).
     """
 
     name: ClassVar[str] = "ema"
@@ -45,7 +57,9 @@ class EMA(Method):
     decay: float = 0.999
     per: Literal["step", "epoch"] = "step"
     begin: int = 0
-    buffers: Literal["copy", "average", "reestimate"] = "reestimate"
+    buffers: Buffers = "reestimate"
+    init: Literal["copy", "random"] = "copy"
+    ramp: bool = False
 
     def __post_init__(self) -> None:
         require_literals(self)
@@ -60,33 +74,118 @@ class EMA(Method):
         return self._update(state, run.model) if self.per == "epoch" and ended >= self.begin else state
 
     def export(self, state: State, run: Run) -> Mapping[str, StateDict]:
-        if not state:
-            return {}
-        weights = {name: tensor.detach() for name, tensor in run.model.state_dict().items()} | dict(state)
-        if self.buffers == "reestimate":
-            weights = reestimated(run.model, weights, run)
-        return {"ema": {name: tensor.clone() for name, tensor in weights.items()}}
+        return exported("ema", state, run, self.buffers)
 
     def remark(self, epochs: int) -> str | None:
-        if self.begin < epochs:
-            return None
-        return f"ema begins at epoch {self.begin} and this run ends after {epochs}: it will average nothing"
+        return idle("ema", self.begin, epochs)
 
     @torch.no_grad()
     def _update(self, state: State, model: nn.Module) -> State:
-        current = self._averaged_entries(model)
+        current = averaged_entries(model, self.buffers)
         if not state:
-            return {name: tensor.clone() for name, tensor in current.items()}
-        torch._foreach_lerp_(list(state.values()), [current[name] for name in state], 1 - self.decay)
-        return state
+            if self.init == "copy":
+                return begun(current)
+            state = begun(averaged_entries(reinitialised(model), self.buffers))
+        updates = state[UPDATES].double()
+        decay = ((1 + updates) / (10 + updates)).clamp(max=self.decay) if self.ramp else self.decay
+        return moved_towards(state, current, 1 - decay)
 
-    def _averaged_entries(self, model: nn.Module) -> dict[str, Tensor]:
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        return {
-            name: tensor.detach()
-            for name, tensor in model.state_dict().items()
-            if name in parameters or (self.buffers == "average" and tensor.is_floating_point())
-        }
+
+@METHODS.register("swa")
+@dataclass(frozen=True, kw_only=True)
+class SWA(Method):
+    """Mean of the weights at the end of every epoch (or step) from `begin` on, exported as the candidate "swa".
+
+    Attributes:
+        begin: first epoch (0-based) whose weights enter; ARoW's 50 of 120.
+        per: "epoch" or "step".
+        buffers: batch norm of the mean, as in `EMA`.
+    """
+
+    name: ClassVar[str] = "swa"
+    claims: ClassVar[frozenset[str]] = frozenset({"export.swa"})
+    begin: int = 50
+    per: Literal["step", "epoch"] = "epoch"
+    buffers: Buffers = "reestimate"
+
+    def __post_init__(self) -> None:
+        require_literals(self)
+        require(self.begin >= 0, self.name, "begin", allowed=">= 0", got=self.begin)
+
+    def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
+        return self._update(state, run.model) if self.per == "step" and run.epoch >= self.begin else state
+
+    def at_epoch(self, state: State, run: Run) -> State:
+        ended = run.epoch - 1
+        return self._update(state, run.model) if self.per == "epoch" and ended >= self.begin else state
+
+    def export(self, state: State, run: Run) -> Mapping[str, StateDict]:
+        return exported("swa", state, run, self.buffers)
+
+    def remark(self, epochs: int) -> str | None:
+        return idle("swa", self.begin, epochs)
+
+    @torch.no_grad()
+    def _update(self, state: State, model: nn.Module) -> State:
+        current = averaged_entries(model, self.buffers)
+        return moved_towards(state, current, 1 / (state[UPDATES].double() + 1)) if state else begun(current)
+
+
+def averaged_entries(model: nn.Module, buffers: Buffers) -> dict[str, Tensor]:
+    """What is averaged of a model: its parameters, and under "average" its floating-point buffers."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if name in parameters or (buffers == "average" and tensor.is_floating_point())
+    }
+
+
+def begun(current: Mapping[str, Tensor]) -> State:
+    """The state of an average after its first weights."""
+    first = {name: tensor.clone() for name, tensor in current.items()}
+    return {**first, UPDATES: torch.ones((), dtype=torch.int64, device=next(iter(first.values())).device)}
+
+
+def moved_towards(state: State, current: Mapping[str, Tensor], share: Tensor | float) -> State:
+    """The state with `share` () of `current` in the average and one update more, written in place."""
+    averages = [state[name] for name in current]
+    if isinstance(share, Tensor):
+        torch._foreach_lerp_(averages, list(current.values()), [share.to(tensor.dtype) for tensor in averages])
+    else:
+        torch._foreach_lerp_(averages, list(current.values()), share)
+    state[UPDATES].add_(1)
+    return state
+
+
+def reinitialised(model: nn.Module) -> nn.Module:
+    """A copy of the model with new initial weights where its layers can draw some, the same at every call."""
+    copy = deepcopy(model).cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("average", "init"))
+        for module in copy.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    return copy.to(next(model.parameters()).device)
+
+
+def exported(name: str, state: State, run: Run, buffers: Buffers) -> Mapping[str, StateDict]:
+    """The candidate `name`: averaged entries of `state`, everything else of the model; nothing before it has begun."""
+    averaged = {key: tensor for key, tensor in state.items() if key != UPDATES}
+    if not averaged:
+        return {}
+    weights = {key: tensor.detach() for key, tensor in run.model.state_dict().items()} | averaged
+    if buffers == "reestimate":
+        weights = reestimated(run.model, weights, run)
+    return {name: {key: tensor.clone() for key, tensor in weights.items()}}
+
+
+def idle(name: str, begin: int, epochs: int) -> str | None:
+    """The remark of an average that begins after the run has ended."""
+    if begin < epochs:
+        return None
+    return f"{name} begins at epoch {begin} and this run ends after {epochs}: it will average nothing"
 
 
 @torch.no_grad()
