@@ -68,7 +68,9 @@ class Recipe:
     select: Annotated[Select, "Final weights: last, or best validation average, worst, average+worst."] = (
         "average+worst"
     )
-    augment: Annotated[str | None, "none, crop or crop-flip; the data set's own if not given."] = None
+    augment: Annotated[str | None, "none, crop, crop-flip, crop-shift, idbh, ...; the data set's own if not given."] = (
+        None
+    )
     precision: Annotated[Precision, "Of forward and backward passes: fp32 or bf16."] = "fp32"
     compile: Annotated[bool, "Compile attack and training pass: faster after a minute's start."] = False
     deterministic: Annotated[bool, "The reference path: uncompiled, no TF32, every algorithm repeats exactly."] = False

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from robustfair.data.idbh import IDBH, CropShift
 from robustfair.errors import ConfigError, UnknownNameError
 from robustfair.registry import canonical
 
@@ -131,8 +132,15 @@ AUGMENTATIONS: Mapping[str, Augmentation] = {
     "crop": CropFlip(flip=False),
     "crop-flip": CropFlip(),
     "crop-flip-zero": CropFlip(pad_mode="zero"),
+    "crop-shift": CropShift(),
+    "idbh": IDBH(),
+    "idbh-strong": IDBH(erase_probability=1.0),
+    "idbh-svhn": IDBH(shift=(0, 9), colour_shape="shape", erase_probability=1.0, erase_area=(0.02, 0.5)),
 }
-"""By name. `crop-flip` pads by reflection, as Rice et al. and CFA do; TRADES, MART and FAT pad with zeros."""
+"""By name. `crop-flip` pads by reflection, as Rice et al. and CFA do; TRADES, MART and FAT pad with zeros.
+
+`idbh` is the authors' version cifar10-weak, `idbh-strong` cifar10-strong; all three mirror images, digits too.
+"""
 
 
 def parse_augmentation(text: str) -> Augmentation:
