@@ -222,6 +222,10 @@ def test_build_refuses_one_field_under_two_keys(args: dict[str, float]) -> None:
         (Schedule, {"batch_size": 0}),
         (Schedule, {"momentum": 0.0, "nesterov": True}),
         (Schedule, {"weight_decay": math.inf}),
+        (Schedule, {"cycle_momentum": True}),
+        (Schedule, {"cycle_momentum": True, "kind": "one-cycle", "optimizer": "adam"}),
+        (Schedule, {"cycle_momentum": True, "kind": "one-cycle", "momentum": 0.05}),
+        (Schedule, {"cycle_momentum": True, "kind": "one-cycle", "lr": 0.0}),
     ],
     ids=lambda v: v.__name__ if isinstance(v, type) else str(v),
 )

@@ -139,6 +139,7 @@ def test_every_key_reaches_what_it_names() -> None:
         "momentum": 0.8,
         "weight_decay": 1e-3,
         "nesterov": True,
+        "cycle_momentum": True,
         "norm": "l2",
         "eps": 0.5,
         "step_size": 0.1,
@@ -149,7 +150,7 @@ def test_every_key_reaches_what_it_names() -> None:
         "allow": ("attack.eps",),
     }
     ready = prepare(recipe(**keys))
-    for key in (*list(keys)[1:7], "epochs", "lr", "batch_size"):
+    for key in (*list(keys)[1:8], "epochs", "lr", "batch_size"):
         assert getattr(ready.schedule, key) == getattr(ready.recipe, key)
     assert ready.schedule.kind == "one-cycle"
     assert ready.plan.objective == Trades(beta=2.0, norm="l2", eps=0.5, step_size=0.1, steps=4)

@@ -62,15 +62,14 @@ class Recipe:
     optimizer: Annotated[Literal["sgd", "adam"], "sgd or adam."] = "sgd"
     momentum: Annotated[float, "Momentum of SGD."] = 0.9
     nesterov: Annotated[bool, "Nesterov momentum of SGD."] = False
+    cycle_momentum: Annotated[bool, "Let SGD's momentum fall by 0.1 where a one-cycle rate rises."] = False
     weight_decay: Annotated[float, "Weight decay of every parameter."] = 5e-4
     seed: Annotated[int, "Seed of everything random but the validation split, which all runs share."] = 0
     validation: Annotated[float, "Share of each class held out of training for validation; 0 for none."] = 0.02
     select: Annotated[Select, "Final weights: last, or best validation average, worst, average+worst."] = (
         "average+worst"
     )
-    augment: Annotated[str | None, "none, crop, crop-flip, crop-shift, idbh, ...; the data set's own if not given."] = (
-        None
-    )
+    augment: Annotated[str | None, "By name, see 'list augmentations'; the data set's own if not given."] = None
     precision: Annotated[Precision, "Of forward and backward passes: fp32 or bf16."] = "fp32"
     compile: Annotated[bool, "Compile attack and training pass: faster after a minute's start."] = False
     deterministic: Annotated[bool, "The reference path: uncompiled, no TF32, every algorithm repeats exactly."] = False

@@ -131,10 +131,11 @@ def test_the_same_seed_repeats_and_another_does_not(tiny_net: Net, tiny_data: Da
     [
         (1, {"lr": 0.1}),
         (3, {"lr": 0.1, "kind": "one-cycle", "nesterov": True}),
+        (1, {"lr": 0.1, "kind": "one-cycle", "cycle_momentum": True}),
         (3, {"lr": 0.01, "kind": "cosine", "optimizer": "adam"}),
         (1, {"lr": 0.1, "kind": "constant", "momentum": 0.0, "only": ("head.weight", "norm.bias")}),
     ],
-    ids=["sgd", "nesterov", "adam", "head"],
+    ids=["sgd", "nesterov", "cyclic", "adam", "head"],
 )
 @pytest.mark.parametrize("select", ["last", "average+worst"])
 def test_every_boundary_resumes_bit_for_bit(
@@ -162,6 +163,23 @@ def test_every_boundary_resumes_bit_for_bit(
         assert (resumed.chosen.candidate, resumed.chosen.epoch) == (whole.chosen.candidate, whole.chosen.epoch)
         weights = resumed.model.state_dict()
         assert all(torch.equal(tensor, weights[name]) for name, tensor in whole.model.state_dict().items())
+
+
+def test_cyclic_momentum_is_that_of_the_schedule_at_every_step(
+    monkeypatch: pytest.MonkeyPatch, tiny_net: Net, tiny_data: Data
+) -> None:
+    schedule = Schedule(epochs=3, batch_size=9, lr=0.1, kind="one-cycle", cycle_momentum=True)
+    used: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            used.extend(group["momentum"] for group in self.param_groups)
+            return super().step(closure)
+
+    monkeypatch.setattr(Schedule, "build_optimizer", lambda self, parameters: Watched(parameters, lr=0.1, momentum=0.9))
+    fit(tiny_net(), tiny_data(), Standard(), schedule=schedule, validation=0, select="last")
+    assert used == [schedule.momentum_at(epoch, step, 4) for epoch in range(3) for step in range(4)]
+    assert min(used) < 0.82 < 0.88 < max(used)
 
 
 def test_momentum_comes_back_in_the_layout_of_its_weights(

@@ -67,6 +67,18 @@ def test_one_cycle_rises_over_the_warmup_and_ends_at_zero() -> None:
     assert all(rate >= 0 for rate in rates)
 
 
+def test_momentum_moves_against_a_one_cycle_rate_as_in_pytorch() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    cyclic = torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.0, max_lr=0.2, step_size_up=10, step_size_down=10)
+    ours = Schedule(epochs=5, lr=0.2, kind="one-cycle", warmup=0.5, cycle_momentum=True)
+    for step in range(20):
+        optimizer.step()
+        cyclic.step()  # ours counts a step before it is taken, theirs after it
+        assert ours.lr_at(step // 4, step % 4, 4) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert ours.momentum_at(step // 4, step % 4, 4) == pytest.approx(optimizer.param_groups[0]["momentum"])
+    assert Schedule(kind="one-cycle", momentum=0.7).momentum_at(3, 0, 1) == 0.7
+
+
 def test_constant_is_constant() -> None:
     assert curve(Schedule(epochs=3, lr=0.2, kind="constant"), 2) == [0.2] * 6
 

@@ -230,6 +230,8 @@ class _Training:
             lr = schedule.lr_at(run.epoch, step, steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+                if schedule.cycle_momentum:
+                    group["momentum"] = schedule.momentum_at(run.epoch, step, steps)
             self._step(batch, meter, step)
             if self.device.type == "cpu" and meter.first_bad_step() is not None:
                 break

@@ -13,6 +13,8 @@ from torch import nn
 from robustfair.config import FAST_SCHEDULE, Curve, require, require_at_least, require_literals
 from robustfair.errors import ConfigError
 
+MOMENTUM_CYCLE = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -30,6 +32,8 @@ class Schedule:
         batch_size: images per step.
         optimizer: "sgd", as in all the papers, or "adam" (betas 0.9 and 0.999).
         momentum, nesterov: of SGD.
+        cycle_momentum: under a one-cycle curve, SGD's momentum falls by 0.1 while the rate rises and comes back while
+            it falls, as PyTorch's cyclic scheduler does unless told otherwise, and so the code of FGSM-AT.
         weight_decay: added to the gradient of every parameter, as in the papers' codes.
         only: names of the parameters to train; everything else, batch norm included, stays as it is.
     """
@@ -45,6 +49,7 @@ class Schedule:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
+    cycle_momentum: bool = False
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,6 +63,11 @@ class Schedule:
         require(0 < self.warmup < 1, "schedule", "warmup", allowed="in (0, 1)", got=self.warmup)
         no_momentum = self.nesterov and self.momentum == 0
         require(not no_momentum, "schedule", "nesterov", allowed="false where momentum is 0", got=self.nesterov)
+        cycles = (
+            self.kind == "one-cycle" and self.optimizer == "sgd" and self.momentum >= MOMENTUM_CYCLE and self.lr > 0
+        )
+        allowed = f"false, or one-cycle and sgd with a rate above 0 and a momentum of at least {MOMENTUM_CYCLE}"
+        require(cycles or not self.cycle_momentum, "schedule", "cycle_momentum", allowed=allowed, got=True)
 
     @classmethod
     def fast(cls, **changes: Any) -> Schedule:
@@ -100,6 +110,17 @@ class Schedule:
             before = progress - 1 / (self.epochs * steps_per_epoch)
             return self.lr * 0.5 * (1 + math.cos(math.pi * before))
         return self.lr * min(progress / self.warmup, (1 - progress) / (1 - self.warmup))
+
+    def momentum_at(self, epoch: int, step: int, steps_per_epoch: int) -> float:
+        """SGD's momentum at 0-based `step` within 0-based `epoch`.
+
+        >>> cyclic = Schedule(epochs=5, kind="one-cycle", cycle_momentum=True)
+        >>> [round(cyclic.momentum_at(epoch, 0, 1), 2) for epoch in range(5)]
+        [0.85, 0.8, 0.83, 0.87, 0.9]
+        """
+        if not self.cycle_momentum:
+            return self.momentum
+        return self.momentum - MOMENTUM_CYCLE * self.lr_at(epoch, step, steps_per_epoch) / self.lr
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters to train by name.
