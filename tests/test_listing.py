@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from robustfair.attacks.named import STRONG, parse_attacks
-from robustfair.data import CATALOG
+from robustfair.data import AUGMENTATIONS, CATALOG
 from robustfair.errors import UnknownNameError
 from robustfair.listing import listing
 from robustfair.models import create_model
@@ -18,6 +18,7 @@ ENTRIES: dict[str, Callable[[], list[str]]] = {
     "recipes": lambda: list(shipped_recipes()),
     "objectives": lambda: list(OBJECTIVES),
     "methods": lambda: list(METHODS),
+    "augmentations": lambda: list(AUGMENTATIONS),
     "models": lambda: [*MODELS, "wrn-D-W", "dm-wrn-D-W"],
     "datasets": lambda: sorted(CATALOG),
     "attacks": lambda: ["clean", "fgsm", "pgd-K", "cw-K", *STRONG],
@@ -45,7 +46,7 @@ def test_kinds_in_any_spelling(word: str) -> None:
     [
         ("method", "unknown kind of entry 'method': did you mean methods"),
         ("modles", "did you mean models"),
-        ("zzz", "known: attacks, datasets, methods, models, objectives, recipes, repairs"),
+        ("zzz", "known: attacks, augmentations, datasets, methods, models, objectives, recipes, repairs"),
         ("", "known: attacks"),
     ],
 )

@@ -546,7 +546,7 @@ def explain(
 
 @app.command(name="list")
 def list_(kind: str, /, *, json_: Annotated[bool, Parameter(name="--json", negative=())] = False) -> int:
-    """List what can be named: recipes, objectives, methods, models, datasets, attacks or repairs.
+    """List what can be named: recipes, objectives, methods, augmentations, models, datasets, attacks or repairs.
 
     Parameters
     ----------

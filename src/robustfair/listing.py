@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from robustfair.attacks.named import list_attacks
-from robustfair.data import CATALOG
+from robustfair.data import AUGMENTATIONS, CATALOG
 from robustfair.errors import UnknownNameError
 from robustfair.recipe import read_recipe, shipped_recipes
 from robustfair.registry import METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
@@ -16,7 +16,7 @@ def listing(kind: str) -> list[tuple[str, str]]:
     """(name, what it is) of every entry.
 
     Args:
-        kind: recipes, objectives, methods, models, datasets, attacks or repairs.
+        kind: recipes, objectives, methods, augmentations, models, datasets, attacks or repairs.
 
     Raises:
         UnknownNameError: another word.
@@ -25,6 +25,7 @@ def listing(kind: str) -> list[tuple[str, str]]:
         "recipes": _recipes,
         "objectives": lambda: _registered(OBJECTIVES),
         "methods": lambda: _registered(METHODS),
+        "augmentations": _augmentations,
         "models": _models,
         "datasets": lambda: [(name, entry.summary) for name, entry in sorted(CATALOG.items())],
         "attacks": list_attacks,
@@ -45,6 +46,17 @@ def _models() -> list[tuple[str, str]]:
         ("wrn-D-W", "WideResNet of depth D = 6 n + 4 and width W"),
         ("dm-wrn-D-W", "DeepMind's WideResNet with SiLU, of depth D = 6 n + 4 and width W"),
     ]
+
+
+def _augmentations() -> list[tuple[str, str]]:
+    """Each with the settings in which it differs from its class's defaults."""
+    found = []
+    for name, augmentation in AUGMENTATIONS.items():
+        defaults = vars(type(augmentation)())
+        changed = [f"{key}={value}" for key, value in vars(augmentation).items() if value != defaults[key]]
+        settings = f" ({', '.join(changed)})" if changed else ""
+        found.append((name, summary(type(augmentation)) + settings))
+    return found
 
 
 def _recipes() -> list[tuple[str, str]]:
