@@ -159,6 +159,38 @@ def test_shipped_recipes_compose_and_name_what_there_is(name: str) -> None:
     assert recipe.validation > 0 or recipe.select == "last"
 
 
+DROPS = {
+    "pgd-at": [100, 150],
+    "trades": [74],
+    "mart": [74, 89, 99],
+    "mart-wrn": [74, 89],
+    "arow": [70, 120],
+    "arow-swa": [60, 100],
+    "friendly-at": [59, 89],
+    "friendly-trades": [74],
+    "friendly-mart": [59, 89],
+    "pgd-at-awp": [100, 150],
+    "trades-awp": [99, 149],
+    "avmixup": [103, 154],
+    "idbh": [100, 150],
+}
+"""0-based epochs from which on the rate is lower in the authors' codes."""
+
+
+@pytest.mark.parametrize("name", list(DROPS))
+def test_official_recipes_lower_the_rate_where_the_codes_do(name: str) -> None:
+    recipe = read_recipe(f"official/{name}", {})
+    schedule = Schedule(epochs=recipe.epochs, lr=recipe.lr, kind=recipe.curve, milestones=recipe.milestones)
+    rates = [schedule.lr_at(epoch, 0, 1) for epoch in range(recipe.epochs)]
+    assert [epoch for epoch in range(1, recipe.epochs) if rates[epoch] != rates[epoch - 1]] == DROPS[name]
+    assert rates[-1] == pytest.approx(recipe.lr * 0.1 ** len(DROPS[name]))
+
+
+def test_every_official_recipe_is_checked() -> None:
+    shipped = {name.removeprefix("official/") for name in shipped_recipes() if name.startswith("official/")}
+    assert shipped - DROPS.keys() == {"fgsm-at"}
+
+
 def test_the_recipe_of_the_demo_ships() -> None:
     assert "demo" in shipped_recipes()
     assert read_recipe("demo", {}).data == "digits"
