@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from torch import nn
 
 from robustfair.errors import ConfigError

@@ -63,9 +63,8 @@ class Schedule:
         require(0 < self.warmup < 1, "schedule", "warmup", allowed="in (0, 1)", got=self.warmup)
         no_momentum = self.nesterov and self.momentum == 0
         require(not no_momentum, "schedule", "nesterov", allowed="false where momentum is 0", got=self.nesterov)
-        cycles = (
-            self.kind == "one-cycle" and self.optimizer == "sgd" and self.momentum >= MOMENTUM_CYCLE and self.lr > 0
-        )
+        cycles = self.kind == "one-cycle" and self.lr > 0
+        cycles = cycles and self.optimizer == "sgd" and self.momentum >= MOMENTUM_CYCLE
         allowed = f"false, or one-cycle and sgd with a rate above 0 and a momentum of at least {MOMENTUM_CYCLE}"
         require(cycles or not self.cycle_momentum, "schedule", "cycle_momentum", allowed=allowed, got=True)
 
