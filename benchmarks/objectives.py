@@ -48,6 +48,8 @@ ATTACKS = {"clean": "clean", "pgd-20": "pgd20"}
 """Attack -> what its keys in a line begin with."""
 BASELINE = {"what": "pgd-at", "norm": "linf"}
 """The line that every card shows."""
+CARDS = {"idbh-strong": "idbh", "idbh-svhn": "idbh"}
+"""Name -> the card that it shares."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 Lines = list[Row]
@@ -462,9 +464,9 @@ def card_lines(name: str, written: Mapping[str, Any]) -> str:
         UnknownNameError: no line of the report concerns the name.
     """
     lines = _lines_of(written)
-    if not any(name in line["names"] for line in lines):
-        raise UnknownNameError("name in the report", name, concerned(written))
-    shown = [line for line in lines if name in line["names"] or all(line[key] == BASELINE[key] for key in BASELINE)]
+    if name not in concerned(written):
+        raise UnknownNameError("card in the report", name, concerned(written))
+    shown = [line for line in lines if name in _cards(line) or all(line[key] == BASELINE[key] for key in BASELINE)]
     settings = written["settings"]
     how = (
         f"`python -m benchmarks.objectives`: {settings['images']:,} images of {settings['data']}, "
@@ -476,8 +478,12 @@ def card_lines(name: str, written: Mapping[str, Any]) -> str:
 
 
 def concerned(written: Mapping[str, Any]) -> list[str]:
-    """Names of all objectives, methods and augmentations of a report."""
-    return sorted({name for line in _lines_of(written) for name in line["names"]})
+    """The cards of all objectives, methods and augmentations of a report."""
+    return sorted({name for line in _lines_of(written) for name in _cards(line)})
+
+
+def _cards(line: Row) -> set[str]:
+    return {CARDS.get(name, name) for name in line["names"]}
 
 
 def write_cards(folder: Path, written: Mapping[str, Any]) -> None:

@@ -1,0 +1,65 @@
+"""The method cards: one for everything that can be composed, with the parameters and defaults that the code has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustfair.cli import app
+from robustfair.config import format_value
+from robustfair.data.augment import AUGMENTATIONS, parse_augmentation
+from robustfair.recipe import read_recipe
+from robustfair.registry import METHODS, OBJECTIVES
+from robustfair.runner import plan_of
+
+FOLDER = Path(__file__).parents[1] / "docs" / "methods"
+CARDS = sorted(path.stem for path in FOLDER.glob("*.md"))
+SECTIONS = ["Formula", "Use", "Parameters", "Where paper, code and this library differ", "Composes with", "Measured"]
+
+
+def settings(name: str) -> dict[str, str]:
+    """Parameter -> default of what a card is about, as a composition string would have it."""
+    described: Any = (
+        AUGMENTATIONS[name] if name in AUGMENTATIONS else (OBJECTIVES if name in OBJECTIVES else METHODS).get(name)
+    )
+    found = {field.name: field.default for field in dataclasses.fields(described)}
+    return {key: str(value) if isinstance(value, tuple) else format_value(value) for key, value in found.items()}
+
+
+def test_everything_that_composes_has_a_card_and_nothing_else() -> None:
+    assert set(CARDS) == {*OBJECTIVES, *METHODS, "crop-shift", "idbh"}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_names_every_parameter_with_its_default(name: str) -> None:
+    text = (FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
+    assert f"\n`{name}`. " in text
+    table = text.partition("## Parameters")[2].partition("## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| .+ \|$", table, re.MULTILINE)
+    assert len(rows) == len(dict(rows)) == table.count("\n| ") - 2 * bool(rows)
+    assert dict(rows) == settings(name)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_commands_of_a_card_are_commands(name: str) -> None:
+    use = (FOLDER / f"{name}.md").read_text(encoding="utf-8").partition("## Use")[2].partition("## ")[0]
+    commands = re.findall(r"^ {4}robustfair (.*)$", use, re.MULTILINE)
+    assert commands
+    used = ""
+    for words in commands:
+        argv = shlex.split(words)
+        command, *_ = app.parse_args(argv, exit_on_error=False, print_error=False)
+        assert command.__name__ == argv[0]
+        if argv[0] == "train":
+            plan = plan_of(argv[1], ())
+            own = read_recipe(argv[1], {"data": "cifar10"}).augment
+            augment = argv[argv.index("--augment") + 1] if "--augment" in argv else own
+            used += " ".join([plan.objective.name, *(method.name for method in plan.methods), augment or ""]) + " "
+            parse_augmentation(augment or "none")
+    assert name in used
