@@ -85,7 +85,7 @@ class EMA(Method):
         if not state:
             if self.init == "copy":
                 return begun(current)
-            state = begun(averaged_entries(reinitialised(model), self.buffers))
+            state = begun(averaged_entries(reinitialised(model), self.buffers), updates=0)
         updates = state[UPDATES].double()
         decay = ((1 + updates) / (10 + updates)).clamp(max=self.decay) if self.ramp else self.decay
         return moved_towards(state, current, 1 - decay)
@@ -141,10 +141,10 @@ def averaged_entries(model: nn.Module, buffers: Buffers) -> dict[str, Tensor]:
     }
 
 
-def begun(current: Mapping[str, Tensor]) -> State:
-    """The state of an average after its first weights."""
+def begun(current: Mapping[str, Tensor], updates: int = 1) -> State:
+    """The state of an average that is `current`; `updates` is 0 where these are not weights of the run."""
     first = {name: tensor.clone() for name, tensor in current.items()}
-    return {**first, UPDATES: torch.ones((), dtype=torch.int64, device=next(iter(first.values())).device)}
+    return {**first, UPDATES: torch.tensor(updates, device=next(iter(first.values())).device)}
 
 
 def moved_towards(state: State, current: Mapping[str, Tensor], share: Tensor | float) -> State:

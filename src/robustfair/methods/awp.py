@@ -66,7 +66,8 @@ class AWP(Method):
         require_at_least(0, self.name, "begin", self.begin)
         require_at_least(1, self.name, "steps", self.steps)
         rate = self.proxy_lr
-        require(rate is None or rate > 0, self.name, "proxy_lr", allowed="above 0, or none", got=rate)
+        usable = rate is None or 0 < rate < float("inf")
+        require(usable, self.name, "proxy_lr", allowed="a finite number above 0, or none", got=rate)
 
     def at_epoch(self, state: State, run: Run) -> State:
         if not self._perturbed(run.model):

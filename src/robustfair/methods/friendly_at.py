@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustfair.config import require_at_least, require_literals
+from robustfair.config import require, require_at_least, require_literals
 from robustfair.errors import ConfigError
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
@@ -38,6 +38,7 @@ OFFICIAL: dict[str, Budgets] = {
 }
 OFFICIAL_AT: Budgets = ((0, 0), (50 / 120, 1), (90 / 120, 2))
 CFA_TAU = 3
+ALLOWED_TAU = 'a whole number >= 0, or budgets with their first epochs rising from 0, such as "0, 1@50, 2@90"'
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +92,8 @@ class FriendlyAT(Method):
         require_literals(self)
         if isinstance(self.tau, str):
             read_budgets(self.tau)
-        else:
-            require_at_least(0, self.name, "tau", self.tau or 0)
+        elif self.tau is not None:
+            require(isinstance(self.tau, int) and self.tau >= 0, self.name, "tau", allowed=ALLOWED_TAU, got=self.tau)
         require_at_least(0, self.name, "omega", self.omega)
 
     @property
@@ -134,14 +135,13 @@ def read_budgets(text: str) -> list[tuple[int, int]]:
     Raises:
         ConfigError: no such text, epochs that do not rise, or a negative number.
     """
-    allowed = 'a number >= 0, or budgets with their first epochs rising from 0, such as "0, 1@50, 2@90"'
     found: list[tuple[int, int]] = []
     for part in text.split(","):
         budget, _, epoch = part.strip().partition("@")
         if not (budget.isdecimal() and (epoch.isdecimal() or (not found and epoch == ""))):
-            raise ConfigError("friendly-at", "tau", allowed=allowed, got=text)
+            raise ConfigError("friendly-at", "tau", allowed=ALLOWED_TAU, got=text)
         found.append((int(epoch or 0), int(budget)))
     epochs = [epoch for epoch, _ in found]
     if epochs[0] != 0 or sorted(set(epochs)) != epochs:
-        raise ConfigError("friendly-at", "tau", allowed=allowed, got=text)
+        raise ConfigError("friendly-at", "tau", allowed=ALLOWED_TAU, got=text)
     return found
