@@ -126,10 +126,10 @@ def compose(objective: Objective, methods: Sequence[Method] = (), *, allow: froz
                     f"keep one, or pass allow={{'{claim}'}} to apply both in list order"
                 )
         for need in sorted(method.needs - offers(objective)):
-            fitting = [name for name in OBJECTIVES if need in offers(OBJECTIVES.get(name))]
+            fitting = " or ".join(name for name in OBJECTIVES if _fits(method, OBJECTIVES.get(name)))
             raise ConflictError(
                 f"{method.name} needs the loss term {need!r}, and {objective.name} has only "
-                f"{', '.join(sorted(offers(objective)))}: use {' or '.join(fitting)}, or drop {method.name}"
+                f"{', '.join(sorted(offers(objective)))}: use {fitting or 'another objective'}, or drop {method.name}"
             )
         for claim in sorted(method.claims):
             unread = _unread(claim, objective)
@@ -159,7 +159,12 @@ CLAIM_TEXT = {
 }
 
 
-def _unread(claim: str, objective: Objective) -> str:
+def _fits(method: Method, objective: type[Objective]) -> bool:
+    """Whether `objective` has what `method` needs and reads what it sets."""
+    return method.needs <= offers(objective) and not any(_unread(claim, objective) for claim in method.claims)
+
+
+def _unread(claim: str, objective: Objective | type[Objective]) -> str:
     """Why a write to `claim` would be lost under `objective`; empty if it is read."""
     if claim.startswith("attack.") and "x_adv" not in objective.reads:
         return "trains without an attack"
