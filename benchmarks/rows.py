@@ -19,8 +19,8 @@ from robustfair.config import Precision, format_value
 from robustfair.data import Splits
 from robustfair.errors import CheckpointError
 from robustfair.evaluate.audit import audit
-from robustfair.methods import CCM, CCR, EMA, Method
-from robustfair.objectives import PGDAT, AdversarialObjective, Trades
+from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
+from robustfair.objectives import MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.repairs import HWNwB
 from robustfair.rundir import RunFolder, environment
 from robustfair.training.fit import Fitted, fit
@@ -89,6 +89,11 @@ def fast_rows() -> tuple[Row, ...]:
         Row("trades fast", Trades(), (LATE,), fast),
         Row("pgd-at + ccm fast", PGDAT(), (CCM(begin=5), LATE), fast),
         Row("trades + ccm + ccr fast", Trades(), (CCM(begin=5), CCR(begin=5), LATE), fast),
+        Row("mart fast", MART(), (LATE,), fast),
+        Row("arow fast", ARoW(), (LATE,), fast),
+        Row("pgd-at + awp fast", PGDAT(), (AWP(), LATE), fast),
+        Row("trades + awp fast", Trades(), (AWP(), LATE), fast),
+        Row("pgd-at + friendly-at fast", PGDAT(), (FriendlyAT(variant="cfa"), LATE), fast),
         Row("pgd-at fast 20 epochs", PGDAT(), (replace(LATE, begin=16),), Schedule.fast(epochs=20)),
     )
 
@@ -101,6 +106,10 @@ def paper_rows() -> tuple[Row, ...]:
         Row("trades", Trades(), (CFA_EMA,), papers),
         Row("pgd-at + ccm", PGDAT(), (CCM(), CFA_EMA), papers),
         Row("trades + ccm + ccr", Trades(), (CCM(), CCR(), CFA_EMA), papers),
+        Row("trades + awp", Trades(), (AWP(begin=9), CFA_EMA), papers),
+        Row("pgd-at + awp", PGDAT(), (AWP(), CFA_EMA), papers),
+        Row("mart", MART(beta=3), (CFA_EMA,), papers),
+        Row("arow", ARoW(), (CFA_EMA,), papers),
     )
 
 
