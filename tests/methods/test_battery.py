@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import nn
 
 from robustfair.data import ImageDataset
 from robustfair.errors import ConflictError
-from robustfair.methods import EMA, Method, compose
+from robustfair.methods import EMA, Method, Run, compose
 from robustfair.objectives import AdversarialObjective, Objective
 from robustfair.registry import METHODS, OBJECTIVES
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
-from robustfair.values import Batch
+from robustfair.values import Batch, Loss, State
 
 Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]
@@ -27,11 +28,11 @@ Differences = Callable[[TrainState, TrainState], list[str]]
 UNSEEN_FROM_EDITS = ("role.", "gradient", "model")
 
 
-def objective(name: str) -> Objective:
+def objective(name: str, **given: Any) -> Objective:
     cls = OBJECTIVES.get(name)
     if not issubclass(cls, AdversarialObjective):
         return cls()
-    return cls(eps=0.1, steps=min(cls().steps, 2))
+    return cls(**{"eps": 0.1, "steps": min(cls().steps, 2)} | given)
 
 
 def acting(name: str) -> Method:
@@ -155,6 +156,29 @@ def test_it_acts_repeats_and_resumes(
         resumed = train(tiny_net, tiny_data, base, [acting(name)], resume=state)
         assert differences(whole.state, resumed.state) == []
         assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("base", "name"), [pair for pair in ALONE if pair[0] != "standard"])
+def test_it_trains_within_an_l2_ball_too(tiny_net: Net, tiny_data: Data, base: str, name: str) -> None:
+    goal = objective(base, norm="l2", eps=0.5)
+    schedule = Schedule(epochs=2, lr=0.1, batch_size=7)
+    seen: list[tuple[float, float]] = []
+
+    class Watch(Method):
+        name = "watch"
+
+        def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
+            assert batch.x_adv is not None
+            away = (batch.x_adv - batch.x).flatten(1).norm(dim=1)
+            seen.append((float(away.max()), float(loss.total().detach())))
+            return state
+
+    methods = [acting(name), Watch()]
+    fit(tiny_net(), tiny_data((10, 6, 8)), goal, methods=methods, schedule=schedule, validation=0, select="last")
+    reach = 1.0 if name == "avmixup" else 0.5  # its vertex lies twice as far
+    reach *= 1.5 if name == "ccm" else 1
+    assert 0.1 < max(away for away, _ in seen) <= reach * (1 + 1e-5)
+    assert all(math.isfinite(loss) for _, loss in seen)
 
 
 @pytest.mark.parametrize(("base", "name"), [(base, name) for base, name in ALONE if composes(base, name, "ema")])
