@@ -141,7 +141,14 @@ def apgd(model, origin, shape, y, target, noise, *, loss, eps, norm, steps, rho=
             checks.append(i + 1)
         bests.append(best_loss)
         etas.append(eta)
-    return {"points": points, "best": best, "best_losses": bests, "step_sizes": etas, "checkpoints": checks}
+    return {
+        "points": points,
+        "best": best,
+        "best_losses": bests,
+        "step_sizes": etas,
+        "checkpoints": checks,
+        "history": history,
+    }
 
 
 def project_on_plane(t, w, b, norm):
