@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,13 +13,21 @@ from torch import Tensor
 from reference import losses as reference
 from robustfair.losses import (
     MaximiseCE,
+    MaximiseJS,
     MaximiseKL,
     MaximiseMargin,
+    MaximiseReverseKL,
     Targeted,
     at_least_float32,
+    boosted_cross_entropy,
     cross_entropy,
+    floored_kl_divergence,
+    js_divergence,
+    kept_mass_labels,
     kl_divergence,
     margin,
+    soft_cross_entropy,
+    true_probability,
 )
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
@@ -106,8 +115,163 @@ def test_kl_is_never_negative_and_finite_for_large_logits(k: int, seed: int, sca
     assert torch.equal(kl_divergence(clean, clean), torch.zeros(len(clean)))
 
 
+@DTYPES
+def test_soft_cross_entropy_and_its_gradient(dtype: torch.dtype) -> None:
+    z, soft = logits(dtype), logits(dtype, seed=8).detach().softmax(1)
+    value = soft_cross_entropy(z, soft)
+    assert value.dtype == dtype
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    rows = list(zip(z.tolist(), soft.tolist(), strict=True))
+    close(value, [reference.soft_cross_entropy(*row) for row in rows], dtype)
+    close(gradient, [reference.soft_cross_entropy_gradient(*row) for row in rows], dtype)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.2, 1.0])
+def test_smoothed_cross_entropy_is_that_to_mixed_labels_and_torchs_own(amount: float) -> None:
+    z, y = logits(torch.float64), labels()
+    value = cross_entropy(z, y, label_smoothing=amount)
+    soft = [reference.smoothed(label, 5, amount) for label in y.tolist()]
+    close(value, [reference.soft_cross_entropy(*row) for row in zip(z.tolist(), soft, strict=True)], torch.float64)
+    (gradient,) = torch.autograd.grad(value.sum(), z, retain_graph=True)
+    slow = [reference.soft_cross_entropy_gradient(*row) for row in zip(z.tolist(), soft, strict=True)]
+    close(gradient, slow, torch.float64)
+    torch.testing.assert_close(value, soft_cross_entropy(z, torch.tensor(soft, dtype=z.dtype)), rtol=1e-12, atol=0)
+    assert value.mean().item() == pytest.approx(F.cross_entropy(z, y, label_smoothing=amount).item(), rel=1e-12)
+    if amount == 0:
+        assert torch.equal(value, cross_entropy(z, y))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("removed", [0.0, 0.1, 0.5, 1.0])
+def test_kept_mass_is_off_class_smoothing_which_is_uniform_smoothing_by_more(classes: int, removed: float) -> None:
+    table = kept_mass_labels(1 - removed, classes).double()
+    off_class = [reference.smoothed_off_class(y, classes, removed) for y in range(classes)]
+    uniform = [reference.smoothed(y, classes, removed * classes / (classes - 1)) for y in range(classes)]
+    for slow in (off_class, uniform):
+        close(table, slow, torch.float32)
+    torch.testing.assert_close(table.sum(1), torch.ones(classes).double(), rtol=0, atol=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize(("minuend", "eps_log"), [(1.0001, 1e-12), (1.0, 1e-30), (1.5, 1e-2)])
+def test_boosted_cross_entropy_and_its_gradient(dtype: torch.dtype, minuend: float, eps_log: float) -> None:
+    z, y = logits(dtype), labels()
+    value = boosted_cross_entropy(z, y, minuend, eps_log)
+    assert value.dtype == dtype
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    rows = [(*row, minuend, eps_log) for row in zip(z.tolist(), y.tolist(), strict=True)]
+    close(value, [reference.boosted_cross_entropy(*row) for row in rows], dtype)
+    close(gradient, [reference.boosted_cross_entropy_gradient(*row) for row in rows], dtype)
+
+
+@given(st.integers(2, 6), st.integers(0, 10_000), st.floats(0, 500))
+@settings(max_examples=50, deadline=None)
+def test_the_boost_is_bounded_and_never_reads_the_true_class(k: int, seed: int, scale: float) -> None:
+    z, y = logits(torch.float64, classes=k, seed=seed, scale=scale), labels(7, k)
+    value = boosted_cross_entropy(z, y)
+    boost = (value - cross_entropy(z, y)).detach()
+    assert bool((boost >= -1.0001e-4).all())
+    assert bool((boost <= 9.2104).all())
+    raised = z.detach() + 100_000 * F.one_hot(y, k)
+    certain = boosted_cross_entropy(raised, y)
+    torch.testing.assert_close(certain, torch.full_like(certain, -math.log(1.0001)), rtol=0, atol=1e-11)
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    assert bool(torch.isfinite(gradient).all())
+
+
+def test_the_constants_of_the_boost_in_single_precision() -> None:
+    y = torch.tensor([0])
+    certain, lost = torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]])
+    assert boosted_cross_entropy(certain, y).item() == pytest.approx(-1.00012e-4, abs=1e-9)
+    boost = boosted_cross_entropy(lost, y) - cross_entropy(lost, y)
+    assert 9.2101 < boost.item() <= 9.2103
+    doubled = boosted_cross_entropy(lost.double(), y) - cross_entropy(lost.double(), y)
+    assert doubled.item() == pytest.approx(-math.log(1e-4), abs=1e-6)
+
+
+def test_equal_rivals_share_nothing_and_one_of_them_counts() -> None:
+    z, y = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 2])
+    (gradient,) = torch.autograd.grad(boosted_cross_entropy(z, y).sum(), z)
+    close(gradient, [reference.boosted_cross_entropy_gradient([0.0] * 4, label) for label in (0, 2)], torch.float64)
+
+
+@DTYPES
+@pytest.mark.parametrize("eps_log", [1e-12, 1e-2])
+def test_floored_kl_and_its_gradients(dtype: torch.dtype, eps_log: float) -> None:
+    clean, adv = logits(dtype, seed=2), logits(dtype, seed=3)
+    value = floored_kl_divergence(clean, adv, eps_log)
+    assert value.dtype == dtype
+    at_clean, at_adv = torch.autograd.grad(value.sum(), (clean, adv))
+    rows = [(*pair, eps_log) for pair in zip(clean.tolist(), adv.tolist(), strict=True)]
+    close(value, [reference.floored_kl(*row) for row in rows], dtype)
+    close(at_clean, [reference.floored_kl_gradient_clean(*row) for row in rows], dtype)
+    close(at_adv, [reference.floored_kl_gradient_adv(*row) for row in rows], dtype)
+
+
+def test_the_floor_under_the_logarithm_shows_only_where_a_probability_is_lost() -> None:
+    clean, adv = logits(torch.float64, seed=2), logits(torch.float64, seed=3)
+    ordinary = kl_divergence(clean, adv)
+    torch.testing.assert_close(floored_kl_divergence(clean, adv), ordinary, rtol=0, atol=1e-9)
+    same = floored_kl_divergence(clean, clean).detach()
+    torch.testing.assert_close(same, torch.full_like(same, -5e-12), rtol=0, atol=1e-15)
+    for dtype in TOLERANCE:
+        p, q = torch.tensor([[0.0, 900.0]], dtype=dtype), torch.tensor([[900.0, 0.0]], dtype=dtype, requires_grad=True)
+        value = floored_kl_divergence(p, q)
+        assert value.item() == pytest.approx(-math.log(1e-12), rel=1e-6)
+        assert kl_divergence(p, q).item() == pytest.approx(900)
+        (gradient,) = torch.autograd.grad(value, q)
+        assert bool(torch.isfinite(gradient).all())
+
+
+@DTYPES
+def test_jensen_shannon_and_its_gradients(dtype: torch.dtype) -> None:
+    clean, adv = logits(dtype, seed=2), logits(dtype, seed=3)
+    value = js_divergence(clean, adv)
+    at_clean, at_adv = torch.autograd.grad(value.sum(), (clean, adv))
+    pairs = list(zip(clean.tolist(), adv.tolist(), strict=True))
+    close(value, [reference.js(*pair) for pair in pairs], dtype)
+    close(at_adv, [reference.js_gradient_adv(*pair) for pair in pairs], dtype)
+    close(at_clean, [reference.js_gradient_adv(*pair[::-1]) for pair in pairs], dtype)
+    close(js_divergence(adv, clean), value.tolist(), dtype)
+
+
+@given(st.integers(2, 6), st.integers(0, 10_000), st.floats(0.01, 500))
+@settings(max_examples=50, deadline=None)
+def test_jensen_shannon_lies_between_nothing_and_log_two(k: int, seed: int, scale: float) -> None:
+    clean = logits(torch.float32, classes=k, seed=seed, scale=scale)
+    adv = logits(torch.float32, classes=k, seed=seed + 1, scale=scale)
+    value = js_divergence(clean, adv)
+    gradients = torch.autograd.grad(value.sum(), (clean, adv))
+    assert bool(((value >= -1e-6) & (value <= math.log(2) + 1e-6)).all())
+    assert all(bool(torch.isfinite(t).all()) for t in gradients)
+    assert float(js_divergence(clean, clean).detach().abs().max()) < 1e-6
+
+
+@DTYPES
+def test_the_probability_of_the_true_class_and_its_gradient(dtype: torch.dtype) -> None:
+    z, y = logits(dtype), labels()
+    value = true_probability(z, y)
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    rows = list(zip(z.tolist(), y.tolist(), strict=True))
+    close(value, [reference.softmax(row)[label] for row, label in rows], dtype)
+    close(gradient, [reference.probability_gradient(*row) for row in rows], dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("loss", [cross_entropy, margin, lambda z, y: kl_divergence(z, z.flip(0))])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        cross_entropy,
+        margin,
+        boosted_cross_entropy,
+        true_probability,
+        lambda z, y: cross_entropy(z, y, label_smoothing=0.2),
+        lambda z, y: soft_cross_entropy(z, F.one_hot(y, 5).float()),
+        lambda z, y: kl_divergence(z, z.flip(0)),
+        lambda z, y: floored_kl_divergence(z, z.flip(0)),
+        lambda z, y: js_divergence(z, z.flip(0)),
+    ],
+)
 def test_half_precision_is_raised_to_float32(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
     z, y = logits(torch.float32).detach().to(dtype), labels()
     assert loss(z, y).dtype == torch.float32
@@ -125,20 +289,20 @@ def test_goals_are_what_an_attack_ascends() -> None:
     target = (y + 1) % 5
     assert torch.equal(MaximiseCE()(z, None, y), cross_entropy(z, y))
     assert torch.equal(MaximiseKL()(z, clean, y), kl_divergence(clean, z))
+    assert torch.equal(MaximiseReverseKL()(z, clean, y), kl_divergence(z, clean))
+    assert torch.equal(MaximiseJS()(z, clean, y), js_divergence(z, clean))
     assert torch.equal(MaximiseMargin()(z, None, y), margin(z, y))
     assert torch.equal(Targeted(target)(z, None, y), -cross_entropy(z, target))
-    assert [goal.needs_clean for goal in (MaximiseCE(), MaximiseKL(), MaximiseMargin(), Targeted(target))] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    without = (MaximiseCE(), MaximiseMargin(), Targeted(target))
+    assert not any(goal.needs_clean for goal in without)
+    assert all(goal.needs_clean for goal in (MaximiseKL(), MaximiseReverseKL(), MaximiseJS()))
 
 
 def test_losses_leave_their_inputs_alone() -> None:
     z, y = logits(torch.float32).detach(), labels()
     kept = z.clone(), y.clone()
-    cross_entropy(z, y), margin(z, y), kl_divergence(z, z.flip(0))
+    cross_entropy(z, y), margin(z, y), boosted_cross_entropy(z, y), true_probability(z, y)
+    kl_divergence(z, z.flip(0)), floored_kl_divergence(z, z.flip(0)), js_divergence(z, z.flip(0))
     assert torch.equal(z, kept[0])
     assert torch.equal(y, kept[1])
 

@@ -194,7 +194,7 @@ def parse_eps(value: str | float, *, norm: str = "linf", owner: str = "attack", 
     return eps
 
 
-def parse_norm(value: str) -> str:
+def parse_norm(value: str, *, owner: str = "attack") -> str:
     """`linf` or `l2` from any usual spelling.
 
     >>> parse_norm("Linf"), parse_norm("L_2")
@@ -202,13 +202,19 @@ def parse_norm(value: str) -> str:
     """
     name = str(value).lower().replace("_", "").replace("-", "")
     if name not in ("linf", "l2"):
-        raise ConfigError("norm", "norm", allowed="linf or l2", got=value)
+        raise ConfigError(owner, "norm", allowed="linf or l2", got=value)
     return name
 
 
 def require_at_least(least: float, owner: str, field: str, value: float) -> None:
     """Raise ConfigError unless `value` is finite and not below `least`."""
     require(least <= value < float("inf"), owner, field, allowed=f"a finite number >= {least:g}", got=value)
+
+
+def require_whole(least: int, owner: str, field: str, value: float) -> None:
+    """Raise ConfigError unless `value` is an int that is not below `least`."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(whole, owner, field, allowed=f"a whole number >= {least}", got=value)
 
 
 def require(condition: bool, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:
@@ -238,7 +244,7 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
             raise RecipeError(f"{owner}: {key} is given twice, also as {given}: give it once")
         values[key] = value
     if values.get("norm") is not None:
-        values["norm"] = parse_norm(values["norm"])
+        values["norm"] = parse_norm(values["norm"], owner=owner)
     for key in ("eps", "step_size"):
         if values.get(key) is not None:
             norm = values.get("norm") or ("l2" if key == "step_size" and "norm" not in known else "linf")

@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reference import attacks as reference
-from robustfair.attacks.pgd import STARTS, FreezeFooled, attacking, pgd, predicted
+from robustfair.attacks.pgd import GRADIENT_START, STARTS, FreezeFooled, attacking, pgd, predicted
 from robustfair.errors import ConfigError, ModelError
-from robustfair.losses import MaximiseCE, MaximiseKL, MaximiseMargin, Targeted, cross_entropy, margin
+from robustfair.losses import (
+    MaximiseCE,
+    MaximiseJS,
+    MaximiseKL,
+    MaximiseMargin,
+    MaximiseReverseKL,
+    Targeted,
+    cross_entropy,
+    margin,
+)
 from robustfair.values import Attack, Goal
 
 Net = Callable[..., nn.Module]
@@ -61,21 +70,24 @@ def balanced(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).argmax(1)
 
 
+EVERY_START = [*sorted(STARTS), GRADIENT_START]
+GOALS: dict[str, Goal] = {
+    "ce": MaximiseCE(),
+    "kl": MaximiseKL(),
+    "revkl": MaximiseReverseKL(),
+    "js": MaximiseJS(),
+    "margin": MaximiseMargin(),
+}
 GEOMETRY = {"linf": ("linf", False), "l2-rice": ("l2", False), "l2-trades": ("l2", True)}
 
 
 @pytest.mark.parametrize("geometry", GEOMETRY)
-@pytest.mark.parametrize("goal", ["ce", "kl", "margin", "targeted"])
+@pytest.mark.parametrize("goal", [*GOALS, "targeted"])
 def test_equals_the_loop_over_examples_and_pixels(tiny_net: Net, geometry: str, goal: str) -> None:
     model = tiny_net(channels=2, classes=4, dtype=torch.float64).eval()
     x, y = images(5, 2), labels(5, 4)
     target = (y + torch.tensor([1, 2, 3, 1, 2])) % 4
-    goals: dict[str, Goal] = {
-        "ce": MaximiseCE(),
-        "kl": MaximiseKL(),
-        "margin": MaximiseMargin(),
-        "targeted": Targeted(target),
-    }
+    goals: dict[str, Goal] = {**GOALS, "targeted": Targeted(target)}
     norm, box_first = GEOMETRY[geometry]
     eps = torch.tensor([0.05, 0.1, 0.2, 0.0, 0.15], dtype=torch.float64) * (1 if norm == "linf" else 4)
     step_size = eps / torch.tensor([2.0, 3.0, 1.5, 1.0, 4.0])
@@ -107,6 +119,82 @@ def test_best_is_the_largest_goal_along_the_path_of_the_loop(tiny_net: Net, goal
     assert any(point is not path[-1] for point, path in zip(best, paths, strict=True)), "no path ever came down"
 
 
+@pytest.mark.parametrize("geometry", GEOMETRY)
+def test_without_the_box_the_ball_alone_bounds_the_pixels(tiny_net: Net, geometry: str) -> None:
+    model, x, y = tiny_net(dtype=torch.float64).eval(), images(5), labels(5)
+    norm, box_first = GEOMETRY[geometry]
+    eps = 0.1 if norm == "linf" else 0.8
+    start = x + 0.02 * torch.randn(x.shape, generator=stream(2), dtype=torch.float64)
+    attack = settings_for(x, eps, eps / 3, steps=5, norm=norm, box_first=box_first, box=False)
+    paths = reference.pgd(
+        model, x, y, start, eps=[eps] * 5, step_size=[eps / 3] * 5, steps=5, goal="ce", geometry=geometry, box=False
+    )
+    ours = pgd(model, x, y, attack, stream(), x_init=start)
+    torch.testing.assert_close(ours, reference.last(paths, x, box=False), rtol=0, atol=1e-9)
+    moved = length(ours - x) if norm == "l2" else (ours - x).flatten(1).abs().amax(1)
+    assert bool((moved <= eps * (1 + 1e-6)).all())
+    assert int(((ours < 0) | (ours > 1)).sum()) > 5, "no pixel had reason to leave the box"
+    for extra in ({"keep": "best"}, {"restarts": 2}):
+        compared = pgd(model, x, y, replace(attack, start="uniform-unclipped", **extra), stream())  # type: ignore[arg-type]
+        assert bool(((compared < 0) | (compared > 1)).any()), extra
+
+
+@pytest.mark.parametrize("geometry", GEOMETRY)
+@pytest.mark.parametrize("noise", [0.02, 0.5])
+def test_noise_joins_every_step_before_the_projection(tiny_net: Net, geometry: str, noise: float) -> None:
+    model, x, y = tiny_net(dtype=torch.float64).eval(), images(5), labels(5)
+    norm, box_first = GEOMETRY[geometry]
+    eps = 0.1 if norm == "linf" else 0.8
+    attack = settings_for(x, eps, eps / 4, steps=4, norm=norm, box_first=box_first, noise=noise)
+    twin = stream(6)
+    draws = [noise * torch.empty_like(x).normal_(generator=twin) for _ in range(4)]
+    paths = reference.pgd(
+        model, x, y, x, eps=[eps] * 5, step_size=[eps / 4] * 5, steps=4, goal="ce", geometry=geometry, noise=draws
+    )
+    rng = stream(6)
+    ours = pgd(model, x, y, attack, rng, x_init=x)
+    torch.testing.assert_close(ours, reference.last(paths, x), rtol=0, atol=1e-9)
+    assert torch.equal(rng.get_state(), twin.get_state()), "one draw per step"
+    assert torch.equal(pgd(model, x, y, attack, stream(6), x_init=x), ours)
+    assert not torch.equal(pgd(model, x, y, attack, stream(7), x_init=x), ours)
+
+
+def test_noise_is_drawn_only_where_it_is_asked_for(tiny_net: Net) -> None:
+    model, x, y = tiny_net(dtype=torch.float64), images(), labels()
+    before = torch.get_rng_state()
+    for noise, draws in ((0.0, 0), (0.01, 3)):
+        rng, twin = stream(), stream()
+        pgd(model, x, y, settings_for(x, steps=3, noise=noise, start="gauss001"), rng)
+        for _ in range(1 + draws):
+            torch.empty_like(x).normal_(generator=twin)
+        assert torch.equal(rng.get_state(), twin.get_state())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("goal", ["ce", "margin"])
+@pytest.mark.parametrize("b", [1, 4])
+def test_the_start_one_gradient_uphill(tiny_net: Net, b: int, goal: str) -> None:
+    model, x, y = tiny_net(dtype=torch.float64).eval(), images(b), labels(b)
+    slow = reference.gradient_start(model, x, y, goal)
+    attack = settings_for(x, 0.2, 0.02, steps=0, start=GRADIENT_START, goal=GOALS[goal])
+    rng, model_before = stream(), snapshot(model)
+    ours = pgd(model, x, y, attack, rng)
+    torch.testing.assert_close(ours, slow, rtol=0, atol=1e-12)
+    assert float((ours - x).abs().max()) > 1e-3
+    assert torch.equal(rng.get_state(), stream().get_state()), "no draw"
+    assert unchanged(model, model_before)
+    moved = pgd(model, x, y, replace(attack, steps=3), stream())
+    assert torch.equal(moved, pgd(model, x, y, replace(attack, steps=3), stream(), x_init=ours))
+
+
+def test_the_start_one_gradient_uphill_of_a_divergence_is_the_image(tiny_net: Net) -> None:
+    x, y = images(), labels()
+    for goal in ("kl", "revkl", "js"):
+        attack = settings_for(x, steps=0, start=GRADIENT_START, goal=GOALS[goal])
+        found = pgd(tiny_net(dtype=torch.float64), x, y, attack, stream())
+        torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
+
+
 @given(
     b=st.integers(1, 3),
     channels=st.sampled_from([1, 3]),
@@ -114,15 +202,17 @@ def test_best_is_the_largest_goal_along_the_path_of_the_loop(tiny_net: Net, goal
     classes=st.integers(2, 5),
     norm=st.sampled_from(["linf", "l2"]),
     box_first=st.booleans(),
-    start=st.sampled_from(sorted(STARTS)),
+    start=st.sampled_from(EVERY_START),
     steps=st.integers(1, 4),
     eps=st.sampled_from([0.0, 1e-4, 0.03, 0.3, 1.0]),
     relative_step=st.sampled_from([0.1, 1.0, 3.0]),
-    goal=st.sampled_from([MaximiseCE(), MaximiseKL(), MaximiseMargin()]),
+    goal=st.sampled_from(list(GOALS.values())),
     keep=st.sampled_from(["last", "best"]),
     restarts=st.integers(1, 2),
     frozen=st.booleans(),
     mode=st.sampled_from(["eval", "train", "train_frozen"]),
+    box=st.booleans(),
+    noise=st.sampled_from([0.0, 0.01, 1.0]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=150, deadline=None)
@@ -143,6 +233,8 @@ def test_every_setting_stays_in_ball_and_box_and_repeats(
     restarts: int,
     frozen: bool,
     mode: str,
+    box: bool,
+    noise: float,
     seed: int,
 ) -> None:
     model = tiny_net(channels=channels, classes=classes, dtype=torch.float64, seed=seed)
@@ -161,13 +253,15 @@ def test_every_setting_stays_in_ball_and_box_and_repeats(
         restarts=restarts,
         stop=FreezeFooled() if frozen else None,
         mode=mode,
+        box=box,
+        noise=noise,
     )
     before = snapshot(model)
     x_adv = pgd(model, x, y, attack, stream(seed))
     assert x_adv.shape == x.shape
     assert x_adv.dtype == x.dtype
     assert not x_adv.requires_grad
-    assert bool(((x_adv >= 0) & (x_adv <= 1)).all())
+    assert not box or bool(((x_adv >= 0) & (x_adv <= 1)).all())
     moved = length(x_adv - x) if norm == "l2" else (x_adv - x).flatten(1).abs().amax(1)
     assert bool((moved <= eps * (1 + 1e-6) + 1e-12).all())
     if eps == 0:
@@ -181,7 +275,7 @@ def test_every_setting_stays_in_ball_and_box_and_repeats(
 
 @pytest.mark.parametrize("keep", ["last", "best"])
 @pytest.mark.parametrize("stop", [None, FreezeFooled()])
-@pytest.mark.parametrize("start", sorted(STARTS))
+@pytest.mark.parametrize("start", EVERY_START)
 def test_a_radius_of_zero_returns_the_image_itself(tiny_net: Net, start: str, stop: object, keep: str) -> None:
     x, y = images(6, dtype=torch.float32), labels(6)
     for norm in ("linf", "l2"):

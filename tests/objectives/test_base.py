@@ -1,14 +1,38 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf, nan
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from robustfair.attacks.pgd import pgd
 from robustfair.errors import ConfigError
 from robustfair.losses import MaximiseCE
 from robustfair.objectives import PGDAT, AdversarialObjective, Objective, Trades
 from robustfair.registry import OBJECTIVES
+from robustfair.runner import read_composition
 from robustfair.values import Batch
 
+Net = Callable[..., nn.Module]
+BatchOf = Callable[..., Batch]
+Attacked = Callable[..., Batch]
+Gradients = Callable[..., list[Tensor]]
+ADVERSARIAL = [name for name in OBJECTIVES if name != "standard"]
+VARIANTS = [
+    *ADVERSARIAL,
+    "pgd-at(start=zero)",
+    "pgd-at(start=input-gradient)",
+    "fgsm-at(clip_to_box=false)",
+    "trades(regularizer=ce)",
+    "mart(start=uniform)",
+    "arow(perturb_loss=ce)",
+    "arow(perturb_loss=revkl, weighting=confidence)",
+    "arow(perturb_loss=js, weighting=constant)",
+]
 BATCH = Batch(x=torch.zeros(3, 2, 4, 4), y=torch.tensor([0, 1, 0]), index=torch.arange(3), seed=0)
 
 
@@ -22,7 +46,7 @@ def test_every_objective_builds_and_says_what_it_reads(name: str) -> None:
     assert trains_on_an_attack == ("x_adv" in objective.reads) == isinstance(objective, AdversarialObjective)
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "standard"])
+@pytest.mark.parametrize("name", ADVERSARIAL)
 def test_validation_is_pgd_10_on_cross_entropy_in_eval_mode(name: str) -> None:
     for norm, eps in (("linf", 0.1), ("l2", 0.5)):
         objective = OBJECTIVES.get(name)(norm=norm, eps=eps, attack_mode="train", step_size=eps)
@@ -56,3 +80,192 @@ def test_radii_have_the_type_and_device_of_the_images() -> None:
         batch = Batch(x=BATCH.x.to(dtype), y=BATCH.y, index=BATCH.index, seed=0)
         assert PGDAT().attack(batch).eps.dtype == dtype
         assert Trades().attack(batch).step_size.shape == (3,)
+
+
+def objective_of(text: str, **changes: object) -> AdversarialObjective:
+    objective = read_composition(text)[0]
+    assert isinstance(objective, AdversarialObjective)
+    return replace(objective, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["standard", *VARIANTS])
+def test_terms_and_passes_are_what_the_class_says(tiny_net: Net, batch_of: BatchOf, text: str) -> None:
+    objective, batch = read_composition(text)[0], batch_of()
+    loss = objective(tiny_net(dtype=torch.float64), replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1)))
+    assert set(loss.terms) == set(loss.coef) == objective.terms
+    assert (loss.out.clean is not None) == objective.clean_pass
+    assert (loss.out.adv is not None) == ("x_adv" in objective.reads)
+    assert all(term.shape == (6,) for term in loss.terms.values())
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_soft_labels_act_where_they_are_read_and_nowhere_else(tiny_net: Net, batch_of: BatchOf, name: str) -> None:
+    objective, batch = OBJECTIVES.get(name)(), batch_of()
+    batch = replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1))
+    one_hot = F.one_hot(batch.y, 3).double()
+    hard, same, other = (
+        objective(tiny_net(dtype=torch.float64), replace(batch, soft=soft)).total().item()
+        for soft in (None, one_hot, one_hot.roll(1, 1))
+    )
+    assert same == pytest.approx(hard, rel=1e-14)
+    assert (abs(other - hard) > 1e-2) == ("soft" in objective.reads)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("text", VARIANTS)
+def test_radius_zero_returns_the_images_bit_for_bit(
+    tiny_net: Net, batch_of: BatchOf, attacked: Attacked, text: str, norm: str
+) -> None:
+    for dtype in (torch.float32, torch.float64):
+        batch = attacked(tiny_net(), objective_of(text, norm=norm, eps=0.0), batch_of(dtype=dtype))
+        assert batch.x_adv is not None
+        assert torch.equal(batch.x_adv, batch.x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("text", VARIANTS)
+def test_the_attack_stays_in_the_ball_and_in_the_box_unless_told_otherwise(
+    tiny_net: Net, batch_of: BatchOf, attacked: Attacked, text: str, norm: str
+) -> None:
+    batch = attacked(tiny_net(), objective_of(text, norm=norm, eps=0.3), batch_of(dtype=torch.float32))
+    assert batch.x_adv is not None
+    delta = (batch.x_adv - batch.x).flatten(1)
+    length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert 0.1 < float(length.max()) <= 0.3 + 1e-6
+    inside = bool(((batch.x_adv >= 0) & (batch.x_adv <= 1)).all())
+    assert inside == ("clip_to_box=false" not in text)
+
+
+@pytest.mark.parametrize("text", ["standard", *VARIANTS])
+def test_a_batch_of_one_is_a_row_of_a_larger_one(tiny_net: Net, batch_of: BatchOf, text: str) -> None:
+    objective, batch = read_composition(text)[0], batch_of()
+    model = tiny_net(dtype=torch.float64).eval()
+    batch = replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1))
+    rows = objective(model, batch).per_example()
+    for i in range(3):
+        one = Batch(x=batch.x[i : i + 1], y=batch.y[i : i + 1], index=batch.index[i : i + 1], seed=1)
+        attack = objective.attack(one)
+        if attack is not None:
+            x_adv = pgd(model, one.x, one.y, attack, one.rng("attack"))
+            assert x_adv.shape == one.x.shape
+        one = replace(one, x_adv=None if batch.x_adv is None else batch.x_adv[i : i + 1])
+        torch.testing.assert_close(objective(model, one).total(), rows[i], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("text", ["standard", *VARIANTS])
+def test_logits_in_half_precision_are_raised_to_float32(
+    tiny_net: Net, batch_of: BatchOf, gradients: Gradients, text: str, dtype: torch.dtype
+) -> None:
+    objective, batch, model = read_composition(text)[0], batch_of(dtype=torch.float32), tiny_net()
+    batch = replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1))
+    half = objective(lambda x: model(x).to(dtype), batch)
+    raised = objective(lambda x: model(x).to(dtype).float(), batch)
+    assert {term.dtype for term in half.terms.values()} == {torch.float32}
+    assert half.total().dtype == torch.float32
+    assert torch.equal(half.total(), raised.total())
+    assert all(bool(torch.isfinite(g).all()) for g in gradients(model, half.total()))
+
+
+@pytest.mark.parametrize("text", ["standard", *VARIANTS])
+def test_two_classes_are_enough(tiny_net: Net, batch_of: BatchOf, gradients: Gradients, text: str) -> None:
+    objective, model, batch = read_composition(text)[0], tiny_net(classes=2), batch_of(classes=2, dtype=torch.float32)
+    attack = objective.attack(batch)
+    x_adv = batch.x if attack is None else pgd(model, batch.x, batch.y, attack, batch.rng("attack"))
+    loss = objective(model, replace(batch, x_adv=x_adv))
+    slopes = gradients(model, loss.total())
+    assert all(bool(torch.isfinite(g).all()) for g in slopes)
+    assert max(float(g.abs().max()) for g in slopes) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "forwards", "in_attack"),
+    [
+        ("pgd-at", 1, 10),
+        ("pgd-at(start=input-gradient)", 1, 11),
+        ("fgsm-at", 1, 1),
+        ("trades", 2, 11),
+        ("mart", 2, 10),
+        ("arow", 2, 11),
+        ("arow(perturb_loss=ce)", 2, 10),
+    ],
+)
+@pytest.mark.parametrize("mode", ["eval", "train_frozen", "train"])
+def test_the_batch_norm_ledger_of_a_step(
+    tiny_net: Net, batch_of: BatchOf, attacked: Attacked, text: str, forwards: int, in_attack: int, mode: str
+) -> None:
+    model, objective = tiny_net(), objective_of(text, attack_mode=mode)
+    objective(model, attacked(model, objective, batch_of(dtype=torch.float32)))
+    assert int(model.norm.num_batches_tracked) == forwards + (in_attack if mode == "train" else 0)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("text", "draw"),
+    [
+        ("pgd-at", "uniform"),
+        ("pgd-at(start=zero)", "nothing"),
+        ("pgd-at(start=input-gradient)", "nothing"),
+        ("fgsm-at", "uniform"),
+        ("fgsm-at(clip_to_box=false)", "uniform"),
+        ("trades", "gauss"),
+        ("trades(norm=l2)", "gauss"),
+        ("mart", "gauss"),
+        ("mart(start=uniform)", "uniform"),
+        ("arow", "uniform"),
+        ("arow(start=gauss001)", "gauss"),
+    ],
+)
+def test_an_attack_draws_its_start_once_and_nothing_from_the_global_stream(
+    tiny_net: Net, batch_of: BatchOf, text: str, draw: str
+) -> None:
+    model, batch, before = tiny_net(dtype=torch.float64), batch_of(), torch.get_rng_state()
+    rng, twin = batch.rng("attack"), batch.rng("attack")
+    pgd(model, batch.x, batch.y, objective_of(text).attack(batch), rng)  # type: ignore[arg-type]
+    if draw == "gauss":
+        torch.empty_like(batch.x).normal_(generator=twin)
+    elif draw == "uniform":
+        torch.empty_like(batch.x).uniform_(-1, 1, generator=twin)
+    assert torch.equal(rng.get_state(), twin.get_state())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+BAD = [
+    *((name, "eps", value) for name in ADVERSARIAL for value in (-0.1, 1.5, nan, inf)),
+    *((name, "step_size", value) for name in ADVERSARIAL for value in (-0.01, nan)),
+    *((name, "steps", -1) for name in ADVERSARIAL),
+    *((name, "attack_mode", "test") for name in ADVERSARIAL),
+    *((name, "beta", value) for name in ("trades", "mart") for value in (-1, nan, inf)),
+    *(("arow", "lam", value) for value in (-1, nan, inf)),
+    *(("arow", "label_smoothing", value) for value in (-0.1, 1.1, nan)),
+    *((name, "eps_log", value) for name in ("mart", "arow") for value in (-1e-12, 1.0, nan)),
+    *(("mart", field, value) for field in ("bce_margin", "weight_margin") for value in (0.9999, nan, inf)),
+    *(("fgsm-at", "alpha_ratio", value) for value in (-0.5, nan, inf)),
+    ("fgsm-at", "steps", 2),
+    ("fgsm-at", "steps", 0),
+    ("pgd-at", "start", "gauss001"),
+    ("mart", "start", "zero"),
+    ("arow", "start", "input-gradient"),
+    ("trades", "regularizer", "mse"),
+    ("trades", "l2_step", "eps"),
+    ("arow", "perturb_loss", "margin"),
+    ("arow", "weighting", "robust"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), BAD)
+def test_a_bad_value_is_an_error_with_owner_and_field(name: str, field: str, value: object) -> None:
+    for build in (
+        lambda: OBJECTIVES.get(name)(**{field: value}),
+        lambda: read_composition(f"{name}({field}={value})"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{name}: {field} must be .*got") as error:
+            build()
+        assert (error.value.owner, error.value.field) == (name, field)
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_a_norm_that_does_not_exist_is_refused(name: str) -> None:
+    for build in (lambda: OBJECTIVES.get(name)(norm="l1"), lambda: read_composition(f"{name}(norm=l1)")):
+        with pytest.raises(ConfigError, match="norm must be linf or l2, got 'l1'"):
+            build()

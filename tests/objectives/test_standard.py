@@ -1,24 +1,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
+import pytest
 import torch
 from torch import nn
 
-from robustfair.objectives import PGDAT, Standard, Trades
+from reference import losses
+from robustfair.objectives import Standard
 from robustfair.values import Batch
 
 Net = Callable[..., nn.Module]
+BatchOf = Callable[..., Batch]
 
 
-def batch_of(b: int = 6) -> Batch:
-    rng = torch.Generator().manual_seed(0)
-    x = torch.rand(b, 1, 5, 5, generator=rng)
-    return Batch(x=x, y=torch.arange(b) % 3, index=torch.arange(b), seed=1, x_adv=(x + 0.1).clamp(0, 1))
-
-
-def test_the_loss_is_clean_cross_entropy_and_reads_no_attack(tiny_net: Net) -> None:
-    batch = batch_of()
+def test_the_loss_is_clean_cross_entropy_and_reads_no_attack(tiny_net: Net, batch_of: BatchOf) -> None:
+    batch = batch_of(dtype=torch.float32)
+    batch = replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1))
     loss = Standard()(tiny_net(), batch)
     expected = nn.functional.cross_entropy(tiny_net()(batch.x), batch.y)
     assert loss.total().item() == expected.item()
@@ -27,6 +27,10 @@ def test_the_loss_is_clean_cross_entropy_and_reads_no_attack(tiny_net: Net) -> N
     assert "x_adv" not in Standard.reads
 
 
-def test_terms_are_what_the_class_says(tiny_net: Net) -> None:
-    for objective in (Standard(), PGDAT(), Trades()):
-        assert set(objective(tiny_net(), batch_of()).terms) == objective.terms
+@pytest.mark.parametrize("soft", [False, True])
+def test_value_and_gradients_are_the_formula(
+    batch_of: BatchOf, assert_loss_is_the_formula: Callable[..., None], soft: bool
+) -> None:
+    batch = batch_of(soft=soft)
+    labels = batch.soft.tolist() if batch.soft is not None else None
+    assert_loss_is_the_formula(Standard(), batch, partial(losses.mean_cross_entropy, soft=labels))

@@ -1,43 +1,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
+from math import log
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference import attacks, losses
-from robustfair.attacks.pgd import pgd
+from reference import losses
 from robustfair.losses import MaximiseKL
 from robustfair.objectives import Standard, Trades
 from robustfair.values import Batch
 
 Net = Callable[..., nn.Module]
+BatchOf = Callable[..., Batch]
+Attacked = Callable[..., Batch]
+Gradients = Callable[..., list[Tensor]]
+Check = Callable[..., None]
 
 
-def batch_of(b: int = 6, *, dtype: torch.dtype = torch.float64) -> Batch:
-    x = torch.rand(b, 1, 5, 5, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    return Batch(x=x, y=torch.arange(b) % 3, index=torch.arange(b), seed=1)
+@pytest.fixture
+def batch(tiny_net: Net, batch_of: BatchOf, attacked: Attacked) -> Batch:
+    """Images under the attack of TRADES at 0.1."""
+    return attacked(tiny_net(dtype=torch.float64), Trades(eps=0.1), batch_of())
 
 
-def attacked(model: nn.Module, objective: Trades, batch: Batch) -> Batch:
-    return replace(batch, x_adv=pgd(model, batch.x, batch.y, objective.attack(batch), batch.rng("attack")))
-
-
-def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(value, list(model.parameters())))
-
-
-def test_defaults() -> None:
+def test_defaults(batch_of: BatchOf) -> None:
     attack = Trades().attack(batch_of(2))
-    assert Trades().beta == 6
+    assert (Trades().beta, Trades().regularizer, Trades().detach_clean) == (6, "kl", False)
     assert attack.eps.tolist() == [8 / 255] * 2
     assert attack.step_size.tolist() == pytest.approx([2 / 255] * 2)
     assert (attack.steps, attack.start, attack.mode, attack.goal) == (10, "gauss001", "eval", MaximiseKL())
 
 
-def test_l2_takes_two_eps_over_steps_and_the_box_first() -> None:
+def test_l2_takes_two_eps_over_steps_and_the_box_first(batch_of: BatchOf) -> None:
     attack = Trades(norm="l2", eps=0.5, steps=8, step_size=0.01).attack(batch_of(2))
     assert attack.step_size.tolist() == [0.125] * 2
     assert attack.box_first
@@ -53,34 +51,74 @@ def test_l2_takes_two_eps_over_steps_and_the_box_first() -> None:
     ],
 )
 def test_the_attack_is_the_loop_over_pixels_from_the_same_start(
-    tiny_net: Net, norm: str, geometry: str, eps: float, step_size: float
+    assert_attack_is_the_pixel_loop: Check, norm: str, geometry: str, eps: float, step_size: float
 ) -> None:
-    model, batch = tiny_net(dtype=torch.float64).eval(), batch_of()
     objective = Trades(norm=norm, eps=eps, steps=4)  # type: ignore[arg-type]
-    start = batch.x + 0.001 * torch.empty_like(batch.x).normal_(generator=batch.rng("attack"))
-    radii, step_sizes = [eps] * 6, [step_size] * 6
-    paths = attacks.pgd(
-        model, batch.x, batch.y, start, eps=radii, step_size=step_sizes, steps=4, goal="kl", geometry=geometry
-    )
-    ours = pgd(model, batch.x, batch.y, objective.attack(batch), batch.rng("attack"))
-    torch.testing.assert_close(ours, attacks.last(paths, batch.x), rtol=0, atol=1e-9)
-    assert float((ours - batch.x).abs().max()) > 0.05
+    settings = {"eps": eps, "step_size": step_size, "steps": 4, "geometry": geometry}
+    assert_attack_is_the_pixel_loop(objective, goal="kl", start="gauss001", **settings)
 
 
-def test_value_and_weight_gradients_are_the_formulas(tiny_net: Net) -> None:
-    model, twin = tiny_net(dtype=torch.float64), tiny_net(dtype=torch.float64)
-    batch = attacked(model, Trades(eps=0.1), batch_of())
-    loss = Trades(eps=0.1)(model, batch)
-    clean, adv = twin(batch.x), twin(batch.x_adv)
-    value, at_clean, at_adv = losses.trades(clean.tolist(), adv.tolist(), batch.y.tolist(), 6.0)
-    assert loss.total().item() == pytest.approx(value, abs=1e-10)
-    upstream = [torch.tensor(g, dtype=torch.float64) for g in (at_clean, at_adv)]
-    expected = torch.autograd.grad([clean, adv], list(twin.parameters()), upstream)
-    for ours, slow in zip(gradients(model, loss.total()), expected, strict=True):
-        torch.testing.assert_close(ours, slow, rtol=1e-6, atol=1e-10)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("regularizer", ["kl", "ce"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_value_and_gradients_are_the_formulas(
+    tiny_net: Net,
+    batch_of: BatchOf,
+    attacked: Attacked,
+    assert_loss_is_the_formula: Check,
+    classes: int,
+    regularizer: str,
+    soft: bool,
+) -> None:
+    objective = Trades(eps=0.1, regularizer=regularizer)  # type: ignore[arg-type]
+    model = tiny_net(dtype=torch.float64, classes=classes)
+    batch = attacked(model, objective, batch_of(classes=classes, soft=soft))
+    labels = batch.soft.tolist() if batch.soft is not None else None
+    slow = partial(losses.trades, beta=6.0, regularizer=regularizer, soft=labels)
+    assert_loss_is_the_formula(objective, batch, slow, classes=classes)
 
 
-def test_beta_zero_is_clean_cross_entropy(tiny_net: Net) -> None:
+def test_cross_entropy_between_the_branches_is_kl_plus_the_entropy_of_the_clean_one(
+    tiny_net: Net, batch: Batch
+) -> None:
+    by_kl, by_ce = (Trades(regularizer=r)(tiny_net(dtype=torch.float64), batch) for r in ("kl", "ce"))  # type: ignore[arg-type]
+    clean = by_kl.out.clean
+    assert clean is not None
+    entropy = torch.tensor([losses.entropy(z) for z in clean.tolist()], dtype=torch.float64)
+    assert float(entropy.min()) > 0.01
+    assert float(entropy.max()) <= log(3)
+    difference = by_ce.terms["consistency"] - by_kl.terms["consistency"]
+    torch.testing.assert_close(difference, entropy, rtol=0, atol=1e-12)
+    slopes = [torch.autograd.grad(loss.total(), (loss.out.adv, loss.out.clean)) for loss in (by_kl, by_ce)]
+    torch.testing.assert_close(slopes[0][0], slopes[1][0], rtol=0, atol=1e-12)
+    assert float((slopes[0][1] - slopes[1][1]).abs().max()) > 1e-3
+
+
+def test_torchs_mean_reduction_is_one_part_in_k_of_the_regulariser(tiny_net: Net, batch: Batch) -> None:
+    loss = Trades()(tiny_net(dtype=torch.float64), batch)
+    assert loss.out.clean is not None
+    assert loss.out.adv is not None
+    per_entry = F.kl_div(F.log_softmax(loss.out.adv, 1), F.softmax(loss.out.clean, 1), reduction="none").mean()
+    torch.testing.assert_close(loss.terms["consistency"].mean() / 3, per_entry, rtol=1e-10, atol=0)
+    swapped = F.kl_div(F.log_softmax(loss.out.clean, 1), F.softmax(loss.out.adv, 1), reduction="batchmean")
+    assert abs(swapped.item() - loss.terms["consistency"].mean().item()) > 1e-4
+
+
+@pytest.mark.parametrize("beta", [0.5, 6.0])
+def test_the_form_of_cfa_is_this_loss_over_one_plus_beta(tiny_net: Net, batch: Batch, beta: float) -> None:
+    loss = Trades(beta=beta)(tiny_net(dtype=torch.float64), batch)
+    share = beta / (1 + beta)
+    theirs = ((1 - share) * loss.terms["label"] + share * loss.terms["consistency"]).mean()
+    torch.testing.assert_close((1 + beta) * theirs, loss.total(), rtol=1e-12, atol=0)
+    logits = (loss.out.clean, loss.out.adv)
+    ours = torch.autograd.grad(loss.total(), logits, retain_graph=True)
+    for a, b in zip(torch.autograd.grad((1 + beta) * theirs, logits), ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_beta_zero_is_clean_cross_entropy(
+    tiny_net: Net, batch_of: BatchOf, attacked: Attacked, gradients: Gradients
+) -> None:
     model, twin = tiny_net(dtype=torch.float64), tiny_net(dtype=torch.float64)
     batch = attacked(model, Trades(beta=0.0, eps=0.1), batch_of())
     ours, standard = Trades(beta=0.0)(model, batch).total(), Standard()(twin, batch).total()
@@ -89,40 +127,24 @@ def test_beta_zero_is_clean_cross_entropy(tiny_net: Net) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_the_loss_is_linear_in_beta_for_a_fixed_attack(tiny_net: Net) -> None:
-    batch = attacked(tiny_net(dtype=torch.float64), Trades(eps=0.1), batch_of())
+def test_the_loss_is_linear_in_beta_for_a_fixed_attack(tiny_net: Net, batch: Batch) -> None:
     at = {b: Trades(beta=b)(tiny_net(dtype=torch.float64), batch).total().item() for b in (0.0, 1.0, 3.0, 6.0)}
     assert at[1.0] > at[0.0]
     for b in (3.0, 6.0):
         assert at[b] - at[0.0] == pytest.approx(b * (at[1.0] - at[0.0]), rel=1e-10)
 
 
-def test_radius_zero_leaves_no_consistency_loss(tiny_net: Net) -> None:
+def test_radius_zero_leaves_no_consistency_loss(tiny_net: Net, batch_of: BatchOf, attacked: Attacked) -> None:
     model = tiny_net()
     batch = attacked(model, Trades(eps=0.0), batch_of(dtype=torch.float32))
-    assert torch.equal(batch.x_adv, batch.x)
     assert torch.equal(Trades(eps=0.0)(model, batch).terms["consistency"], torch.zeros(6))
 
 
-def test_a_step_updates_batch_norm_exactly_twice(tiny_net: Net) -> None:
-    model = tiny_net()
-    Trades()(model, attacked(model, Trades(), batch_of(dtype=torch.float32)))
-    assert int(model.norm.num_batches_tracked) == 2
-
-
-def test_detaching_the_clean_side_is_another_gradient(tiny_net: Net) -> None:
-    batch = attacked(tiny_net(dtype=torch.float64), Trades(eps=0.1), batch_of())
-    models = [tiny_net(dtype=torch.float64) for _ in range(2)]
-    live, held = (Trades(detach_clean=d)(m, batch).total() for d, m in zip((False, True), models, strict=True))
-    assert live.item() == held.item()
-    difference = [a - b for a, b in zip(gradients(models[0], live), gradients(models[1], held), strict=True)]
-    assert max(float(d.abs().max()) for d in difference) > 1e-3
-
-
-def test_one_gaussian_draw_and_nothing_from_the_global_stream(tiny_net: Net) -> None:
-    batch, before = batch_of(), torch.get_rng_state()
-    rng, twin = batch.rng("attack"), batch.rng("attack")
-    pgd(tiny_net(dtype=torch.float64), batch.x, batch.y, Trades().attack(batch), rng)
-    torch.empty_like(batch.x).normal_(generator=twin)
-    assert torch.equal(rng.get_state(), twin.get_state())
-    assert torch.equal(torch.get_rng_state(), before)
+def test_detaching_the_clean_side_is_another_gradient(tiny_net: Net, batch: Batch, gradients: Gradients) -> None:
+    for regularizer in ("kl", "ce"):
+        models = [tiny_net(dtype=torch.float64) for _ in range(2)]
+        pairs = zip((False, True), models, strict=True)
+        live, held = (Trades(detach_clean=d, regularizer=regularizer)(m, batch).total() for d, m in pairs)  # type: ignore[arg-type]
+        assert live.item() == held.item()
+        difference = [a - b for a, b in zip(gradients(models[0], live), gradients(models[1], held), strict=True)]
+        assert max(float(d.abs().max()) for d in difference) > 1e-3

@@ -257,7 +257,7 @@ def _project(x_adv: Tensor, problem: Problem) -> Tensor:
     """Into the ball and the box, in the attack's order."""
     x, eps = problem.x, problem.eps
     if problem.norm == "l2" and problem.box_first:
-        return x + _into_l2_ball(x_adv.clamp(0, 1) - x, eps)
+        return x + _into_l2_ball((x_adv.clamp(0, 1) if problem.box else x_adv) - x, eps)
     if problem.norm == "linf":
         inside = torch.minimum(torch.maximum(x_adv, x - eps), x + eps)
     else:

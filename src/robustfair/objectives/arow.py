@@ -49,9 +49,9 @@ class ARoW(AdversarialObjective):
         label_smoothing: s in [0, 1].
         perturb_loss: what the attack maximises: "kl", "ce", "revkl" (KL(q || p)) or "js".
         start: "uniform", clipped to [0, 1], or "gauss001".
-        weighting: "anti-robust" (1 - q_y), "confidence" (p_y: the code's `cow`) or "none", which is TRADES on smoothed
-            labels.
-        eps_log: floor under the logarithm.
+        weighting: "anti-robust" (1 - q_y), "confidence" (p_y: the code's `cow`) or "constant" (1), which is TRADES on
+            smoothed labels.
+        eps_log: floor under the logarithm; 0 is the paper's, and infinite where a probability underflows.
     """
 
     name: ClassVar[str] = "arow"
@@ -62,7 +62,7 @@ class ARoW(AdversarialObjective):
     label_smoothing: float = 0.2
     perturb_loss: Literal["kl", "ce", "revkl", "js"] = "kl"
     start: Literal["uniform", "gauss001"] = "uniform"
-    weighting: Literal["anti-robust", "confidence", "none"] = "anti-robust"
+    weighting: Literal["anti-robust", "confidence", "constant"] = "anti-robust"
     eps_log: float = 1e-12
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class ARoW(AdversarialObjective):
         require_at_least(0, self.name, "lam", self.lam)
         smooth = self.label_smoothing
         require(0 <= smooth <= 1, self.name, "label_smoothing", allowed="in [0, 1]", got=smooth)
-        require(0 < self.eps_log < 1, self.name, "eps_log", allowed="in (0, 1)", got=self.eps_log)
+        require(0 <= self.eps_log < 1, self.name, "eps_log", allowed="in [0, 1)", got=self.eps_log)
 
     def attack(self, batch: Batch) -> Attack:
         return self.attack_with(batch, GOALS[self.perturb_loss], self.start)

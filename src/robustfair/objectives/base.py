@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustfair.config import Norm, parse_eps, parse_norm, require, require_at_least, require_literals
+from robustfair.config import Norm, parse_eps, parse_norm, require, require_at_least, require_literals, require_whole
 from robustfair.losses import MaximiseCE, cross_entropy, soft_cross_entropy
 from robustfair.values import Attack, Batch, Goal, Loss, Mode, Model, default_eps, default_step
 
@@ -70,7 +70,7 @@ class AdversarialObjective(Objective):
     reads: ClassVar[frozenset[str]] = frozenset({"x_adv"})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", parse_norm(self.norm))
+        object.__setattr__(self, "norm", parse_norm(self.norm, owner=self.name))
         require_literals(self)
         eps = default_eps(self.norm) if self.eps is None else self.eps
         read = parse_eps(eps, norm=self.norm, owner=self.name) if isinstance(eps, str) else eps
@@ -79,7 +79,7 @@ class AdversarialObjective(Objective):
         inside = self.norm == "l2" or self.radius <= 1
         require(inside, self.name, "eps", allowed="at most 1 under linf", got=self.eps, hint="Write 8/255, not 8")
         require_at_least(0, self.name, "step_size", self.step_size or 0)
-        require_at_least(0, self.name, "steps", self.steps)
+        require_whole(0, self.name, "steps", self.steps)
 
     @property
     def radius(self) -> float:

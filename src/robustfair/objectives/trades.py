@@ -3,8 +3,9 @@
 The loss is `trades.py` line by line: neither side of the KL is detached, the mean is over examples. Departures from the
 authors' code: one clean pass instead of two (same value and gradient, one batch-norm update less); eps and step are the
 8/255 and 2/255 of the later literature instead of 0.031 and 0.007; under l2 a zero gradient moves nothing, where theirs
-draws a random direction. The paper's algorithm writes the regulariser as a surrogate loss between f(x) and f(x'), such
-as their cross-entropy (`regularizer="ce"`): the same gradient on f(x'), another on f(x).
+draws a random direction, and their start is the second of two draws. The paper's algorithm writes the regulariser as a
+surrogate loss between f(x) and f(x'), such as their cross-entropy (`regularizer="ce"`): the same gradient on f(x'),
+another on f(x).
 """
 
 from __future__ import annotations
