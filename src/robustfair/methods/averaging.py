@@ -26,7 +26,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import require, require_literals
+from robustfair.config import require, require_literals, require_whole
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
 from robustfair.values import BATCH_NORM, Batch, Loss, State, StateDict, derive_seed
@@ -64,7 +64,7 @@ class EMA(Method):
     def __post_init__(self) -> None:
         require_literals(self)
         require(0 <= self.decay <= 1, self.name, "decay", allowed="in [0, 1]", got=self.decay)
-        require(self.begin >= 0, self.name, "begin", allowed=">= 0", got=self.begin)
+        require_whole(0, self.name, "begin", self.begin)
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
         return self._update(state, run.model) if self.per == "step" and run.epoch >= self.begin else state
@@ -110,7 +110,7 @@ class SWA(Method):
 
     def __post_init__(self) -> None:
         require_literals(self)
-        require(self.begin >= 0, self.name, "begin", allowed=">= 0", got=self.begin)
+        require_whole(0, self.name, "begin", self.begin)
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
         return self._update(state, run.model) if self.per == "step" and run.epoch >= self.begin else state

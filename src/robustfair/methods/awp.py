@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import require, require_at_least, require_literals
+from robustfair.config import require, require_at_least, require_literals, require_whole
 from robustfair.errors import ModelError
 from robustfair.methods.base import LossAt, Method, Run
 from robustfair.registry import METHODS
@@ -63,8 +63,8 @@ class AWP(Method):
     def __post_init__(self) -> None:
         require_literals(self)
         require_at_least(0, self.name, "gamma", self.gamma or 0)
-        require_at_least(0, self.name, "begin", self.begin)
-        require_at_least(1, self.name, "steps", self.steps)
+        require_whole(0, self.name, "begin", self.begin)
+        require_whole(1, self.name, "steps", self.steps)
         rate = self.proxy_lr
         usable = rate is None or 0 < rate < float("inf")
         require(usable, self.name, "proxy_lr", allowed="a finite number above 0, or none", got=rate)

@@ -93,7 +93,8 @@ class FriendlyAT(Method):
         if isinstance(self.tau, str):
             read_budgets(self.tau)
         elif self.tau is not None:
-            require(isinstance(self.tau, int) and self.tau >= 0, self.name, "tau", allowed=ALLOWED_TAU, got=self.tau)
+            whole = isinstance(self.tau, int) and not isinstance(self.tau, bool) and self.tau >= 0
+            require(whole, self.name, "tau", allowed=ALLOWED_TAU, got=self.tau)
         require_at_least(0, self.name, "omega", self.omega)
 
     @property
