@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 from robustfair.cli import app
 from robustfair.config import format_value
 from robustfair.data.augment import AUGMENTATIONS, parse_augmentation
+from robustfair.errors import ConflictError
+from robustfair.methods import compose
 from robustfair.recipe import read_recipe
 from robustfair.registry import METHODS, OBJECTIVES
 from robustfair.runner import plan_of
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
-CARDS = sorted(path.stem for path in FOLDER.glob("*.md"))
+CARDS = sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "README")
 SECTIONS = ["Formula", "Use", "Parameters", "Where paper, code and this library differ", "Composes with", "Measured"]
 
 
@@ -33,6 +36,24 @@ def settings(name: str) -> dict[str, str]:
 
 def test_everything_that_composes_has_a_card_and_nothing_else() -> None:
     assert set(CARDS) == {*OBJECTIVES, *METHODS, "crop-shift", "idbh"}
+
+
+def test_the_index_links_every_card_and_says_what_acts_on_what() -> None:
+    def acts(base: str, *names: str) -> bool:
+        try:
+            compose(OBJECTIVES.get(base)(), [METHODS.get(name)() for name in names])
+        except ConflictError:
+            return False
+        return True
+
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"\[([\w-]+)\]\(\1\.md\)", text)) == CARDS
+    heading, _, *rows = [line.split(" | ") for line in re.findall(r"^\| (.*) \|$", text, re.MULTILINE)]
+    said = {(base.strip("`"), row[0].strip("`")): row[at] for row in rows for at, base in enumerate(heading) if at}
+    assert said == {(base, name): "yes" if acts(base, name) else "no" for base in OBJECTIVES for name in METHODS}
+    together = [(base, pair) for pair in itertools.combinations(METHODS, 2) for base in OBJECTIVES]
+    apart = {pair for base, pair in together if all(acts(base, name) for name in pair) and not acts(base, *pair)}
+    assert apart == {("avmixup", "label-smoothing")}
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -72,7 +72,7 @@ def kept_mass_labels(kept: float, num_classes: int) -> Tensor:
     >>> kept_mass_labels(0.5, 3).tolist()
     [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]
     """
-    others = (1 - kept) / (num_classes - 1)
+    others = (1 - kept) / max(num_classes - 1, 1)
     return torch.full((num_classes, num_classes), others).fill_diagonal_(kept)
 
 
