@@ -15,7 +15,7 @@ from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
 from robustfair.methods import AWP, EMA, SWA
 from robustfair.methods.averaging import UPDATES, reestimated, reinitialised
-from robustfair.objectives import PGDAT
+from robustfair.objectives import PGDAT, Standard
 from robustfair.runner import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.training.state import TrainState
@@ -220,7 +220,7 @@ def test_a_run_too_short_is_remarked_upon() -> None:
     for average in (EMA(begin=3), SWA(begin=3)):
         assert average.remark(4) is None
         assert str(average.remark(3)).startswith(f"{average.name} begins at epoch 3")
-    assert "average nothing" in str(SWA().remark(50))
+    assert "never act" in str(SWA().remark(50))
 
 
 # The mean
@@ -378,3 +378,22 @@ def test_a_wrong_value_is_refused_with_owner_and_field(name: str, field: str, wr
         {"ema": EMA, "swa": SWA}[name](**{field: wrong})
     with pytest.raises(ConfigError, match=f"^{name}: {field} must be"):
         read_composition(f"pgd-at + {name}({field}={wrong})")
+
+
+def test_a_run_begun_before_updates_were_counted_goes_on(
+    tiny_net: Net, tiny_data: Callable[..., Any], differences: Callable[..., list[str]]
+) -> None:
+    states: list[Any] = []
+    ema, schedule = EMA(decay=0.5), Schedule(epochs=3, lr=0.1, batch_size=7)
+    options = {"methods": (ema,), "schedule": schedule, "validation": 0, "select": "last"}
+    whole = fit(tiny_net(), tiny_data(), Standard(), save=states.append, **options)
+    uncounted = {name: tensor for name, tensor in states[0].methods["ema"].items() if name != UPDATES}
+    resumed = fit(tiny_net(), tiny_data(), Standard(), resume=replace(states[0], methods={"ema": uncounted}), **options)
+    assert differences(whole.state, resumed.state) == [f"method ema/{UPDATES}"]
+
+
+def test_a_random_start_leaves_every_other_stream_alone(monkeypatch: pytest.MonkeyPatch, stand_in_run: Run) -> None:
+    run, before = stand_in_run(), torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds every GPU"))
+    EMA(init="random").after_step({}, None, None, run)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), before)

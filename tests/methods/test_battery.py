@@ -14,7 +14,7 @@ from torch import nn
 
 from robustfair.data import ImageDataset
 from robustfair.errors import ConflictError
-from robustfair.methods import EMA, Method, Run, compose
+from robustfair.methods import EMA, SWA, Method, Run, compose
 from robustfair.objectives import AdversarialObjective, Objective
 from robustfair.registry import METHODS, OBJECTIVES
 from robustfair.training import Fitted, Schedule, fit
@@ -141,6 +141,29 @@ def test_order_does_not_matter(
     one = train(tiny_net, tiny_data, base, [acting(first), acting(second)])
     two = train(tiny_net, tiny_data, base, [acting(second), acting(first)])
     assert differences(one.state, two.state) == []
+    assert same_choice(one, two)
+
+
+@pytest.mark.parametrize("select", ["last", "average", "worst"])
+def test_the_order_of_averages_does_not_choose_between_them(tiny_net: Net, tiny_data: Data, select: Any) -> None:
+    """Also where they tie: a rate of 0 leaves every candidate the same."""
+    averages = [EMA(decay=0.5, buffers="copy"), SWA(begin=0, buffers="copy")]
+    for lr in (0.1, 0.0):
+        schedule = Schedule(epochs=2, lr=lr, batch_size=7)
+        options = {"schedule": schedule, "validation": 0.25, "select": select}
+        one, two = (
+            fit(tiny_net(), tiny_data((10, 6, 8)), objective("pgd-at"), methods=methods, **options)  # type: ignore[arg-type]
+            for methods in (averages, averages[::-1])
+        )
+        assert list(one.state.exports) == list(two.state.exports) == ["ema", "swa"]
+        assert same_choice(one, two)
+
+
+def same_choice(one: Fitted, two: Fitted) -> bool:
+    """Whether two runs chose the same candidate of the same epoch, with the same weights."""
+    there = two.model.state_dict()
+    weights = all(torch.equal(tensor, there[name]) for name, tensor in one.model.state_dict().items())
+    return weights and (one.chosen.candidate, one.chosen.epoch) == (two.chosen.candidate, two.chosen.epoch)
 
 
 @pytest.mark.parametrize(("base", "name"), ALONE)

@@ -132,4 +132,4 @@ def test_a_run_too_short_is_remarked_upon() -> None:
         assert method.remark(11) is None
         remark = method.remark(10)
         assert remark is not None
-        assert f"{method.name}(begin=1)" in remark
+        assert f"lower {method.name}(begin)" in remark

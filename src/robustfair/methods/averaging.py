@@ -6,7 +6,8 @@ SWA (Izmailov et al. 2018): theta_bar = the mean of the weights after every epoc
 The average is never fed back into training. Forms in use differ in the period, the start, and what becomes of batch
 norm's running statistics, all named here. CFA's own baseline is `ema(decay=0.85, per=epoch, begin=50,
 buffers=average)`, the average of the IDBH repository `ema(decay=0.999)`, ARoW's `swa(begin=50)` or `ema(decay=0.995,
-init=random, buffers=copy)`, that of the PyTorch port of Gowal et al. `ema(decay=0.995, ramp=true, buffers=copy)`.
+init=random, buffers=copy)`, that of the PyTorch port of Gowal et al. `ema(decay=0.995, ramp=true, begin=5,
+buffers=copy)` in 200 epochs.
 
 Departures from the official codes: the first update copies the weights (`init="random"` starts from an independent
 random initialisation, as ARoW's does); integer counters are copied, never averaged; copied buffers are copies, where
@@ -26,8 +27,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import require, require_literals, require_whole
-from robustfair.methods.base import Method, Run
+from robustfair.config import require_literals, require_share, require_whole
+from robustfair.methods.base import Method, Run, late
 from robustfair.registry import METHODS
 from robustfair.values import BATCH_NORM, Batch, Loss, State, StateDict, derive_seed
 
@@ -63,7 +64,7 @@ class EMA(Method):
 
     def __post_init__(self) -> None:
         require_literals(self)
-        require(0 <= self.decay <= 1, self.name, "decay", allowed="in [0, 1]", got=self.decay)
+        require_share(self.name, "decay", self.decay)
         require_whole(0, self.name, "begin", self.begin)
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
@@ -77,7 +78,7 @@ class EMA(Method):
         return exported("ema", state, run, self.buffers)
 
     def remark(self, epochs: int) -> str | None:
-        return idle("ema", self.begin, epochs)
+        return late(self.name, self.begin, epochs)
 
     @torch.no_grad()
     def _update(self, state: State, model: nn.Module) -> State:
@@ -86,9 +87,10 @@ class EMA(Method):
             if self.init == "copy":
                 return begun(current)
             state = begun(averaged_entries(reinitialised(model), self.buffers), updates=0)
+        if not self.ramp:
+            return moved_towards(state, current, 1 - self.decay)
         updates = state[UPDATES].double()
-        decay = ((1 + updates) / (10 + updates)).clamp(max=self.decay) if self.ramp else self.decay
-        return moved_towards(state, current, 1 - decay)
+        return moved_towards(state, current, 1 - ((1 + updates) / (10 + updates)).clamp(max=self.decay))
 
 
 @METHODS.register("swa")
@@ -123,7 +125,7 @@ class SWA(Method):
         return exported("swa", state, run, self.buffers)
 
     def remark(self, epochs: int) -> str | None:
-        return idle("swa", self.begin, epochs)
+        return late(self.name, self.begin, epochs)
 
     @torch.no_grad()
     def _update(self, state: State, model: nn.Module) -> State:
@@ -154,7 +156,8 @@ def moved_towards(state: State, current: Mapping[str, Tensor], share: Tensor | f
         torch._foreach_lerp_(averages, list(current.values()), [share.to(tensor.dtype) for tensor in averages])
     else:
         torch._foreach_lerp_(averages, list(current.values()), share)
-    state[UPDATES].add_(1)
+    if UPDATES in state:  # an average of a run begun before they were counted has none, and needs none
+        state[UPDATES].add_(1)
     return state
 
 
@@ -162,7 +165,7 @@ def reinitialised(model: nn.Module) -> nn.Module:
     """A copy of the model with new initial weights where its layers can draw some, the same at every call."""
     copy = deepcopy(model).cpu()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("average", "init"))
+        torch.default_generator.manual_seed(derive_seed("average", "init"))  # no device's stream but the CPU's
         for module in copy.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
@@ -179,13 +182,6 @@ def exported(name: str, state: State, run: Run, buffers: Buffers) -> Mapping[str
     if buffers == "reestimate":
         weights = reestimated(run.model, weights, run)
     return {name: {key: tensor.clone() for key, tensor in weights.items()}}
-
-
-def idle(name: str, begin: int, epochs: int) -> str | None:
-    """The remark of an average that begins after the run has ended."""
-    if begin < epochs:
-        return None
-    return f"{name} begins at epoch {begin} and this run ends after {epochs}: it will average nothing"
 
 
 @torch.no_grad()

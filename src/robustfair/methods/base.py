@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,9 @@ class Method:
     """Fields it edits ("attack.eps", "loss.label", "batch.x_adv", "gradient", "model", "export.ema") and roles it plays
     ("role.class_weight"). A property where the config decides."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Loss terms that must exist; `LABEL_AT_ATTACKED` asks for a label term that is taken at the attacked images."""
+    """Loss terms that must exist."""
+    labels_of: ClassVar[Literal["x", "x_adv"] | None] = None
+    """Images that the soft labels it sets belong to; None for labels that hold for either."""
 
     def attack(self, attack: Attack, batch: Batch, state: State) -> Attack:
         """Edit: radius, step, goal, stop rule."""
@@ -125,25 +127,16 @@ def compose(objective: Objective, methods: Sequence[Method] = (), *, allow: froz
                     f"{other} and {method.name} both set {claim} ({CLAIM_TEXT.get(claim, 'one field, two owners')}): "
                     f"keep one, or pass allow={{'{claim}'}} to apply both in list order"
                 )
-        for need in sorted(method.needs - offers(objective)):
-            fitting = " or ".join(name for name in OBJECTIVES if _fits(method, OBJECTIVES.get(name)))
-            raise ConflictError(
-                f"{method.name} needs the loss term {need!r}, and {objective.name} has only "
-                f"{', '.join(sorted(offers(objective)))}: use {fitting or 'another objective'}, or drop {method.name}"
-            )
+        lacking = _lacking(method, objective)
+        if lacking:
+            fitting = [name for name in OBJECTIVES if _fits(method, OBJECTIVES.get(name))]
+            use = " or ".join(fitting) or "another objective"
+            raise ConflictError(f"{method.name} {lacking}: use {use}, or drop {method.name}")
         for claim in sorted(method.claims):
             unread = _unread(claim, objective)
             if unread:
                 raise ConflictError(f"{method.name} sets {claim}, but {objective.name} {unread}: drop {method.name}")
     return Plan(objective=objective, methods=tuple(methods), allow=allow)
-
-
-LABEL_AT_ATTACKED = "label at x_adv"
-
-
-def offers(objective: Objective | type[Objective]) -> frozenset[str]:
-    """What a method may need of an objective: its terms, and the images that the term "label" is taken at."""
-    return objective.terms | {f"label at {objective.label_at}"}
 
 
 CLAIM_TEXT = {
@@ -161,7 +154,23 @@ CLAIM_TEXT = {
 
 def _fits(method: Method, objective: type[Objective]) -> bool:
     """Whether `objective` has what `method` needs and reads what it sets."""
-    return method.needs <= offers(objective) and not any(_unread(claim, objective) for claim in method.claims)
+    return not _lacking(method, objective) and not any(_unread(claim, objective) for claim in method.claims)
+
+
+def _lacking(method: Method, objective: Objective | type[Objective]) -> str:
+    """What `method` needs of `objective` and does not find; empty if nothing."""
+    for need in sorted(method.needs - objective.terms):
+        return f"needs the loss term {need!r}, and {objective.name} has only {', '.join(sorted(objective.terms))}"
+    if method.labels_of not in (None, objective.label_at):
+        return f"sets labels of {method.labels_of}, and {objective.name} asks for those of {objective.label_at}"
+    return ""
+
+
+def late(name: str, begin: int, epochs: int) -> str | None:
+    """The remark of a method whose first epoch comes after the end of the run."""
+    if begin < epochs:
+        return None
+    return f"{name} begins at epoch {begin} and this run ends after {epochs}: it will never act; lower {name}(begin)"
 
 
 def _unread(claim: str, objective: Objective | type[Objective]) -> str:
@@ -237,6 +246,7 @@ class Plan:
         return new
 
     def export(self, states: Mapping[str, State], run: Run) -> dict[str, StateDict]:
+        """All candidates in the order of their names, whatever the order of the methods."""
         candidates: dict[str, StateDict] = {}
         for method in self.methods:
             exported = method.export(states[method.name], run)
@@ -244,7 +254,7 @@ class Plan:
             if unclaimed:
                 raise ConflictError(f"{method.name} exports {', '.join(sorted(unclaimed))} without claiming it")
             candidates.update(exported)
-        return candidates
+        return dict(sorted(candidates.items()))
 
 
 def _check_fields(method: Method, owner: str, before: Attack | Batch, after: Attack | Batch) -> None:

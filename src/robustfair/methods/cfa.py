@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from robustfair.config import require, require_at_least
-from robustfair.methods.base import Method, Run
+from robustfair.methods.base import Method, Run, late
 from robustfair.registry import METHODS
 from robustfair.values import Attack, Batch, Loss, State
 
@@ -62,7 +62,7 @@ class CCM(Method):
         return replace(attack, eps=attack.eps * state["scale"][batch.y])
 
     def remark(self, epochs: int) -> str | None:
-        return _idle(self.name, self.begin, epochs)
+        return late(self.name, self.begin, epochs)
 
 
 @METHODS.register("ccr")
@@ -97,7 +97,7 @@ class CCR(Method):
         return loss.scaled("label", share).scaled("consistency", scale * share)
 
     def remark(self, epochs: int) -> str | None:
-        return _idle(self.name, self.begin, epochs)
+        return late(self.name, self.begin, epochs)
 
 
 def _scale(lam: float, begin: int, run: Run) -> Tensor:
@@ -106,9 +106,3 @@ def _scale(lam: float, begin: int, run: Run) -> Tensor:
     if run.epoch < begin or run.train is None:
         return torch.ones(run.num_classes, device=device)
     return calibration(lam, run.train.robust).to(device, torch.float32)
-
-
-def _idle(name: str, begin: int, epochs: int) -> str | None:
-    if begin < epochs:
-        return None
-    return f"{name} begins at epoch {begin} and this run ends after {epochs}: it will never act; set {name}(begin=1)"
