@@ -21,9 +21,10 @@ from robustfair.config import (
     parse_norm,
     read_value,
 )
+from robustfair.data.idbh import IDBH
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
-from robustfair.methods import CCM, CCR, EMA
-from robustfair.objectives import PGDAT, Trades
+from robustfair.methods import AWP, CCM, CCR, EMA, AVmixup, FriendlyAT, LabelSmoothing
+from robustfair.objectives import FGSMAT, MART, PGDAT, Trades
 from robustfair.training import Schedule
 
 NAMES = st.from_regex(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", fullmatch=True)
@@ -232,3 +233,46 @@ def test_build_refuses_one_field_under_two_keys(args: dict[str, float]) -> None:
 def test_numbers_without_a_meaning_are_refused(cls: type, args: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         cls(**args)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("label-smoothing(kind=off_class)", LabelSmoothing(kind="off-class")),
+        ("awp(direction=Edited)", AWP(direction="edited")),
+    ],
+)
+def test_words_are_read_in_any_spelling(text: str, read: object) -> None:
+    (term,) = parse_composition(text)
+    assert build(type(read), term.args, owner=term.name) == read
+
+
+@pytest.mark.parametrize(
+    ("cls", "args"),
+    [
+        (AWP, {"include_1d": "false"}),
+        (AWP, {"gamma": "0.1"}),
+        (AWP, {"mode": "inplace", "proxy_lr": 0.01}),
+        (AVmixup, {"clip_vertex": "false"}),
+        (AVmixup, {"lambda1": None}),
+        (EMA, {"ramp": "no"}),
+        (EMA, {"decay": None}),
+        (FGSMAT, {"clip_to_box": 1}),
+        (FriendlyAT, {"tau": 10**20}),
+        (FriendlyAT, {"tau": f"0, {10**20}@1"}),
+        (IDBH, {"erase_area": (0.1,)}),
+        (IDBH, {"shift": (0, 11, 3)}),
+        (MART, {"beta": None}),
+        (PGDAT, {"step_size": "two"}),
+        (PGDAT, {"steps": 2.5}),
+        (Trades, {"detach_clean": "no"}),
+    ],
+    ids=lambda v: v.__name__ if isinstance(v, type) else str(v),
+)
+def test_values_of_another_type_are_refused(cls: type, args: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(args if len(args) == 1 else [*args][1:]))):
+        cls(**args)
+
+
+def test_a_step_is_read_as_a_radius_is() -> None:
+    assert PGDAT(step_size="2/255").step == 2 / 255  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -207,14 +208,24 @@ def parse_norm(value: str, *, owner: str = "attack") -> str:
 
 
 def require_at_least(least: float, owner: str, field: str, value: float) -> None:
-    """Raise ConfigError unless `value` is finite and not below `least`."""
-    require(least <= value < float("inf"), owner, field, allowed=f"a finite number >= {least:g}", got=value)
+    """Raise ConfigError unless `value` is a number, finite and not below `least`."""
+    number = _is_number(value) and least <= value < float("inf")
+    require(number, owner, field, allowed=f"a finite number >= {least:g}", got=value)
 
 
 def require_whole(least: int, owner: str, field: str, value: float) -> None:
     """Raise ConfigError unless `value` is an int that is not below `least`."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
     require(whole, owner, field, allowed=f"a whole number >= {least}", got=value)
+
+
+def require_share(owner: str, field: str, value: float) -> None:
+    """Raise ConfigError unless `value` is a number in [0, 1]."""
+    require(_is_number(value) and 0 <= value <= 1, owner, field, allowed="in [0, 1]", got=value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def require(condition: bool, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:
@@ -254,6 +265,9 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
 
 
 def _read(value: Any, hint: Any, owner: str, key: str) -> Any:
+    if get_origin(hint) is Literal and isinstance(value, str):
+        spelled = {canonical(word): word for word in get_args(hint) if isinstance(word, str)}
+        value = spelled.get(canonical(value), value)
     if _is_plainly(value, hint):
         return value
     with needed("pydantic", f"reading {owner}: {key}={value}"):
@@ -302,7 +316,8 @@ def require_one_way(owner: str, *, compile: bool, deterministic: bool) -> None:
 
 
 def require_literals(config: Any) -> None:
-    """Raise ConfigError where a field of a config dataclass holds a word that its Literal type does not list.
+    """Raise ConfigError where a field of a config dataclass holds a word that its Literal type does not list, or where
+    one that is true or false holds something else.
 
     For `__post_init__`: a config built in Python is then read as strictly as one from a recipe.
     """
@@ -311,6 +326,8 @@ def require_literals(config: Any) -> None:
         if get_origin(hint) is Literal and value not in get_args(hint):
             owner = getattr(config, "name", type(config).__name__.lower())
             raise ConfigError(owner, name, allowed=" or ".join(map(repr, get_args(hint))), got=value)
+        if hint is bool and not isinstance(value, bool):
+            raise ConfigError(getattr(config, "name", type(config).__name__.lower()), name, allowed="a bool", got=value)
 
 
 def canonical_key(key: str) -> str:

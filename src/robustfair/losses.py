@@ -67,13 +67,15 @@ def true_probability(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def kept_mass_labels(kept: float, num_classes: int) -> Tensor:
-    """(C, C): row y has `kept` at y and the rest spread evenly over the other classes.
+    """(C, C) float64: row y has `kept` at y and the rest spread evenly over the other classes, if there are any.
 
     >>> kept_mass_labels(0.5, 3).tolist()
     [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]
     """
-    others = (1 - kept) / max(num_classes - 1, 1)
-    return torch.full((num_classes, num_classes), others).fill_diagonal_(kept)
+    if num_classes == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    others = (1 - kept) / (num_classes - 1)
+    return torch.full((num_classes, num_classes), others, dtype=torch.float64).fill_diagonal_(kept)
 
 
 def kl_divergence(clean: Tensor, adv: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Attack:
         steps: number of gradient steps; 0 returns the start.
         goal: what to maximise.
         norm: "linf" or "l2".
-        start: name of the start rule, see `robustfair.attacks.pgd.STARTS`.
+        start: name of the start rule, see `STARTS` and `GRADIENT_START` of `robustfair.attacks.pgd`.
         mode: batch norm during the attack: "eval", "train" (updates running statistics) or "train_frozen" (does not).
         stop: which examples stop early; None lets all take every step.
         keep: "last" iterate, or the "best" one by the goal.

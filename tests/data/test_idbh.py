@@ -481,7 +481,7 @@ def test_bad_settings(build: object, message: str) -> None:
     ("name", "shape", "message"),
     [
         ("crop-shift", (2, 3, 10, 12), r"crop-shift: low and high must be low below and high at most 10, the shorter "),
-        ("idbh", (2, 3, 12, 10), r"idbh: shift must be .* of 12x10 images, got \(0, 11\)\. Take a smaller range"),
+        ("idbh", (2, 3, 12, 10), r"idbh: shift must be .* of 12x10 images, got \(0, 11\)\. Take crop-flip, or"),
         ("idbh", (2, 2, 12, 12), r"idbh: images must be grey or RGB \(1 or 3 channels\), got .*\. Take crop-shift"),
     ],
 )

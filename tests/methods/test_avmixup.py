@@ -119,10 +119,10 @@ def test_ten_classes_have_the_uniform_label_at_the_vertex_and_a_hundred_have_not
         run = stand_in_run()
         run.num_classes = num_classes
         labels = AVmixup().at_epoch({}, run)["vertex_labels"]
-        torch.testing.assert_close(labels.diagonal(), torch.full((num_classes,), 0.1))
+        torch.testing.assert_close(labels.diagonal(), torch.full((num_classes,), 0.1, dtype=torch.float64))
         others = labels[~torch.eye(num_classes, dtype=torch.bool)]
         torch.testing.assert_close(others, torch.full_like(others, elsewhere))
-        row = torch.tensor(reference.kept_mass(3, 0.1, num_classes))
+        row = torch.tensor(reference.kept_mass(3, 0.1, num_classes), dtype=torch.float64)
         torch.testing.assert_close(labels[3], row)
 
 
@@ -171,9 +171,9 @@ def test_the_weights_are_of_the_batch_and_no_other_method_moves_them(stand_in_ru
 @pytest.mark.parametrize(
     ("objective", "reason"),
     [
-        (Trades(), "avmixup needs the loss term 'label at x_adv', and trades has only .*label at x.*pgd-at"),
-        (ARoW(), "avmixup needs the loss term 'label at x_adv', and arow has only "),
-        (Standard(), "avmixup needs the loss term 'label at x_adv', and standard has only "),
+        (Trades(), "avmixup sets labels of x_adv, and trades asks for those of x: use fgsm-at or pgd-at, or drop"),
+        (ARoW(), "avmixup sets labels of x_adv, and arow asks for those of x: "),
+        (Standard(), "avmixup sets labels of x_adv, and standard asks for those of x: "),
         (MART(), "avmixup sets batch.soft, but mart does not read soft: drop avmixup"),
     ],
     ids=lambda value: getattr(value, "name", ""),

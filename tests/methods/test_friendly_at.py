@@ -377,3 +377,11 @@ def test_a_wrong_value_is_refused_with_owner_and_field(name: str, wrong: Any) ->
         FriendlyAT(**{name: value})
     with pytest.raises(ConfigError, match=f"^friendly-at: {name} must be"):
         read_composition(f"pgd-at + friendly-at({name}={wrong})")
+
+
+def test_budgets_that_never_hold_are_remarked_upon() -> None:
+    assert FriendlyAT(tau="0, 1@50").remark(51) is None
+    assert "epoch 50 never holds in a run of 50" in str(FriendlyAT(tau="0, 1@50").remark(50))
+    for tau in (0, "0", "0, 0@3"):
+        assert "no attack step at all" in str(FriendlyAT(variant="cfa", tau=tau).remark(10))
+        assert FriendlyAT(tau=tau).remark(10) is None

@@ -117,8 +117,8 @@ def test_off_class_is_uniform_with_more(stand_in_run: Run, num_classes: int, amo
     off = labels_of(stand_in_run, num_classes, amount=amount, kind="off-class")
     more = labels_of(stand_in_run, num_classes, amount=amount * num_classes / (num_classes - 1))
     torch.testing.assert_close(off, more, rtol=0, atol=1e-6)
-    torch.testing.assert_close(off.sum(1), torch.ones(num_classes))
-    torch.testing.assert_close(off[1], torch.tensor(off_class(1, amount, num_classes)))
+    torch.testing.assert_close(off.sum(1), torch.ones(num_classes, dtype=torch.float64))
+    torch.testing.assert_close(off[1], torch.tensor(off_class(1, amount, num_classes), dtype=torch.float64))
 
 
 def test_the_attack_and_its_images_stay_as_they_are(stand_in_run: Run, batch: Batch) -> None:
@@ -136,7 +136,8 @@ def test_it_is_refused_where_soft_labels_are_not_read(objective: Objective) -> N
 
 
 @pytest.mark.parametrize(
-    ("field", "wrong"), [("amount", -0.1), ("amount", 1.5), ("amount", float("nan")), ("kind", "off_class")]
+    ("field", "wrong"),
+    [("amount", -0.1), ("amount", 1.5), ("amount", float("nan")), ("kind", "off")],
 )
 def test_a_wrong_value_is_refused_with_owner_and_field(field: str, wrong: Any) -> None:
     with pytest.raises(ConfigError, match=f"^label-smoothing: {field} must be"):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference import losses
+from robustfair.errors import ConfigError
 from robustfair.losses import MaximiseKL
 from robustfair.objectives import Standard, Trades
 from robustfair.values import Batch
@@ -36,11 +37,14 @@ def test_defaults(batch_of: BatchOf) -> None:
 
 
 def test_l2_takes_two_eps_over_steps_and_the_box_first(batch_of: BatchOf) -> None:
-    attack = Trades(norm="l2", eps=0.5, steps=8, step_size=0.01).attack(batch_of(2))
+    attack = Trades(norm="l2", eps=0.5, steps=8).attack(batch_of(2))
     assert attack.step_size.tolist() == [0.125] * 2
     assert attack.box_first
     given = Trades(norm="l2", eps=0.5, steps=8, step_size=0.01, l2_step="given").attack(batch_of(2))
     assert given.step_size.tolist() == pytest.approx([0.01] * 2)
+    assert Trades(norm="l2", eps=0.5, steps=8, step_size=0.125).step == 0.125
+    with pytest.raises(ConfigError, match=r"step_size must be 2 eps / steps = 0\.125 .*Add l2_step=given"):
+        Trades(norm="l2", eps=0.5, steps=8, step_size=0.01)
 
 
 @pytest.mark.parametrize(

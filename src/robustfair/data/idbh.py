@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustfair.config import require, require_literals
+from robustfair.config import require, require_literals, require_share
 from robustfair.data.filters import take
 
 CHOICES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
@@ -207,9 +207,12 @@ class IDBH:
 
     def __post_init__(self) -> None:
         require_literals(self)
+        for field in ("shift", "erase_area"):
+            pair = getattr(self, field)
+            require(isinstance(pair, tuple) and len(pair) == 2, "idbh", field, allowed="two numbers", got=pair)
         _check_range("idbh", "shift", *self.shift)
-        probability, (low, high) = self.erase_probability, self.erase_area
-        require(0 <= probability <= 1, "idbh", "erase_probability", allowed="in [0, 1]", got=probability)
+        require_share("idbh", "erase_probability", self.erase_probability)
+        low, high = self.erase_area
         allowed = "two parts with 0 < smallest <= largest <= 1"
         require(0 < low <= high <= 1, "idbh", "erase_area", allowed=allowed, got=self.erase_area)
 
@@ -413,5 +416,5 @@ def _check_side(owner: str, field: str, low: int, high: int, height: int, width:
     """Raise ConfigError where CropShift may leave nothing of an image."""
     side = min(height, width)
     allowed = f"low below and high at most {side}, the shorter side of {height}x{width} images"
-    hint = "Take a smaller range, or crop-flip"
+    hint = "Take crop-flip, or in Python a smaller range"
     require(low < side and high <= side, owner, field, allowed=allowed, got=(low, high), hint=hint)

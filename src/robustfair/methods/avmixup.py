@@ -17,13 +17,13 @@ what it trains with AutoAttack. The counts of training that other methods read (
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from robustfair.config import require, require_at_least
+from robustfair.config import require_at_least, require_literals, require_share
 from robustfair.losses import kept_mass_labels
-from robustfair.methods.base import LABEL_AT_ATTACKED, Method, Run
+from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
 from robustfair.values import Batch, State
 
@@ -42,17 +42,17 @@ class AVmixup(Method):
 
     name: ClassVar[str] = "avmixup"
     claims: ClassVar[frozenset[str]] = frozenset({"batch.x_adv", "batch.soft"})
-    needs: ClassVar[frozenset[str]] = frozenset({LABEL_AT_ATTACKED})
+    labels_of: ClassVar[Literal["x", "x_adv"] | None] = "x_adv"
     gamma: float = 2.0
     lambda1: float = 1.0
     lambda2: float = 0.1
     clip_vertex: bool = True
 
     def __post_init__(self) -> None:
+        require_literals(self)
         require_at_least(0, self.name, "gamma", self.gamma)
         for field in ("lambda1", "lambda2"):
-            value = getattr(self, field)
-            require(0 <= value <= 1, self.name, field, allowed="in [0, 1]", got=value)
+            require_share(self.name, field, getattr(self, field))
 
     def at_epoch(self, state: State, run: Run) -> State:
         device = next(run.model.parameters()).device

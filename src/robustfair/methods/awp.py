@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from robustfair.config import require, require_at_least, require_literals, require_whole
 from robustfair.errors import ModelError
-from robustfair.methods.base import LossAt, Method, Run
+from robustfair.methods.base import LossAt, Method, Run, late
 from robustfair.registry import METHODS
 from robustfair.values import Batch, State, still_statistics
 
@@ -62,12 +62,14 @@ class AWP(Method):
 
     def __post_init__(self) -> None:
         require_literals(self)
-        require_at_least(0, self.name, "gamma", self.gamma or 0)
+        require_at_least(0, self.name, "gamma", 0 if self.gamma is None else self.gamma)
         require_whole(0, self.name, "begin", self.begin)
         require_whole(1, self.name, "steps", self.steps)
         rate = self.proxy_lr
         usable = rate is None or 0 < rate < float("inf")
         require(usable, self.name, "proxy_lr", allowed="a finite number above 0, or none", got=rate)
+        no_proxy = self.mode == "inplace" and rate is not None
+        require(not no_proxy, self.name, "proxy_lr", allowed="none in mode inplace, which has no proxy", got=rate)
 
     def at_epoch(self, state: State, run: Run) -> State:
         if not self._perturbed(run.model):
@@ -106,9 +108,7 @@ class AWP(Method):
                     weight.copy_(kept[name])
 
     def remark(self, epochs: int) -> str | None:
-        if self.begin < epochs:
-            return None
-        return f"awp begins at epoch {self.begin} and this run ends after {epochs}: it will perturb nothing"
+        return late(self.name, self.begin, epochs)
 
     def _perturbed(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
         """The tensors that move, by name."""

@@ -6,12 +6,13 @@ Each image has a budget tau. Before every step its prediction is looked at:
     cfa:       an image steps while it has budget; a wrong one pays 1. At 0 it stops for good, correct or not
 
 so that tau = 0 attacks until the first error under the first rule, and not at all under the second, which is the one in
-the code of CFA (and of FAIR-TAT, which builds on it). With tau at least the number of steps both are plain PGD.
+the code of CFA (and of FAIR-TAT, which builds on it). With tau at least the number of steps both are plain PGD, from a
+start that is clipped to ball and box first, as the official scripts on TRADES and MART clip theirs.
 
 Source: `earlystop.py` and its three scripts; `attack.py` of CFA. Their budget grows along training, by objective; the
 switch of their command line that should turn this off does not. Where their attack returns images in the order they
-stopped, ours keeps the batch's. Stopped images are still passed through the network: the points are the same, the time
-is not saved.
+stopped, ours keeps the batch's. Stopped images are passed through the network with the others: the points are the same,
+and time is saved only on a CPU once all of a batch have stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ OFFICIAL: dict[str, Budgets] = {
 }
 OFFICIAL_AT: Budgets = ((0, 0), (50 / 120, 1), (90 / 120, 2))
 CFA_TAU = 3
-ALLOWED_TAU = 'a whole number >= 0, or budgets with their first epochs rising from 0, such as "0, 1@50, 2@90"'
+LARGEST_TAU = 1_000_000
+ALLOWED_TAU = (
+    f"a whole number from 0 to {LARGEST_TAU:,}, or budgets with their first epochs rising from 0, "
+    'such as "0, 1@50, 2@90"'
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +98,7 @@ class FriendlyAT(Method):
         if isinstance(self.tau, str):
             read_budgets(self.tau)
         elif self.tau is not None:
-            whole = isinstance(self.tau, int) and not isinstance(self.tau, bool) and self.tau >= 0
+            whole = isinstance(self.tau, int) and not isinstance(self.tau, bool) and 0 <= self.tau <= LARGEST_TAU
             require(whole, self.name, "tau", allowed=ALLOWED_TAU, got=self.tau)
         require_at_least(0, self.name, "omega", self.omega)
 
@@ -122,7 +127,12 @@ class FriendlyAT(Method):
         return [tau for share, tau in budgets if share * epochs <= epoch + rounding][-1]
 
     def remark(self, epochs: int) -> str | None:
-        if self.variant == "cfa" and self.tau == 0:
+        budgets = read_budgets(self.tau) if isinstance(self.tau, str) else []
+        last = max((begin for begin, _ in budgets), default=0)
+        if last >= epochs:
+            return f"friendly-at: the budget of epoch {last} never holds in a run of {epochs}"
+        none_left = self.tau == 0 or (bool(budgets) and all(budget == 0 for _, budget in budgets))
+        if self.variant == "cfa" and none_left:
             return "friendly-at(variant=cfa, tau=0) takes no attack step at all: it trains on the random start"
         return None
 
@@ -143,6 +153,6 @@ def read_budgets(text: str) -> list[tuple[int, int]]:
             raise ConfigError("friendly-at", "tau", allowed=ALLOWED_TAU, got=text)
         found.append((int(epoch or 0), int(budget)))
     epochs = [epoch for epoch, _ in found]
-    if epochs[0] != 0 or sorted(set(epochs)) != epochs:
+    if epochs[0] != 0 or sorted(set(epochs)) != epochs or max(budget for _, budget in found) > LARGEST_TAU:
         raise ConfigError("friendly-at", "tau", allowed=ALLOWED_TAU, got=text)
     return found

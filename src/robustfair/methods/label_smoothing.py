@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from robustfair.config import require, require_literals
+from robustfair.config import require_literals, require_share
 from robustfair.losses import kept_mass_labels
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
@@ -37,7 +37,7 @@ class LabelSmoothing(Method):
 
     def __post_init__(self) -> None:
         require_literals(self)
-        require(0 <= self.amount <= 1, self.name, "amount", allowed="in [0, 1]", got=self.amount)
+        require_share(self.name, "amount", self.amount)
 
     def at_epoch(self, state: State, run: Run) -> State:
         removed = self.amount

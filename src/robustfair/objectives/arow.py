@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from robustfair.config import require, require_at_least
+from robustfair.config import require, require_at_least, require_share
 from robustfair.losses import (
     MaximiseCE,
     MaximiseJS,
@@ -51,7 +51,7 @@ class ARoW(AdversarialObjective):
         start: "uniform", clipped to [0, 1], or "gauss001".
         weighting: "anti-robust" (1 - q_y), "confidence" (p_y: the code's `cow`) or "constant" (1), which is TRADES on
             smoothed labels.
-        eps_log: floor under the logarithm; 0 is the paper's, and infinite where a probability underflows.
+        eps_log: floor under the logarithm; 0 is the paper's, and not finite where a probability underflows.
     """
 
     name: ClassVar[str] = "arow"
@@ -68,9 +68,9 @@ class ARoW(AdversarialObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(0, self.name, "lam", self.lam)
-        smooth = self.label_smoothing
-        require(0 <= smooth <= 1, self.name, "label_smoothing", allowed="in [0, 1]", got=smooth)
-        require(0 <= self.eps_log < 1, self.name, "eps_log", allowed="in [0, 1)", got=self.eps_log)
+        require_share(self.name, "label_smoothing", self.label_smoothing)
+        require_at_least(0, self.name, "eps_log", self.eps_log)
+        require(self.eps_log < 1, self.name, "eps_log", allowed="in [0, 1)", got=self.eps_log)
 
     def attack(self, batch: Batch) -> Attack:
         return self.attack_with(batch, GOALS[self.perturb_loss], self.start)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from robustfair.losses import MaximiseCE
-from robustfair.objectives.base import AdversarialObjective, label_loss
+from robustfair.objectives.base import AdversarialObjective, label_loss_at_attacked
 from robustfair.registry import OBJECTIVES
-from robustfair.values import Attack, Batch, Forward, Loss, Model
+from robustfair.values import Attack, Batch, Loss, Model
 
 
 @OBJECTIVES.register("pgd-at")
@@ -33,6 +33,4 @@ class PGDAT(AdversarialObjective):
         return self.attack_with(batch, MaximiseCE(), self.start)
 
     def __call__(self, model: Model, batch: Batch) -> Loss:
-        assert batch.x_adv is not None, "fit attacks the batch before it asks for the loss"
-        adv = model(batch.x_adv)
-        return Loss.of(Forward(adv=adv), label=(label_loss(adv, batch), 1.0))
+        return label_loss_at_attacked(model, batch)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustfair.config import Norm, parse_eps, parse_norm, require, require_at_least, require_literals, require_whole
 from robustfair.losses import MaximiseCE, cross_entropy, soft_cross_entropy
-from robustfair.values import Attack, Batch, Goal, Loss, Mode, Model, default_eps, default_step
+from robustfair.values import Attack, Batch, Forward, Goal, Loss, Mode, Model, default_eps, default_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,13 @@ def label_loss(logits: Tensor, batch: Batch) -> Tensor:
     return cross_entropy(logits, batch.y) if batch.soft is None else soft_cross_entropy(logits, batch.soft)
 
 
+def label_loss_at_attacked(model: Model, batch: Batch) -> Loss:
+    """The loss of objectives that train on the attacked images alone."""
+    assert batch.x_adv is not None, "fit attacks the batch before it asks for the loss"
+    adv = model(batch.x_adv)
+    return Loss.of(Forward(adv=adv), label=(label_loss(adv, batch), 1.0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdversarialObjective(Objective):
     """An objective that trains on attacked images within one threat model.
@@ -78,7 +85,10 @@ class AdversarialObjective(Objective):
         require_at_least(0, self.name, "eps", self.radius)
         inside = self.norm == "l2" or self.radius <= 1
         require(inside, self.name, "eps", allowed="at most 1 under linf", got=self.eps, hint="Write 8/255, not 8")
-        require_at_least(0, self.name, "step_size", self.step_size or 0)
+        if isinstance(self.step_size, str):
+            step_size = parse_eps(self.step_size, norm="l2", owner=self.name, field="step_size")
+            object.__setattr__(self, "step_size", step_size)
+        require_at_least(0, self.name, "step_size", 0 if self.step_size is None else self.step_size)
         require_whole(0, self.name, "steps", self.steps)
 
     @property

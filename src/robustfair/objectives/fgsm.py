@@ -20,9 +20,9 @@ from typing import ClassVar
 
 from robustfair.config import format_value, require, require_at_least
 from robustfair.losses import MaximiseCE
-from robustfair.objectives.base import AdversarialObjective, label_loss
+from robustfair.objectives.base import AdversarialObjective, label_loss_at_attacked
 from robustfair.registry import OBJECTIVES
-from robustfair.values import Attack, Batch, Forward, Loss, Model
+from robustfair.values import Attack, Batch, Loss, Model
 
 ALPHA_RATIO = 1.25
 
@@ -52,7 +52,8 @@ class FGSMAT(AdversarialObjective):
         require_at_least(0, self.name, "alpha_ratio", self.alpha_ratio)
         agree = self.step_size is None or isclose(self.step_size, self.alpha_ratio * self.radius, rel_tol=1e-6)
         allowed = f"{self.alpha_ratio:g} of eps, or left out"
-        require(agree, self.name, "step_size", allowed=allowed, got=format_value(self.step_size))
+        hint = "Give a step size for this eps too, or one of the two"
+        require(agree, self.name, "step_size", allowed=allowed, got=format_value(self.step_size), hint=hint)
 
     @property
     def step(self) -> float:
@@ -65,6 +66,4 @@ class FGSMAT(AdversarialObjective):
         return self.attack_with(batch, MaximiseCE(), start, box=self.clip_to_box)
 
     def __call__(self, model: Model, batch: Batch) -> Loss:
-        assert batch.x_adv is not None, "fit attacks the batch before it asks for the loss"
-        adv = model(batch.x_adv)
-        return Loss.of(Forward(adv=adv), label=(label_loss(adv, batch), 1.0))
+        return label_loss_at_attacked(model, batch)

@@ -33,7 +33,7 @@ class MART(AdversarialObjective):
         start: "gauss001" (0.001 Gaussian noise, the code's) or "uniform" (the paper's).
         bce_margin: minuend of the margin term, at least 1; 1 is the paper's.
         weight_margin: minuend of the weight, at least 1; 1 is the paper's.
-        eps_log: floor under the logarithms; 0 is the paper's, and infinite where a probability underflows.
+        eps_log: floor under the logarithms; 0 is the paper's, and not finite where a probability underflows.
     """
 
     name: ClassVar[str] = "mart"
@@ -50,7 +50,8 @@ class MART(AdversarialObjective):
         require_at_least(0, self.name, "beta", self.beta)
         require_at_least(1, self.name, "bce_margin", self.bce_margin)
         require_at_least(1, self.name, "weight_margin", self.weight_margin)
-        require(0 <= self.eps_log < 1, self.name, "eps_log", allowed="in [0, 1)", got=self.eps_log)
+        require_at_least(0, self.name, "eps_log", self.eps_log)
+        require(self.eps_log < 1, self.name, "eps_log", allowed="in [0, 1)", got=self.eps_log)
 
     def attack(self, batch: Batch) -> Attack:
         return self.attack_with(batch, MaximiseCE(), self.start)

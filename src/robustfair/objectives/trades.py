@@ -11,11 +11,12 @@ another on f(x).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isclose
 from typing import ClassVar, Literal
 
 import torch
 
-from robustfair.config import require_at_least
+from robustfair.config import format_value, require, require_at_least
 from robustfair.losses import MaximiseKL, at_least_float32, kl_divergence, soft_cross_entropy
 from robustfair.objectives.base import AdversarialObjective, label_loss
 from robustfair.registry import OBJECTIVES
@@ -31,7 +32,7 @@ class Trades(AdversarialObjective):
         beta: weight of the consistency term; 6 in the paper's CIFAR-10 runs and in CFA.
         regularizer: "kl", or "ce": -sum_c p_c log q_c, which is the KL plus the entropy of p.
         detach_clean: treat the clean prediction as a constant target; a different method, for ablations.
-        l2_step: under l2, "two-eps-over-steps" (their code, which ignores the step size) or "given".
+        l2_step: under l2, "two-eps-over-steps" (their code, which takes no other) or "given".
     """
 
     name: ClassVar[str] = "trades"
@@ -47,6 +48,10 @@ class Trades(AdversarialObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(0, self.name, "beta", self.beta)
+        agrees = self.step_size is None or isclose(self.step_size, self.step, rel_tol=1e-6)
+        allowed = f"2 eps / steps = {self.step:.6g} under l2, or left out"
+        hint = "Add l2_step=given for a step of your own"
+        require(agrees, self.name, "step_size", allowed=allowed, got=format_value(self.step_size), hint=hint)
 
     @property
     def step(self) -> float:
