@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import ascend, eager_step, functional_step, pgd
+from robustfair.attacks.pgd import FreezeFooled, ascend, eager_step, functional_step, pgd
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ModelError
 from robustfair.losses import MaximiseMargin, Targeted
-from robustfair.methods import CCM, CCR, EMA, Method
-from robustfair.objectives import PGDAT, AdversarialObjective, Trades
+from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
+from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.training import Schedule, engine, fit
 from robustfair.training.capture import replayable
 from robustfair.training.engine import Engine
@@ -28,6 +28,10 @@ OBJECTIVES = {
     "kl, linf, gauss": Trades(eps=0.1, steps=4),
     "kl, l2, box first": Trades(norm="l2", eps=0.5, steps=4),
     "kl, batch statistics": Trades(eps=0.1, steps=4, attack_mode="train_frozen"),
+    "reverse kl": ARoW(eps=0.1, steps=4, perturb_loss="revkl"),
+    "js": ARoW(eps=0.1, steps=4, perturb_loss="js", start="gauss001"),
+    "ce, gauss": MART(eps=0.1, steps=4),
+    "one step, no box": FGSMAT(eps=0.1, clip_to_box=False),
 }
 
 
@@ -65,6 +69,8 @@ def test_the_functional_step_moves_as_the_eager_one(tiny_net: Net, objective: Ad
         return pgd(model, batch.x, batch.y, attack, batch.rng("attack"), ascent=ascent)  # type: ignore[arg-type]
 
     torch.testing.assert_close(attacked(functional_step), attacked(eager_step), rtol=0, atol=1e-12)
+    attack = replace(attack, noise=0.01)
+    torch.testing.assert_close(attacked(functional_step), attacked(eager_step), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +96,21 @@ def test_a_compiled_attack_takes_any_goal_and_a_compiled_pass_has_the_same_gradi
 # Whole runs
 
 
-def test_a_compiled_run_equals_the_eager_one_up_to_rounding(tiny_net: Net, tiny_data: Data) -> None:
-    methods = (CCM(lam=0.3, begin=1), CCR(begin=1), EMA(decay=0.9))
+@pytest.mark.parametrize(
+    ("objective", "methods"),
+    [
+        (Trades(eps=0.08, steps=3), (CCM(lam=0.3, begin=1), CCR(begin=1), EMA(decay=0.9))),
+        (MART(eps=0.08, steps=3), (AWP(gamma=0.02), FriendlyAT(tau=1, omega=0.01), EMA(decay=0.9))),
+    ],
+    ids=["cfa", "awp and friendly"],
+)
+def test_a_compiled_run_equals_the_eager_one_up_to_rounding(
+    tiny_net: Net, tiny_data: Data, objective: AdversarialObjective, methods: tuple[Method, ...]
+) -> None:
     schedule = Schedule(epochs=2, lr=0.05, batch_size=7)
 
     def trained(*, compile: bool) -> dict[str, Tensor]:
         model = tiny_net(dtype=torch.float64)
-        objective = Trades(eps=0.08, steps=3)
         fitted = fit(model, tiny_data((10, 8, 6)), objective, methods=methods, schedule=schedule, compile=compile)
         return dict(fitted.state.weights) | dict(fitted.state.exports["ema"])
 
@@ -290,6 +304,8 @@ def test_what_is_no_fixed_sequence_of_kernels_is_not_replayed() -> None:
     attack: Attack = PGDAT().attack(batch)
     assert replayable(attack)
     assert replayable(Trades(attack_mode="train_frozen").attack(batch))
+    assert not replayable(replace(attack, noise=0.01))
+    assert not replayable(replace(attack, stop=FreezeFooled()))
     assert not replayable(replace(attack, keep="best"))
     assert not replayable(replace(attack, restarts=2))
     assert not replayable(replace(attack, goal=Targeted(batch.y)))
@@ -306,7 +322,7 @@ def test_replayed_attacks_equal_the_loop_on_every_batch(tiny_net: Net, compile: 
     for seed in range(4):
         plain = batch_of(seed=seed)
         batch = Batch(x=plain.x.float().cuda(), y=plain.y.cuda(), index=plain.index.cuda(), seed=seed)
-        attack = PGDAT(eps=0.1, steps=3).attack(batch)
+        attack = replace(PGDAT(eps=0.1, steps=3).attack(batch), box=seed != 3)
         if seed == 0:
             captured = CapturedAscent(ascend, model)
             fast = Engine(model, device="cuda", compile=compile, batch_size=6)

@@ -25,7 +25,7 @@ from robustfair.values import Attack, Goal, Mode, Model, still_statistics
 class Problem(NamedTuple):
     """What an attack maximises and where: goal, images, labels, clean logits where the goal reads them, step and ball.
 
-    `step_size` and `eps` are (B, 1, ..., 1), to meet the pixels; `noise` (B, C, H, W) is added to this step.
+    `step_size` and `eps` are (B, 1, ..., 1), to meet the pixels; `kick` (B, C, H, W) is the noise of this step.
     """
 
     goal: Goal
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     norm: Norm
     box_first: bool = False
     box: bool = True
-    noise: Tensor | None = None
+    kick: Tensor | None = None
 
     @staticmethod
     def of(attack: Attack, x: Tensor, y: Tensor, clean: Tensor | None) -> Problem:
@@ -157,13 +157,15 @@ def ascend(
         x_adv = _project(x_adv, problem)  # only then may the start itself be returned
     for _ in range(attack.steps):
         if attack.noise:
-            problem = problem._replace(noise=attack.noise * torch.empty_like(x).normal_(generator=rng))
+            problem = problem._replace(kick=attack.noise * torch.empty_like(x).normal_(generator=rng))
         moved, value, logits = step(model, x_adv, problem)
         if attack.keep == "best":
             best = best.update(x_adv, value, logits, y, attack)
         if attack.stop:
             stop_state, active = attack.stop(stop_state, logits, y)
             moved = torch.where(per_pixel(active, x), moved, x_adv)
+            if x.device.type == "cpu" and not active.any():  # elsewhere the question would cost a wait
+                break
         x_adv = moved
     if compares(attack):
         with torch.no_grad():
@@ -250,7 +252,7 @@ def _move(x_adv: Tensor, gradient: Tensor, problem: Problem) -> Tensor:
     else:
         direction = gradient / (_l2(gradient) + 1e-10)
     moved = x_adv + problem.step_size * direction
-    return _project(moved if problem.noise is None else moved + problem.noise, problem)
+    return _project(moved if problem.kick is None else moved + problem.kick, problem)
 
 
 def _project(x_adv: Tensor, problem: Problem) -> Tensor:
