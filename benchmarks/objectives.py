@@ -1,4 +1,4 @@
-"""Does every objective train, and what does it cost? One small run of each on the same images, audited class by class.
+"""Does every objective train? One small run of each on the same images, audited class by class.
 
 All runs start from the same weights and see the same images in the same order. A run is a row of `ROWS`; what is
 audited is its last weights, and beside them every average of weights that its methods export. Averages never reach back
@@ -122,10 +122,11 @@ COLUMNS = {
 }
 CARD_COLUMNS = {"what": "{what}", "norm, radius": "{norm}, {eps}", **RATES, "commit": "{commit}"}
 NOTES = (
-    "Small scale: one seed, a narrow network, few images and epochs. It shows that each objective trains and what it "
-    "costs, and not which is best.",
+    "Small scale: one seed, a narrow network, few images and epochs. It shows that each objective trains, and not "
+    "which is best.",
     "Accuracies in percent with 95 % intervals, which are over test images and not over seeds.",
-    "Seconds are those of the training steps. Lines of one run, raw weights and averages of them, share its seconds.",
+    "Seconds are those of the training steps, with other rows and other work on the same cores: they do not compare "
+    "costs. Lines of one run, raw weights and averages of them, share its seconds.",
 )
 
 
@@ -470,9 +471,9 @@ def card_lines(name: str, written: Mapping[str, Any]) -> str:
     settings = written["settings"]
     how = (
         f"`python -m benchmarks.objectives`: {settings['images']:,} images of {settings['data']}, "
-        f"{settings['epochs']} epochs, {settings['model']} of width {settings['width']}, one seed; "
+        f"{settings['epochs']} epochs, {settings['model']} of width {settings['width']}, seed {settings['seed']}; "
         f"percent of {settings['test_images']:,} test images, with 95 % intervals over test images and not over seeds. "
-        "At this scale it shows that the objective trains and what it costs, and not which is best."
+        "At this scale it shows that the objective trains, and not which is best."
     )
     return f"{Table('', CARD_COLUMNS, shown).markdown()}\n\n{how}"
 

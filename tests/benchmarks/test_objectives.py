@@ -288,7 +288,7 @@ def report_with(*lines: dict[str, Any]) -> dict[str, Any]:
     rates = {f"{kind}{what}{end}": 10.0 for kind in ("clean", "pgd20") for what in ("", "_worst") for end in ENDS}
     usual = {"norm": "linf", "eps": "8/255", "seconds": 9, "commit": "abc", "clean_worst_class": "cat"}
     rows = [{**usual, **rates, "pgd20_worst_class": "cat", **line} for line in lines]
-    about = {"images": 20, "epochs": 1, "test_images": 50, "data": "some", "model": "small-cnn", "width": 2}
+    about = {"images": 20, "epochs": 1, "test_images": 50, "data": "some", "model": "small-cnn", "width": 2, "seed": 0}
     return {"settings": about, "tables": [{"title": "", "rows": rows}]}
 
 
