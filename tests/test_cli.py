@@ -769,7 +769,7 @@ def test_norms_in_any_usual_spelling(place: Path, command: Command, norm: str, s
 
 
 def test_a_radius_given_twice_may_agree(place: Path, command: Command) -> None:
-    composition = "trades(eps=51/255, step_size=0.1, steps=2, norm=l2)"
+    composition = "pgd-at(eps=51/255, step_size=0.1, steps=2, norm=l2)"
     assert command(*training(composition, eps="0.2", step_size="0.1", steps=2, norm="l2", epochs=1)).code == 0
     assert json.loads((place / "new" / "manifest.json").read_text())["threat"]["eps"] == 0.2
 

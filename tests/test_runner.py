@@ -78,7 +78,7 @@ def test_a_value_given_twice_must_agree() -> None:
         ("trades(betta=1)", UnknownNameError, "unknown key of trades 'betta': did you mean beta"),
         ("trades(beta=six)", ConfigError, "trades: beta must be"),
         ("trades + ema(decay=2)", ConfigError, "ema: decay must be"),
-        ("ccm", RecipeError, r"exactly one objective \(pgd-at, standard, trades\), found none"),
+        ("ccm", RecipeError, r"exactly one objective \(.*pgd-at, .*trades\), found none"),
         ("trades + standard", RecipeError, "found trades and standard"),
         ("trades + trades", RecipeError, "found trades and trades"),
         ("trades +", RecipeError, "expected a name"),
@@ -142,7 +142,7 @@ def test_every_key_reaches_what_it_names() -> None:
         "cycle_momentum": True,
         "norm": "l2",
         "eps": 0.5,
-        "step_size": 0.1,
+        "step_size": 0.25,
         "steps": 4,
         "image_size": 12,
         "augment": "crop",
@@ -153,7 +153,7 @@ def test_every_key_reaches_what_it_names() -> None:
     for key in (*list(keys)[1:8], "epochs", "lr", "batch_size"):
         assert getattr(ready.schedule, key) == getattr(ready.recipe, key)
     assert ready.schedule.kind == "one-cycle"
-    assert ready.plan.objective == Trades(beta=2.0, norm="l2", eps=0.5, step_size=0.1, steps=4)
+    assert ready.plan.objective == Trades(beta=2.0, norm="l2", eps=0.5, step_size=0.25, steps=4)
     assert [method.name for method in ready.plan.methods] == ["ccm", "ccr", "ema"]
     assert ready.plan.allow == {"attack.eps"}
     assert ready.train.images.shape == (200, 1, 12, 12)
