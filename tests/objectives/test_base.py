@@ -273,3 +273,23 @@ def test_a_norm_that_does_not_exist_is_refused(name: str) -> None:
     for build in (lambda: OBJECTIVES.get(name)(norm="l1"), lambda: read_composition(f"{name}(norm=l1)")):
         with pytest.raises(ConfigError, match="norm must be linf or l2, got 'l1'"):
             build()
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_equal_weights_of_classes_are_no_weights(
+    tiny_net: Net, batch_of: BatchOf, gradients: Gradients, name: str
+) -> None:
+    model, batch = tiny_net(dtype=torch.float64), batch_of()
+    batch = replace(batch, x_adv=batch.x.flip(0))
+    loss = OBJECTIVES.get(name)()(model, batch)
+    plain = gradients(model, loss.total())
+    for weight in (1.0, 3.0):
+        per_class = torch.full((3,), weight, dtype=torch.float64)
+        by_weight = loss.weighted(per_class[batch.y])
+        by_term = loss
+        for term in loss.terms:
+            by_term = by_term.scaled(term, per_class[batch.y])
+        for weighted in (by_weight, by_term):
+            assert weighted.total().item() == pytest.approx(weight * loss.total().item(), rel=1e-12)
+            for ours, unweighted in zip(gradients(model, weighted.total()), plain, strict=True):
+                torch.testing.assert_close(ours, weight * unweighted, rtol=1e-12, atol=1e-13)
