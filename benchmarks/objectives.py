@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> Report | None:
     options = measure.parser("objectives", __doc__, batch_size=128, precision="fp32", width=16)
     options.set_defaults(threads=1, argv=given)
     options.add_argument("--data", default="cifar10", help="name or path of images, or synthetic")
-    options.add_argument("--images", type=int, default=2500, help="training images, as many of each class")
+    options.add_argument("--images", type=int, default=2000, help="training images, as many of each class")
     options.add_argument("--test-images", type=int, default=2000, help="audited images, as many of each class")
     options.add_argument("--epochs", type=int, default=12, help=f"of each run, {CURVE} to {LR}")
     options.add_argument("--seed", type=int, default=0, help="of weights, order and draws")
