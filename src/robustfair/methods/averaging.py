@@ -68,11 +68,10 @@ class EMA(Method):
         require_whole(0, self.name, "begin", self.begin)
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
-        return self._update(state, run.model) if self.per == "step" and run.epoch >= self.begin else state
+        return self._update(state, run.model) if due(self, "step", run.epoch) else state
 
     def at_epoch(self, state: State, run: Run) -> State:
-        ended = run.epoch - 1
-        return self._update(state, run.model) if self.per == "epoch" and ended >= self.begin else state
+        return self._update(state, run.model) if due(self, "epoch", run.epoch - 1) else state
 
     def export(self, state: State, run: Run) -> Mapping[str, StateDict]:
         return exported("ema", state, run, self.buffers)
@@ -115,11 +114,10 @@ class SWA(Method):
         require_whole(0, self.name, "begin", self.begin)
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
-        return self._update(state, run.model) if self.per == "step" and run.epoch >= self.begin else state
+        return self._update(state, run.model) if due(self, "step", run.epoch) else state
 
     def at_epoch(self, state: State, run: Run) -> State:
-        ended = run.epoch - 1
-        return self._update(state, run.model) if self.per == "epoch" and ended >= self.begin else state
+        return self._update(state, run.model) if due(self, "epoch", run.epoch - 1) else state
 
     def export(self, state: State, run: Run) -> Mapping[str, StateDict]:
         return exported("swa", state, run, self.buffers)
@@ -131,6 +129,11 @@ class SWA(Method):
     def _update(self, state: State, model: nn.Module) -> State:
         current = averaged_entries(model, self.buffers)
         return moved_towards(state, current, 1 / (state[UPDATES].double() + 1)) if state else begun(current)
+
+
+def due(average: EMA | SWA, tick: Literal["step", "epoch"], epoch: int) -> bool:
+    """Whether an average takes the weights of this tick in 0-based `epoch`."""
+    return average.per == tick and epoch >= average.begin
 
 
 def averaged_entries(model: nn.Module, buffers: Buffers) -> dict[str, Tensor]:
