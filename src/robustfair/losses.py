@@ -160,15 +160,14 @@ class MaximiseMargin:
         return margin(logits, y)
 
 
-@dataclass(frozen=True, eq=False)
-class Targeted:
-    """Attack goal: towards `target` (B,), as ascent on the negative cross-entropy to it.
+@dataclass(frozen=True)
+class MinimiseCE:
+    """Attack goal: towards the class that `Attack.target` holds, as ascent on the negative cross-entropy to it.
 
-    It replaces a whole goal: setting a target beside TRADES's KL, which reads no label, would turn that attack around.
+    It replaces a whole goal: a target beside TRADES's KL, which reads no label, would change nothing.
     """
 
-    target: Tensor
     needs_clean = False
 
     def __call__(self, logits: Tensor, clean: Tensor | None, y: Tensor) -> Tensor:
-        return -cross_entropy(logits, self.target)
+        return -cross_entropy(logits, y)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Literal, Protocol
 
@@ -59,7 +59,14 @@ def seeded_generator(device: torch.device | str, *keys: object) -> torch.Generat
 class Batch:
     """One mini-batch: `x` (B, C, H, W) in [0, 1], `y` (B,), `index` (B,) rows of the training set, a seed of its own.
 
-    `x_adv` and `soft` (B, C) appear on the way: the attack sets the first, a method may set either.
+    The rest appears on the way: attacks set `x_adv` and `views`, methods may set any of it.
+
+    Attributes:
+        x_adv: (B, C, H, W) the attacked images.
+        soft: (B, C) labels as distributions, for the term "label".
+        shift: (C,) or (B, C) added to the logits that the term "label" compares with the labels.
+        views: further attacked images by name, for objectives that train on more than one.
+        extra: what a method keeps from one of its hooks to the next, under its own name.
     """
 
     x: Tensor
@@ -68,6 +75,9 @@ class Batch:
     seed: int
     x_adv: Tensor | None = None
     soft: Tensor | None = None
+    shift: Tensor | None = None
+    views: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rng(self, name: str) -> torch.Generator:
         """The random stream called `name` of this batch: adding a method never moves another's numbers."""
@@ -104,8 +114,11 @@ class Attack:
         norm: "linf" or "l2".
         start: name of the start rule, see `STARTS` and `GRADIENT_START` of `robustfair.attacks.pgd`.
         mode: batch norm during the attack: "eval", "train" (updates running statistics) or "train_frozen" (does not).
+        target: what the goal is given in place of the labels: classes (B,) to go for, or distributions (B, C). Stop
+            rules read the labels all the same.
         stop: which examples stop early; None lets all take every step.
-        keep: "last" iterate, or the "best" one by the goal.
+        keep: the "last" iterate; the "best" one by the goal; or, for an example that its rule stopped, the one before
+            the one that it stopped at ("inside": the last that was still in its class).
         restarts: independent starts; the best by `goal` is kept per example (by correctness first under a stop rule).
         box_first: l2 only: clip to [0, 1] before the ball, as TRADES does, not after it.
         box: keep the images in [0, 1]; False leaves the ball alone to bound them.
@@ -119,12 +132,17 @@ class Attack:
     norm: Norm = "linf"
     start: str = "uniform"
     mode: Mode = "eval"
+    target: Tensor | None = None
     stop: Stop | None = None
-    keep: Literal["last", "best"] = "last"
+    keep: Literal["last", "best", "inside"] = "last"
     restarts: int = 1
     box_first: bool = False
     box: bool = True
     noise: float = 0.0
+
+
+AttackOn = Callable[[Batch], Attack]
+"""From a batch to the attack on it: radii are per example, so an attack exists only for given examples."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +203,7 @@ class Loss:
 class ClassTally:
     """Predictions of one pass as confusion counts (C, C) int64, rows predicted, columns true. Adds up with `+`.
 
-    Either part is None where that pass was not made. Rates are fractions, nan for a class without images.
+    Either part is None where that pass was not made. Rates are fractions in float64, nan for a class without images.
     """
 
     clean_pred_true: Tensor | None = None
@@ -220,7 +238,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _recall(counts_pred_true: Tensor | None, part: str) -> Tensor:
     assert counts_pred_true is not None, f"this tally has no {part} part"
-    return counts_pred_true.diagonal() / counts_pred_true.sum(0)
+    return counts_pred_true.diagonal().double() / counts_pred_true.sum(0)
 
 
 def default_eps(norm: Norm) -> float:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from robustfair.attacks.pgd import FreezeFooled, ascend, eager_step, functional_step, pgd
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ModelError
-from robustfair.losses import MaximiseMargin, Targeted
+from robustfair.losses import MaximiseMargin, MinimiseCE
 from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.training import Schedule, engine, fit
 from robustfair.training.capture import replayable
 from robustfair.training.engine import Engine
-from robustfair.values import Attack, Batch
+from robustfair.values import Attack, Batch, Goal
 
 Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]
@@ -74,13 +74,15 @@ def test_the_functional_step_moves_as_the_eager_one(tiny_net: Net, objective: Ad
 
 
 @pytest.mark.parametrize(
-    "goal", [MaximiseMargin(), Targeted(torch.tensor([1, 2, 0, 1, 2, 0]))], ids=["margin", "target"]
+    ("goal", "target"),
+    [(MaximiseMargin(), None), (MinimiseCE(), torch.tensor([1, 2, 0, 1, 2, 0]))],
+    ids=["margin", "target"],
 )
 def test_a_compiled_attack_takes_any_goal_and_a_compiled_pass_has_the_same_gradient(
-    tiny_net: Net, goal: object
+    tiny_net: Net, goal: Goal, target: Tensor | None
 ) -> None:
     batch = batch_of()
-    attack = replace(PGDAT(eps=0.1, steps=3).attack(batch), goal=goal)
+    attack = replace(PGDAT(eps=0.1, steps=3).attack(batch), goal=goal, target=target)
     plain, fast = tiny_net(dtype=torch.float64), tiny_net(dtype=torch.float64)
     compiled = Engine(fast, compile=True, batch_size=6)
     x_adv = Engine(plain).attack(batch, attack)
@@ -308,7 +310,7 @@ def test_what_is_no_fixed_sequence_of_kernels_is_not_replayed() -> None:
     assert not replayable(replace(attack, stop=FreezeFooled()))
     assert not replayable(replace(attack, keep="best"))
     assert not replayable(replace(attack, restarts=2))
-    assert not replayable(replace(attack, goal=Targeted(batch.y)))
+    assert replayable(replace(attack, goal=MinimiseCE(), target=batch.y))
     assert not replayable(replace(attack, goal=Weighted([0.5, 0.5])))
     assert not replayable(replace(attack, goal=lambda logits, clean, y: logits.sum(1)))  # type: ignore[arg-type]
 
@@ -323,6 +325,8 @@ def test_replayed_attacks_equal_the_loop_on_every_batch(tiny_net: Net, compile: 
         plain = batch_of(seed=seed)
         batch = Batch(x=plain.x.float().cuda(), y=plain.y.cuda(), index=plain.index.cuda(), seed=seed)
         attack = replace(PGDAT(eps=0.1, steps=3).attack(batch), box=seed != 3)
+        if seed == 2:
+            attack = replace(attack, goal=MinimiseCE(), target=(batch.y + 1) % 3)
         if seed == 0:
             captured = CapturedAscent(ascend, model)
             fast = Engine(model, device="cuda", compile=compile, batch_size=6)

@@ -25,7 +25,8 @@ from robustfair.values import Attack, Goal, Mode, Model, still_statistics
 class Problem(NamedTuple):
     """What an attack maximises and where: goal, images, labels, clean logits where the goal reads them, step and ball.
 
-    `step_size` and `eps` are (B, 1, ..., 1), to meet the pixels; `kick` (B, C, H, W) is the noise of this step.
+    `y` is what the goal reads: the labels, or the attack's target. `step_size` and `eps` are (B, 1, ..., 1), to meet
+    the pixels; `kick` (B, C, H, W) is the noise of this step.
     """
 
     goal: Goal
@@ -42,6 +43,7 @@ class Problem(NamedTuple):
     @staticmethod
     def of(attack: Attack, x: Tensor, y: Tensor, clean: Tensor | None) -> Problem:
         step_size, eps = per_pixel(attack.step_size, x), per_pixel(attack.eps, x)
+        y = y if attack.target is None else attack.target
         return Problem(attack.goal, x, y, clean, step_size, eps, attack.norm, attack.box_first, attack.box)
 
 
@@ -98,6 +100,8 @@ def pgd(
     starts = (*STARTS, GRADIENT_START)
     if attack.start not in starts:
         raise ConfigError("attack", "start", allowed=f"one of {', '.join(starts)}", got=attack.start)
+    if attack.keep == "inside" and (attack.stop is None or attack.restarts > 1):
+        raise ConfigError("attack", "keep", allowed="inside only under a stop rule, with one start", got="inside")
     ascent = ascend if ascent is None else ascent
     with attacking(model, attack.mode):
         if clean is None and attack.goal.needs_clean:
@@ -155,6 +159,7 @@ def ascend(
     stop_state = attack.stop.start(y) if attack.stop else y
     if attack.steps and (attack.stop or attack.keep == "best"):
         x_adv = _project(x_adv, problem)  # only then may the start itself be returned
+    previous = x_adv
     for _ in range(attack.steps):
         if attack.noise:
             problem = problem._replace(kick=attack.noise * torch.empty_like(x).normal_(generator=rng))
@@ -163,14 +168,18 @@ def ascend(
             best = best.update(x_adv, value, logits, y, attack)
         if attack.stop:
             stop_state, active = attack.stop(stop_state, logits, y)
-            moved = torch.where(per_pixel(active, x), moved, x_adv)
-            if x.device.type == "cpu" and not active.any():  # elsewhere the question would cost a wait
-                break
+            active = per_pixel(active, x)
+            if attack.keep == "inside":
+                moved, previous = torch.where(active, moved, previous), torch.where(active, x_adv, previous)
+            else:
+                moved = torch.where(active, moved, x_adv)
         x_adv = moved
+        if attack.stop and x.device.type == "cpu" and not active.any():  # elsewhere the question would cost a wait
+            break
     if compares(attack):
         with torch.no_grad():
             logits = model(x_adv)
-            best = best.update(x_adv, attack.goal(logits, clean, y), logits, y, attack)
+            best = best.update(x_adv, attack.goal(logits, clean, problem.y), logits, y, attack)
     return x_adv, best
 
 
@@ -325,7 +334,7 @@ IDBH trains from it."""
 def _one_gradient_up(model: Model, x: Tensor, y: Tensor, clean: Tensor | None, attack: Attack) -> Tensor:
     z = x.detach().clone().requires_grad_(True)
     with torch.enable_grad():
-        gradient = input_gradient(attack.goal(model(z), clean, y), z)
+        gradient = input_gradient(attack.goal(model(z), clean, y if attack.target is None else attack.target), z)
     return (x + gradient / x.shape[0]).clamp(0, 1)
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from robustfair.attacks.pgd import attacking, pgd, predicted
 from robustfair.metrics import confusion_pred_true
-from robustfair.values import Attack, Batch, ClassTally, Model
-
-AttackOn = Callable[[Batch], Attack]
-"""From a batch to the attack on it: radii are per example, so an attack exists only for given examples."""
+from robustfair.values import AttackOn, Batch, ClassTally, Model
 
 
 def predict(model: Model, batch: Batch, attack_on: AttackOn | None = None, *, search: Model | None = None) -> Tensor:

@@ -57,6 +57,8 @@ class CapturedAscent:
         given = {"x": x, "y": y, "x_adv": x_adv, "eps": attack.eps, "step_size": attack.step_size}
         if clean is not None:
             given["clean"] = clean
+        if attack.target is not None:
+            given["target"] = attack.target
         shapes = tuple((name, t.shape, t.stride(), t.dtype) for name, t in given.items())
         key = (shapes, attack.steps, attack.goal, attack.norm, attack.mode, attack.box_first, attack.box)
         if key not in self._captured:
@@ -71,7 +73,7 @@ class CapturedAscent:
         self, model: Model, given: dict[str, Tensor], attack: Attack, best: Best, rng: torch.Generator
     ) -> _Captured:
         inputs = {name: tensor.detach().clone() for name, tensor in given.items()}
-        attack = replace(attack, eps=inputs["eps"], step_size=inputs["step_size"])
+        attack = replace(attack, eps=inputs["eps"], step_size=inputs["step_size"], target=inputs.get("target"))
 
         def run() -> Tensor:
             places = inputs["x"], inputs["y"], inputs.get("clean"), inputs["x_adv"]

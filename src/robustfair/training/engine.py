@@ -77,10 +77,15 @@ class Engine:
             return self.eager(x)
         return self._compiled(self.eager, x)
 
-    def attack(self, batch: Batch, attack: Attack, *, clean_pass: bool = False) -> Tensor:
+    def beside(self, network: nn.Module) -> InPrecision:
+        """Another network as this engine runs its own: in the same precision, uncompiled."""
+        return InPrecision(network, "bf16" if self.eager.bf16 else "fp32", self.eager.device_type)
+
+    def attack(self, batch: Batch, attack: Attack, *, clean_pass: bool = False, stream: str = "attack") -> Tensor:
         """The attacked images of a batch, (B, C, H, W).
 
         Args:
+            stream: name of the random stream of the batch that it draws from.
             clean_pass: the next call of this engine with `batch.x` is the loss's, in training mode and with these
                 weights. Where the attack would make the same pass, namely in mode "train_frozen" with a goal that
                 reads clean logits, it is made once, for both.
@@ -92,7 +97,7 @@ class Engine:
             clean = logits.detach()
         pure = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
         ascent = self._ascent if pure else ascend
-        return pgd(self.eager, batch.x, batch.y, attack, batch.rng("attack"), clean=clean, ascent=ascent)
+        return pgd(self.eager, batch.x, batch.y, attack, batch.rng(stream), clean=clean, ascent=ascent)
 
     def _fits(self, x: Tensor) -> bool:
         return self.batch_size is None or x.shape[0] == self.batch_size
