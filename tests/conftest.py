@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustfair.data import ImageDataset
 from robustfair.objectives import Objective, Trades
 from robustfair.training.state import TrainState
-from robustfair.values import ClassTally
+from robustfair.values import Batch, ClassTally, seeded_generator
 
 
 class TinyNet(nn.Module):
@@ -87,12 +87,18 @@ class StandInRun:
     step: int = 0
     train: ClassTally | None = None
     images: tuple[Tensor, ...] = ()
+    seed: int = 0
 
-    def validate(self) -> ClassTally:
-        raise AssertionError("a method under test asked for a validation split, which this run has not")
+    def batches(self, split: str) -> Iterator[Batch]:
+        assert split == "train", f"a method under test asked for {split} images, which this run has not"
+        for x in self.images:
+            yield Batch(x=x, y=torch.zeros(len(x), dtype=torch.int64), index=torch.arange(len(x)), seed=0)
 
-    def inputs(self) -> Iterator[Tensor]:
-        return iter(self.images)
+    def total(self, part: Tensor) -> Tensor:
+        return part
+
+    def rng(self, name: str) -> torch.Generator:
+        return seeded_generator("cpu", self.seed, self.epoch, self.step, name)
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +130,7 @@ def differences() -> Callable[[TrainState, TrainState], list[str]]:
         found: dict[str, Any] = {"epoch": state.epoch, "step": state.step}
         groups: dict[str, Mapping[str, Tensor]] = {"weights": state.weights, "optimizer": state.optimizer}
         groups |= {f"method {name}": values for name, values in state.methods.items()}
+        groups |= {f"network {name}": values for name, values in {**state.networks, **state.frozen}.items()}
         groups |= {f"export {name}": values for name, values in state.exports.items()}
         if state.best is not None:
             groups["best"] = state.best.weights

@@ -27,6 +27,8 @@ from robustfair.values import ClassTally, StateDict
 
 SCHEMA = "robustfair.checkpoint/1"
 WEIGHTS, STATE, META = "weights.safetensors", "state.safetensors", "state.json"
+FROZEN = "frozen"
+"""Folder of the networks beside a model that do not train; no model of its own."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def write_state(checkpoints: Path, state: TrainState, meta: Mapping[str, Any]) -> None:
     """Save a training state under `checkpoints`: best/ if it is new, a folder per export, and last/ after them.
 
-    last/ comes last, so that it never speaks of a best epoch that is not on disk.
+    last/ comes last, so that it never speaks of a best epoch that is not on disk. Networks that do not train are
+    written once, into frozen/.
     """
     best = state.best
     if best is not None and best.epoch == state.epoch:
@@ -105,9 +108,14 @@ def write_state(checkpoints: Path, state: TrainState, meta: Mapping[str, Any]) -
     for name, weights in state.exports.items():
         about = {"epoch": state.epoch, "candidate": name}
         write_checkpoint(checkpoints / name, Checkpoint(weights, {}, {**meta, **about}))
+    if state.frozen and not has_checkpoint(checkpoints / FROZEN):
+        frozen = {f"{name}/{key}": tensor for name, values in state.frozen.items() for key, tensor in values.items()}
+        write_checkpoint(checkpoints / FROZEN, Checkpoint({}, frozen, {"networks": sorted(state.frozen)}))
     tensors = {f"optimizer/{name}": buffer for name, buffer in state.optimizer.items()}
     for method, values in state.methods.items():
         tensors |= {f"method/{method}/{key}": value for key, value in values.items()}
+    for network, weights in state.networks.items():
+        tensors |= {f"network/{network}/{key}": tensor for key, tensor in weights.items()}
     if state.train is not None:
         tensors |= {f"train/{part}": value for part, value in vars(state.train).items() if value is not None}
     about = {
@@ -128,13 +136,14 @@ def read_state(checkpoints: Path, history: Sequence[Mapping[str, Any]] = ()) -> 
     """
     last = read_checkpoint(checkpoints / "last")
     methods: dict[str, dict[str, Tensor]] = {name: {} for name in last.meta["methods"]}
-    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "train": {}, "method": {}}
+    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "train": {}, "method": {}, "network": {}}
     for name, tensor in last.tensors.items():
         kind, rest = name.split("/", 1)
         parts[kind][rest] = tensor
     for name, tensor in parts["method"].items():
         method, key = name.split("/", 1)
         methods[method][key] = tensor
+    frozen = read_checkpoint(checkpoints / FROZEN).tensors if has_checkpoint(checkpoints / FROZEN) else {}
     best = None
     if has_checkpoint(checkpoints / "best"):
         found = read_checkpoint(checkpoints / "best")
@@ -145,6 +154,8 @@ def read_state(checkpoints: Path, history: Sequence[Mapping[str, Any]] = ()) -> 
         weights=last.weights,
         optimizer=parts["optimizer"],
         methods=methods,
+        networks=_by_network(parts["network"]),
+        frozen=_by_network(frozen),
         exports={name: read_checkpoint(checkpoints / name).weights for name in last.meta["exports"]},
         train=ClassTally(**parts["train"]) if parts["train"] else None,
         best=best,
@@ -152,11 +163,20 @@ def read_state(checkpoints: Path, history: Sequence[Mapping[str, Any]] = ()) -> 
     )
 
 
+def _by_network(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors called `method/network/key`, by `method/network`; no tensor of a network has a slash in its name."""
+    networks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        network, key = name.rsplit("/", 1)
+        networks.setdefault(network, {})[key] = tensor
+    return networks
+
+
 def checkpoint_names(checkpoints: Path) -> list[str]:
-    """Names of the checkpoints in a folder that can be read, also between the two renames of one being replaced."""
+    """Names of the models in a folder that can be read, also between the two renames of one being replaced."""
     found = checkpoints.glob("*") if checkpoints.exists() else ()
     names = {path.name.removeprefix(".").removesuffix(".old") for path in found}
-    return sorted(name for name in names if has_checkpoint(checkpoints / name))
+    return sorted(name for name in names - {FROZEN} if has_checkpoint(checkpoints / name))
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -274,7 +274,7 @@ def test_a_random_beginning_weighs_decay_to_the_number_of_updates(
 ) -> None:
     run = stand_in_run(model=tiny_net(dtype=torch.float64))
     ema = EMA(decay=decay, init="random", buffers=buffers)
-    first = copied(reinitialised(run.model).state_dict())
+    first = copied(reinitialised(run.model, run.rng("ema")).state_dict())
     state, seen = follow(ema, run, steps=6)
     assert state[UPDATES] == 6
     plain, _ = follow(EMA(decay=decay, buffers=buffers), stand_in_run(model=tiny_net(dtype=torch.float64)), steps=6)
@@ -285,14 +285,16 @@ def test_a_random_beginning_weighs_decay_to_the_number_of_updates(
         torch.testing.assert_close(state[name] - plain[name], bias, rtol=1e-9, atol=1e-9)
 
 
-def test_a_random_beginning_is_independent_of_the_weights_and_the_same_each_time(tiny_net: Net) -> None:
+def test_a_random_beginning_depends_on_the_seed_of_the_run_alone(tiny_net: Net, stand_in_run: Run) -> None:
     model, other = tiny_net(seed=1), tiny_net(seed=2)
     before, stream = copied(model.state_dict()), torch.get_rng_state()
-    first = reinitialised(model).state_dict()
+    rng = stand_in_run().rng("ema")
+    first = reinitialised(model, rng).state_dict()
     torch.manual_seed(7)
-    again, others = reinitialised(model).state_dict(), reinitialised(other).state_dict()
+    again, others = reinitialised(model, rng).state_dict(), reinitialised(other, rng).state_dict()
     torch.set_rng_state(stream)
-    reinitialised(model)
+    another = reinitialised(model, stand_in_run(seed=1).rng("ema")).state_dict()
+    assert not torch.allclose(first["conv.weight"], another["conv.weight"], atol=1e-3)
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
     assert all(torch.equal(tensor, others[name]) for name, tensor in first.items())
@@ -313,7 +315,7 @@ def test_a_ramp_bounds_the_decay_of_every_update(tiny_net: Net, stand_in_run: Ru
 def test_a_ramp_from_a_random_beginning_starts_with_a_tenth(tiny_net: Net, stand_in_run: Run) -> None:
     """Update 0 meets the random weights, so that its decay is 1/10; the copied beginning is an update itself."""
     run = stand_in_run(model=tiny_net(dtype=torch.float64))
-    first = copied(reinitialised(run.model).state_dict())
+    first = copied(reinitialised(run.model, run.rng("ema")).state_dict())
     state, seen = follow(EMA(decay=0.9, ramp=True, init="random"), run, steps=2)
     for name in averaged(run.model, "copy"):
         one = 0.1 * first[name] + 0.9 * seen[0][name]

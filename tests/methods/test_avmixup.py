@@ -41,7 +41,7 @@ def batch(request: pytest.FixtureRequest, tiny_net: Net, tiny_data: Data) -> Bat
 def mixed(run: Run, batch: Batch, method: AVmixup, *beside: Method) -> Batch:
     """The batch as the objective gets it."""
     plan = compose(PGDAT(eps=EPS), [*beside, method])
-    return plan.examples(batch, plan.at_epoch({}, run(objective=PGDAT(eps=EPS))))
+    return plan.examples(batch, plan.at_epoch({}, run(objective=PGDAT(eps=EPS))), run())
 
 
 def drawn(batch: Batch) -> Tensor:

@@ -43,7 +43,7 @@ class Weighs(Method):
     claims = frozenset({"loss.weight", "role.class_weight"})
     factor = torch.tensor(CLASS_WEIGHT)
 
-    def loss(self, loss: Loss, batch: Batch, state: State) -> Loss:
+    def loss(self, loss: Loss, batch: Batch, state: State, run: Any) -> Loss:
         return loss.weighted(self.factor[batch.y])
 
 

@@ -19,6 +19,7 @@ from robustfair.values import Attack, Batch, Forward, Loss, State
 Net = Callable[..., nn.Module]
 Run = Callable[..., object]
 
+NO_RUN: Any = None
 BATCH = Batch(x=torch.zeros(3, 1, 5, 5), y=torch.arange(3), index=torch.arange(3), seed=0, x_adv=torch.ones(3, 1, 5, 5))
 
 
@@ -54,16 +55,16 @@ def test_a_role_has_one_player() -> None:
 
 def test_allow_lets_both_act_in_list_order(tiny_net: Net) -> None:
     def times(factor: float) -> Callable[..., Attack]:
-        return lambda self, attack, batch, state: replace(attack, eps=attack.eps * factor)
+        return lambda self, attack, batch, state, run: replace(attack, eps=attack.eps * factor)
 
     def plus(term: float) -> Callable[..., Attack]:
-        return lambda self, attack, batch, state: replace(attack, eps=attack.eps + term)
+        return lambda self, attack, batch, state, run: replace(attack, eps=attack.eps + term)
 
     doubled, raised = (method(n, ("attack.eps",), attack=f) for n, f in (("doubled", times(2)), ("raised", plus(1))))
     states: dict[str, State] = {"doubled": {}, "raised": {}}
     for order, eps in (((doubled, raised), 1.2), ((raised, doubled), 2.2)):
         plan = compose(PGDAT(eps=0.1), order, allow=frozenset({"attack.eps"}))
-        assert plan.attack(BATCH, states).eps.tolist() == pytest.approx([eps] * 3)
+        assert plan.attacks(BATCH, states, NO_RUN)["x_adv"].eps.tolist() == pytest.approx([eps] * 3)
         assert plan.allow == {"attack.eps"}
     refused([doubled, raised], allow=frozenset({"loss.label"}))
 
@@ -85,7 +86,7 @@ def test_a_write_that_nobody_reads_is_refused() -> None:
 
 
 def edit_attack(**fields: object) -> Callable[..., Attack]:
-    return lambda self, attack, batch, state: replace(attack, **fields)  # type: ignore[arg-type]
+    return lambda self, attack, batch, state, run: replace(attack, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -107,21 +108,21 @@ def test_an_unclaimed_edit_of_the_attack_raises(fields: dict[str, object]) -> No
     (field,) = fields
     plan = compose(Trades(), [method("sly", attack=edit_attack(**fields))])
     with pytest.raises(ConflictError, match=rf"sly changed attack\.{field} without claiming it"):
-        plan.attack(BATCH, {"sly": {}})
+        plan.attacks(BATCH, {"sly": {}}, NO_RUN)
     claimed = compose(Trades(), [method("honest", (f"attack.{field}",), attack=edit_attack(**fields))])
-    assert getattr(claimed.attack(BATCH, {"honest": {}}), field) is fields[field]
+    assert getattr(claimed.attacks(BATCH, {"honest": {}}, NO_RUN)["x_adv"], field) is fields[field]
 
 
 @pytest.mark.parametrize("field", ["x", "y", "index", "seed", "x_adv", "soft"])
 def test_an_unclaimed_edit_of_the_batch_raises(field: str) -> None:
     value = 5 if field == "seed" else torch.ones(3)
 
-    def edit(self: Method, batch: Batch, state: State) -> Batch:
+    def edit(self: Method, batch: Batch, state: State, run: Any) -> Batch:
         return replace(batch, **{field: value})
 
     plan = compose(Trades(), [method("sly", examples=edit)])
     with pytest.raises(ConflictError, match=rf"sly changed batch\.{field} without claiming it"):
-        plan.examples(BATCH, {"sly": {}})
+        plan.examples(BATCH, {"sly": {}}, NO_RUN)
 
 
 LOSS_EDITS: dict[str, tuple[str, Callable[[Loss], Loss]]] = {
@@ -140,12 +141,13 @@ LOSS_EDITS: dict[str, tuple[str, Callable[[Loss], Loss]]] = {
 def test_an_unclaimed_edit_of_the_loss_raises(tiny_net: Net, what: str) -> None:
     claim, edit = LOSS_EDITS[what]
 
-    def hook(self: Method, loss: Loss, batch: Batch, state: State) -> Loss:
+    def hook(self: Method, loss: Loss, batch: Batch, state: State, run: Any) -> Loss:
         return edit(loss)
 
     with pytest.raises(ConflictError, match=f"sly changed {claim} without claiming it"):
-        compose(Trades(), [method("sly", loss=hook)]).loss(tiny_net(), BATCH, {"sly": {}})
-    compose(Trades(), [method("honest", (claim,), loss=hook)]).loss(tiny_net(), BATCH, {"honest": {}})
+        compose(Trades(), [method("sly", loss=hook)]).loss(tiny_net(), BATCH, {"sly": {}}, NO_RUN)
+    honest = method("honest", (claim,), loss=hook, replaces=frozenset({"label"} if what == "term" else ()))
+    compose(Trades(), [honest]).loss(tiny_net(), BATCH, {"honest": {}}, NO_RUN)
 
 
 @pytest.mark.parametrize(
@@ -157,12 +159,12 @@ def test_an_unclaimed_edit_of_the_loss_raises(tiny_net: Net, what: str) -> None:
     ids=["logits", "a term less"],
 )
 def test_logits_and_terms_may_not_go_whatever_is_claimed(tiny_net: Net, edit: Callable[[Loss], Loss]) -> None:
-    def hook(self: Method, loss: Loss, batch: Batch, state: State) -> Loss:
+    def hook(self: Method, loss: Loss, batch: Batch, state: State, run: Any) -> Loss:
         return edit(loss)
 
     sly = method("sly", ("loss.label", "loss.consistency", "loss.weight"), loss=hook)
     with pytest.raises(ConflictError, match="sly changed the logits or the set of terms"):
-        compose(Trades(), [sly]).loss(tiny_net(), BATCH, {"sly": {}})
+        compose(Trades(), [sly]).loss(tiny_net(), BATCH, {"sly": {}}, NO_RUN)
 
 
 def change_weights(self: Method, state: State, run: Any) -> State:
@@ -241,8 +243,8 @@ def test_scopes_are_left_in_reverse_even_after_an_error() -> None:
 def test_do_nothing_hooks_hand_back_what_they_get(tiny_net: Net, stand_in_run: Run) -> None:
     plan = compose(Trades(), [method("idle")])
     attack = Trades().attack(BATCH)
-    assert Method().attack(attack, BATCH, {}) is attack
-    assert plan.examples(BATCH, {"idle": {}}) is BATCH
+    assert Method().attack(attack, BATCH, {}, NO_RUN) is attack
+    assert plan.examples(BATCH, {"idle": {}}, NO_RUN) is BATCH
     assert plan.export({"idle": {}}, stand_in_run()) == {}  # type: ignore[arg-type]
     assert plan.at_epoch({}, stand_in_run()) == {"idle": {}}  # type: ignore[arg-type]
     assert method("idle").hooks() == []
@@ -252,21 +254,21 @@ def test_do_nothing_hooks_hand_back_what_they_get(tiny_net: Net, stand_in_run: R
 def test_each_method_sees_its_own_state_only() -> None:
     seen: dict[str, State] = {}
 
-    def hook(self: Method, batch: Batch, state: State) -> Batch:
+    def hook(self: Method, batch: Batch, state: State, run: Any) -> Batch:
         seen[self.name] = state
         return batch
 
     states: dict[str, State] = {"a": {"v": torch.zeros(1)}, "b": {"v": torch.ones(1)}}
-    compose(Trades(), [method("a", examples=hook), method("b", examples=hook)]).examples(BATCH, states)
+    compose(Trades(), [method("a", examples=hook), method("b", examples=hook)]).examples(BATCH, states, NO_RUN)
     assert seen["a"] is states["a"]
     assert seen["b"] is states["b"]
 
 
 def test_without_an_attack_no_method_is_asked_to_edit_one() -> None:
-    def hook(self: Method, attack: Attack, batch: Batch, state: State) -> Attack:
+    def hook(self: Method, attack: Attack, batch: Batch, state: State, run: Any) -> Attack:
         raise AssertionError("there is no attack to edit")
 
-    assert compose(Standard(), [method("idle", attack=hook)]).attack(BATCH, {"idle": {}}) is None
+    assert compose(Standard(), [method("idle", attack=hook)]).attacks(BATCH, {"idle": {}}, NO_RUN) == {}
 
 
 def test_hooks_are_listed_in_protocol_order() -> None:
@@ -294,10 +296,10 @@ def test_claims_may_depend_on_the_config() -> None:
 def test_loss_weights_reach_the_total(tiny_net: Net) -> None:
     weight = torch.tensor([1.0, 0.0, 2.0])
 
-    def hook(self: Method, loss: Loss, batch: Batch, state: State) -> Loss:
+    def hook(self: Method, loss: Loss, batch: Batch, state: State, run: Any) -> Loss:
         return loss.weighted(weight)
 
     plan = compose(Trades(), [method("weighs", ("loss.weight",), loss=hook)])
     rows: Tensor = Trades()(tiny_net(), BATCH).per_example()
-    total = plan.loss(tiny_net(), BATCH, {"weighs": {}}).total()
+    total = plan.loss(tiny_net(), BATCH, {"weighs": {}}, NO_RUN).total()
     torch.testing.assert_close(total, (rows[0] + 2 * rows[2]) / 3)

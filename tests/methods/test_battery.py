@@ -85,7 +85,7 @@ def test_defaults_build_and_the_class_is_what_the_protocol_wants(name: str) -> N
     assert dataclasses.is_dataclass(method)
     assert type(method).__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(method))
-    assert 1 <= len(method.hooks()) <= 3
+    assert 1 <= len(method.hooks()) <= 5
     assert hash(method) == hash(METHODS.get(name)())
 
 
@@ -113,14 +113,14 @@ def test_claims_are_exactly_what_is_edited(
     edited = set()
     attack = goal.attack(batch)
     if attack is not None:
-        after = method.attack(attack, batch, state)
+        after = method.attack(attack, batch, state, run)
         names = [field.name for field in dataclasses.fields(attack)]
         edited |= {f"attack.{n}" for n in names if getattr(after, n) is not getattr(attack, n)}
-    changed = method.examples(batch, state)
+    changed = method.examples(method.prepare(batch, state, run), state, run)
     names = [field.name for field in dataclasses.fields(batch)]
     edited |= {f"batch.{n}" for n in names if getattr(changed, n) is not getattr(batch, n)}
     loss = goal(tiny_net(), batch)
-    weighed = method.loss(loss, batch, state)
+    weighed = method.loss(loss, batch, state, run)
     edited |= {"loss.weight"} if weighed.weight is not loss.weight else set()
     edited |= {
         f"loss.{n}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from robustfair.values import Batch, Loss
 Net = Callable[..., nn.Module]
 Run = Callable[..., object]
 
+NO_RUN: Any = None
 T = (0.2, 0.5, 0.8)
 VECTOR = {"hits": (2, 5, 8), "count": (10, 10, 10)}
 
@@ -32,7 +34,7 @@ def test_the_published_vector_of_radii(stand_in_run: Run) -> None:
     state = CCM(lam=0.5, begin=1).at_epoch({}, stand_in_run(epoch=1, **VECTOR))
     batch = batch_of(3)
     attack = PGDAT(norm="l2", eps=8.0).attack(batch)
-    edited = CCM(lam=0.5, begin=1).attack(attack, batch, state)
+    edited = CCM(lam=0.5, begin=1).attack(attack, batch, state, NO_RUN)
     assert edited.eps.tolist() == pytest.approx([5.6, 8.0, 10.4])
     assert edited.eps.tolist() == pytest.approx(reference.radii(T, 0.5, 8.0))
     assert replace(edited, eps=attack.eps) == attack, "nothing but the radius moves"
@@ -43,7 +45,7 @@ def test_the_published_vector_of_shares(stand_in_run: Run) -> None:
     state = method.at_epoch({}, stand_in_run(epoch=1, **VECTOR))
     six = torch.full((3,), 6.0)
     loss = Loss(out=None, terms={}, coef={"label": torch.ones(3), "consistency": six}, weight=torch.ones(3))  # type: ignore[arg-type]
-    coef = method.loss(loss, batch, state).coef
+    coef = method.loss(loss, batch, state, NO_RUN).coef
     assert (coef["consistency"] / coef["label"]).tolist() == pytest.approx([4.2, 6.0, 7.8])
     assert coef["consistency"].tolist() == pytest.approx([0.807692, 0.857143, 0.886364], abs=1e-6)
     assert coef["consistency"].tolist() == pytest.approx(reference.shares(T, 0.5, 6.0))
@@ -53,7 +55,7 @@ def test_the_published_vector_of_shares(stand_in_run: Run) -> None:
 def test_the_loss_is_the_loop_over_examples(tiny_net: Net, stand_in_run: Run) -> None:
     model, batch = tiny_net(dtype=torch.float64).eval(), batch_of()
     state = CCR(begin=1).at_epoch({}, stand_in_run(epoch=1, **VECTOR))
-    loss = CCR(begin=1).loss(Trades(beta=6)(model, batch), batch, state)
+    loss = CCR(begin=1).loss(Trades(beta=6)(model, batch), batch, state, NO_RUN)
     with torch.no_grad():
         clean, adv = model(batch.x).tolist(), model(batch.x_adv).tolist()
     expected = reference.loss(clean, adv, batch.y.tolist(), reference.shares(T, 0.5, 6.0))
@@ -70,7 +72,7 @@ def test_equal_accuracies_are_trades_over_one_plus_beta(tiny_net: Net, stand_in_
     ):
         model, twin = tiny_net(dtype=torch.float64), tiny_net(dtype=torch.float64)
         state = method.at_epoch({}, run)
-        ours = method.loss(Trades(beta=beta)(model, batch), batch, state).total()
+        ours = method.loss(Trades(beta=beta)(model, batch), batch, state, NO_RUN).total()
         plain = Trades(beta=factor * beta)(twin, batch).total() / (1 + factor * beta)
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
         pairs = zip(
@@ -99,7 +101,7 @@ def test_before_begin_the_attack_is_the_scalar_one(tiny_net: Net, stand_in_run: 
     model, batch = tiny_net(), batch_of(dtype=torch.float32)
     for objective in (PGDAT(), Trades()):
         scalar = objective.attack(batch)
-        per_class = CCM().attack(scalar, batch, CCM().at_epoch({}, stand_in_run(epoch=9, **VECTOR)))
+        per_class = CCM().attack(scalar, batch, CCM().at_epoch({}, stand_in_run(epoch=9, **VECTOR)), NO_RUN)
         ends = [pgd(model, batch.x, batch.y, attack, batch.rng("attack")) for attack in (scalar, per_class)]
         assert torch.equal(*ends)
 
@@ -123,7 +125,7 @@ def test_the_factor_is_bounded_and_monotone() -> None:
 def test_a_class_without_images_does_not_disturb_the_others(stand_in_run: Run) -> None:
     state = CCM(lam=0.5, begin=1).at_epoch({}, stand_in_run(epoch=1, hits=(2, 0, 8), count=(10, 0, 10)))
     batch = replace(batch_of(4), y=torch.tensor([0, 2, 2, 0]))
-    edited = CCM(lam=0.5).attack(PGDAT(eps=0.1).attack(batch), batch, state)
+    edited = CCM(lam=0.5).attack(PGDAT(eps=0.1).attack(batch), batch, state, NO_RUN)
     assert edited.eps.tolist() == pytest.approx([0.07, 0.13, 0.13, 0.07])
 
 

@@ -66,7 +66,7 @@ class Scene:
     def attack(self, run: Run, objective: AdversarialObjective, *methods: Any) -> Attack:
         """The objective's attack as the methods leave it."""
         plan = compose(objective, methods)
-        attack = plan.attack(self.batch, plan.at_epoch({}, run(objective=objective)))
+        attack = plan.attacks(self.batch, plan.at_epoch({}, run(objective=objective)), run())["x_adv"]
         assert attack is not None
         return attack
 
@@ -244,7 +244,7 @@ def test_a_radius_per_class_bounds_every_image_by_its_own(scene: Scene, stand_in
     run = stand_in_run(objective=objective, epoch=1, hits=(0, 2, 4), count=(4, 4, 4))
     for order in (methods, methods[::-1]):
         plan = compose(objective, order)
-        attack = plan.attack(scene.batch, plan.at_epoch({}, run))
+        attack = plan.attacks(scene.batch, plan.at_epoch({}, run), run)["x_adv"]
         assert attack is not None
         eps = EPS * torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)[scene.batch.y]
         ours, paths = scene.ends(attack), scene.paths("pgd-at", variant, 1, eps=eps)
@@ -261,7 +261,7 @@ def test_nothing_but_the_stop_and_the_noise_moves(scene: Scene, stand_in_run: Ru
     plain = OBJECTIVES["trades"][0].attack(scene.batch)
     for omega in (0.0, 0.1):
         method = FriendlyAT(tau=2, omega=omega)
-        edited = method.attack(plain, scene.batch, method.at_epoch({}, stand_in_run()))
+        edited = method.attack(plain, scene.batch, method.at_epoch({}, stand_in_run()), stand_in_run())
         assert edited.noise == omega
         assert replace(edited, stop=None, noise=0.0) == plain
 

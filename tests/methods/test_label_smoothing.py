@@ -48,8 +48,9 @@ def batch(tiny_net: Net, tiny_data: Data) -> Batch:
 
 def smoothed(run: Run, model: nn.Module, objective: Objective, batch: Batch, method: LabelSmoothing) -> Loss:
     plan = compose(objective, [method])
-    states = plan.at_epoch({}, run(objective=objective))
-    return plan.loss(model, plan.examples(batch, states), states)
+    stand_in = run(objective=objective)
+    states = plan.at_epoch({}, stand_in)
+    return plan.loss(model, plan.examples(batch, states, stand_in), states, stand_in)
 
 
 def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
@@ -123,8 +124,9 @@ def test_off_class_is_uniform_with_more(stand_in_run: Run, num_classes: int, amo
 
 def test_the_attack_and_its_images_stay_as_they_are(stand_in_run: Run, batch: Batch) -> None:
     plan = compose(PGDAT(), [LabelSmoothing()])
-    states = plan.at_epoch({}, stand_in_run())
-    assert replace(plan.examples(batch, states), soft=None) == batch
+    run = stand_in_run()
+    states = plan.at_epoch({}, run)
+    assert replace(plan.examples(batch, states, run), soft=None) == batch
     assert LabelSmoothing().hooks() == ["examples", "at_epoch"]
 
 

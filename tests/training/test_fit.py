@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from robustfair.errors import ConfigError, ConflictError, DivergedError, ModelEr
 from robustfair.methods import CCM, CCR, EMA, Method
 from robustfair.objectives import PGDAT, Objective, Standard, Trades
 from robustfair.training import Fitted, Schedule, bundle, fit
+from robustfair.training.run import TrainingRun
 from robustfair.training.state import TrainState
 from robustfair.values import ClassTally, State
 
@@ -428,12 +428,12 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[int]]], None
     def plan(hits: list[list[int]]) -> None:
         turns = iter(hits)
 
-        def measure(self: object) -> ClassTally:
+        def measure(self: object, steps: int = 10) -> ClassTally:
             right = torch.tensor(next(turns))
             robust = torch.diag(right) + torch.diag(10 - right).roll(1, 0)
             return ClassTally(clean_pred_true=10 * torch.eye(3).long(), robust_pred_true=robust)
 
-        monkeypatch.setattr(importlib.import_module("robustfair.training.fit")._Training, "measure", measure)
+        monkeypatch.setattr(TrainingRun, "measure", measure)
 
     return plan
 

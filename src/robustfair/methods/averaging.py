@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.config import require_literals, require_share, require_whole
-from robustfair.methods.base import Method, Run, late
+from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
-from robustfair.values import BATCH_NORM, Batch, Loss, State, StateDict, derive_seed
+from robustfair.values import BATCH_NORM, Batch, Loss, State, StateDict
 
 Buffers = Literal["copy", "average", "reestimate"]
 UPDATES = "/updates"
@@ -68,24 +68,22 @@ class EMA(Method):
         require_whole(0, self.name, "begin", self.begin)
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
-        return self._update(state, run.model) if due(self, "step", run.epoch) else state
+        return self._update(state, run) if due(self, "step", run.epoch) else state
 
     def at_epoch(self, state: State, run: Run) -> State:
-        return self._update(state, run.model) if due(self, "epoch", run.epoch - 1) else state
+        return self._update(state, run) if due(self, "epoch", run.epoch - 1) else state
 
     def export(self, state: State, run: Run) -> Mapping[str, StateDict]:
         return exported("ema", state, run, self.buffers)
 
-    def remark(self, epochs: int) -> str | None:
-        return late(self.name, self.begin, epochs)
-
     @torch.no_grad()
-    def _update(self, state: State, model: nn.Module) -> State:
-        current = averaged_entries(model, self.buffers)
+    def _update(self, state: State, run: Run) -> State:
+        current = averaged_entries(run.model, self.buffers)
         if not state:
             if self.init == "copy":
                 return begun(current)
-            state = begun(averaged_entries(reinitialised(model), self.buffers), updates=0)
+            drawn = reinitialised(run.model, run.rng("ema"))
+            state = begun(averaged_entries(drawn, self.buffers), updates=0)
         if not self.ramp:
             return moved_towards(state, current, 1 - self.decay)
         updates = state[UPDATES].double()
@@ -121,9 +119,6 @@ class SWA(Method):
 
     def export(self, state: State, run: Run) -> Mapping[str, StateDict]:
         return exported("swa", state, run, self.buffers)
-
-    def remark(self, epochs: int) -> str | None:
-        return late(self.name, self.begin, epochs)
 
     @torch.no_grad()
     def _update(self, state: State, model: nn.Module) -> State:
@@ -164,11 +159,11 @@ def moved_towards(state: State, current: Mapping[str, Tensor], share: Tensor | f
     return state
 
 
-def reinitialised(model: nn.Module) -> nn.Module:
-    """A copy of the model with new initial weights where its layers can draw some, the same at every call."""
+def reinitialised(model: nn.Module, rng: torch.Generator) -> nn.Module:
+    """A copy of the model with new initial weights where its layers can draw some, by the seed of `rng`."""
     copy = deepcopy(model).cpu()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed("average", "init"))  # no device's stream but the CPU's
+        torch.default_generator.manual_seed(rng.initial_seed())  # no device's stream but the CPU's
         for module in copy.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
@@ -201,9 +196,10 @@ def reestimated(model: nn.Module, weights: StateDict, run: Run) -> dict[str, Ten
         norm.train()
         norm.reset_running_stats()
     seen = 0
-    for x in run.inputs():
+    for batch in run.batches("train"):
+        images = len(batch.y)
         for norm in norms:
-            norm.momentum = x.shape[0] / (seen + x.shape[0])
-        copy(x)
-        seen += x.shape[0]
+            norm.momentum = images / (seen + images)
+        copy(batch.x)
+        seen += images
     return dict(copy.state_dict())

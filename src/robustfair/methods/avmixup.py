@@ -61,7 +61,7 @@ class AVmixup(Method):
             "vertex_labels": kept_mass_labels(self.lambda2, run.num_classes).to(device),
         }
 
-    def examples(self, batch: Batch, state: State) -> Batch:
+    def examples(self, batch: Batch, state: State, run: Run) -> Batch:
         assert batch.x_adv is not None, "compose refuses an objective that does not attack"
         vertex = batch.x + self.gamma * (batch.x_adv - batch.x)
         if self.clip_vertex:

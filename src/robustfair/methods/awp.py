@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from robustfair.config import require, require_at_least, require_literals, require_whole
 from robustfair.errors import ModelError
-from robustfair.methods.base import LossAt, Method, Run, late
+from robustfair.methods.base import LossAt, Method, Run
 from robustfair.registry import METHODS
 from robustfair.values import Batch, State, still_statistics
 
@@ -106,9 +106,6 @@ class AWP(Method):
             with torch.no_grad():
                 for name, weight in weights.items():
                     weight.copy_(kept[name])
-
-    def remark(self, epochs: int) -> str | None:
-        return late(self.name, self.begin, epochs)
 
     def _perturbed(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
         """The tensors that move, by name."""

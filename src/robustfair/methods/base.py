@@ -1,4 +1,4 @@
-"""The protocol by which methods compose: three edits, one scope, two ticks, one export.
+"""The protocol by which methods compose: networks, four edits, one scope, two ticks, one export.
 
 A method is a frozen dataclass, its config. What changes over time is a flat dict of tensors that the trainer owns,
 saves and hands back. Edits take a value and return a value. `compose` refuses what cannot act together before any
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, fields, replace
+from itertools import permutations
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from robustfair.errors import ConflictError
 from robustfair.objectives.base import Objective
 from robustfair.registry import OBJECTIVES
-from robustfair.values import Attack, Batch, ClassTally, Loss, Model, State, StateDict
+from robustfair.values import Attack, AttackOn, Batch, ClassTally, Loss, Model, State, StateDict
+
+Edited = TypeVar("Edited", Attack, Batch)
 
 
 class LossAt(Protocol):
@@ -30,10 +33,14 @@ class LossAt(Protocol):
 
 
 class Run(Protocol):
-    """What a method may see of the training run, at a boundary or inside a scope."""
+    """What a method may see of the training run, and what it may have the run do."""
 
     model: nn.Module
+    networks: Mapping[str, Model]
+    """What methods asked for in `networks`, as "method/name"; in the run's precision, with gradient."""
     objective: Objective
+    labels: Tensor
+    """(N,) of the training images; `batch.index` are rows of it."""
     num_classes: int
     epochs: int
     epoch: int
@@ -42,39 +49,97 @@ class Run(Protocol):
     """Optimizer steps completed."""
     weight_decay: float
     """What the optimizer adds to the gradient, in units of the weights."""
+    trainable: Mapping[str, nn.Parameter]
+    """The parameters that the optimizer moves, by name; those of `networks` as "method/name//parameter"."""
     train: ClassTally | None
     """Counts of the epoch just completed, from the forward passes of training itself; None before the first."""
 
-    def validate(self) -> ClassTally:
-        """Clean and robust counts of the current weights on the validation split; computed once per boundary."""
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch follows this boundary: a tick that prepares the next one has nothing to do."""
         ...
 
-    def inputs(self) -> Iterator[Tensor]:
-        """Clean training images as augmented for training, for re-estimating batch norm."""
+    def validate(self, steps: int = 10) -> ClassTally:
+        """Clean and robust counts of the current weights on the validation split under PGD of so many steps.
+
+        Computed once per boundary and number of steps. For methods that have "validation" in `needs`.
+        """
+        ...
+
+    def batches(self, split: Literal["train", "validation"], attack: AttackOn | None = None) -> Iterator[Batch]:
+        """The images of a split: those to train on as the coming epoch will see them, the held out ones as they are.
+
+        Args:
+            attack: gives `x_adv`, attacked in eval mode; None leaves it out.
+        """
+        ...
+
+    def attacked(self, batch: Batch, attack: Attack, name: str) -> Tensor:
+        """(B, C, H, W) a further attack on a training batch, made as the trainer makes its own.
+
+        Args:
+            name: of the random stream that it draws from.
+        """
+        ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, K) logits with gradient, of the model that the loss is being taken on, in the run's precision."""
+        ...
+
+    def predict(self, x: Tensor) -> Tensor:
+        """(B, K) logits of the current weights in eval mode, without gradient."""
+        ...
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over all processes of a statistic of this one's images; differentiable.
+
+        Every statistic of a batch or an epoch goes through it. With one process it is `part` itself.
+        """
+        ...
+
+    def rng(self, name: str) -> torch.Generator:
+        """A random stream on the run's device, keyed by seed, epoch, step and `name`; for ticks, as `Batch.rng`."""
         ...
 
 
 class Method:
-    """Base of all methods: every hook does nothing. A method overrides one to three of them and nothing else."""
+    """Base of all methods: every hook does nothing. A method overrides a few of them and nothing else.
+
+    Class attributes:
+        name: the registered name.
+        claims: fields it edits ("attack.eps", "loss.label", "batch.soft", "gradient", "model", "export.ema") and roles
+            it plays ("role.class_weight"). A property where the config decides. `extra` and `views` under its own name
+            need no claim.
+        replaces: terms of the loss that it computes anew, so that what they were computed from is lost.
+        needs: loss terms that must exist, "x_adv" for attacked images, "validation" for held out ones.
+        labels_of: images that the soft labels it sets belong to; None for labels that hold for either.
+        until_begin: what holds in the epochs before `begin`, for a method that has one; shown where it never comes.
+    """
 
     name: ClassVar[str]
     claims: ClassVar[frozenset[str]] = frozenset()
-    """Fields it edits ("attack.eps", "loss.label", "batch.x_adv", "gradient", "model", "export.ema") and roles it plays
-    ("role.class_weight"). A property where the config decides."""
+    replaces: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Loss terms that must exist."""
     labels_of: ClassVar[Literal["x", "x_adv"] | None] = None
-    """Images that the soft labels it sets belong to; None for labels that hold for either."""
+    until_begin: ClassVar[str] = "it will never act"
 
-    def attack(self, attack: Attack, batch: Batch, state: State) -> Attack:
-        """Edit: radius, step, goal, stop rule."""
-        return attack
+    def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Networks beside the model, saved with the run: those with `requires_grad` train with it, others stay."""
+        return {}
 
-    def examples(self, batch: Batch, state: State) -> Batch:
-        """Edit, after the attack: x_adv, soft labels."""
+    def prepare(self, batch: Batch, state: State, run: Run) -> Batch:
+        """Edit, before the attack: x, y, soft labels, shift, extra."""
         return batch
 
-    def loss(self, loss: Loss, batch: Batch, state: State) -> Loss:
+    def attack(self, attack: Attack, batch: Batch, state: State, run: Run) -> Attack:
+        """Edit: radius, step, goal, target, stop rule."""
+        return attack
+
+    def examples(self, batch: Batch, state: State, run: Run) -> Batch:
+        """Edit, after the attack: x_adv, views, soft labels, shift, extra."""
+        return batch
+
+    def loss(self, loss: Loss, batch: Batch, state: State, run: Run) -> Loss:
         """Edit: coefficients, weight, an extra term."""
         return loss
 
@@ -96,24 +161,38 @@ class Method:
 
     def remark(self, epochs: int) -> str | None:
         """A sentence for the user if this config will do nothing, or something surprising, in a run of `epochs`."""
-        return None
+        begin = getattr(self, "begin", 0)
+        if begin < epochs:
+            return None
+        return (
+            f"{self.name} begins at epoch {begin} and this run ends after {epochs}: {self.until_begin}; "
+            f"lower {self.name}(begin)"
+        )
 
     def hooks(self) -> list[str]:
         """Names of the hooks this method overrides, in protocol order."""
         return [hook for hook in HOOKS if getattr(type(self), hook) is not getattr(Method, hook)]
 
 
-HOOKS = ("attack", "examples", "loss", "around_gradient", "after_step", "at_epoch", "export")
+HOOKS = ("networks", "prepare", "attack", "examples", "loss", "around_gradient", "after_step", "at_epoch", "export")
 
 
-def compose(objective: Objective, methods: Sequence[Method] = (), *, allow: frozenset[str] = frozenset()) -> Plan:
+def compose(
+    objective: Objective,
+    methods: Sequence[Method] = (),
+    *,
+    allow: frozenset[str] = frozenset(),
+    validation: bool = True,
+) -> Plan:
     """Check that the methods can act together on the objective.
 
     Args:
         allow: claims that may have several owners, who then act in list order.
+        validation: whether the run holds images out.
 
     Raises:
-        ConflictError: a method twice; two owners of one claim; a loss term that does not exist; a write nobody reads.
+        ConflictError: a method twice; two owners of one claim; a loss term, attacked or held out images that a method
+            needs and does not find; a write nobody reads.
     """
     owners: dict[str, str] = {}
     names = [method.name for method in methods]
@@ -132,10 +211,21 @@ def compose(objective: Objective, methods: Sequence[Method] = (), *, allow: froz
             fitting = [name for name in OBJECTIVES if _fits(method, OBJECTIVES.get(name))]
             use = " or ".join(fitting) or "another objective"
             raise ConflictError(f"{method.name} {lacking}: use {use}, or drop {method.name}")
+        if "validation" in method.needs and not validation:
+            raise ConflictError(
+                f"{method.name} measures on held out images and this run has none: set validation to a share of each "
+                f"class, such as 0.02, or drop {method.name}"
+            )
         for claim in sorted(method.claims):
             unread = _unread(claim, objective)
             if unread:
                 raise ConflictError(f"{method.name} sets {claim}, but {objective.name} {unread}: drop {method.name}")
+        if "attack.target" in method.claims and "attack.goal" not in method.claims:
+            raise ConflictError(f"{method.name} sets attack.target and keeps the goal, which is not made for one")
+    for method, replacing in permutations(methods, 2):
+        lost = _lost(method, replacing)
+        if lost:
+            raise ConflictError(f"{method.name} sets {lost}, and {replacing.name} replaces the term that reads it")
     return Plan(objective=objective, methods=tuple(methods), allow=allow)
 
 
@@ -159,27 +249,33 @@ def _fits(method: Method, objective: type[Objective]) -> bool:
 
 def _lacking(method: Method, objective: Objective | type[Objective]) -> str:
     """What `method` needs of `objective` and does not find; empty if nothing."""
-    for need in sorted(method.needs - objective.terms):
+    if "x_adv" in method.needs and "x_adv" not in objective.reads:
+        return f"needs attacked images, and {objective.name} trains without an attack"
+    for need in sorted(method.needs - objective.terms - {"x_adv", "validation"}):
         return f"needs the loss term {need!r}, and {objective.name} has only {', '.join(sorted(objective.terms))}"
     if method.labels_of not in (None, objective.label_at):
         return f"sets labels of {method.labels_of}, and {objective.name} asks for those of {objective.label_at}"
     return ""
 
 
-def late(name: str, begin: int, epochs: int) -> str | None:
-    """The remark of a method whose first epoch comes after the end of the run."""
-    if begin < epochs:
-        return None
-    return f"{name} begins at epoch {begin} and this run ends after {epochs}: it will never act; lower {name}(begin)"
-
-
 def _unread(claim: str, objective: Objective | type[Objective]) -> str:
     """Why a write to `claim` would be lost under `objective`; empty if it is read."""
-    if claim.startswith("attack.") and "x_adv" not in objective.reads:
+    owner, _, field = claim.partition(".")
+    if claim in objective.owns:
+        return "is defined by its own"
+    if owner == "attack" and "x_adv" not in objective.reads:
         return "trains without an attack"
-    if claim.startswith("batch.") and claim.removeprefix("batch.") not in objective.reads:
-        return f"does not read {claim.removeprefix('batch.')}"
+    if owner == "batch" and field not in objective.reads | {"x", "y"}:
+        return f"does not read {field}"
     return ""
+
+
+def _lost(method: Method, replacing: Method) -> str:
+    """A claim of `method` that nobody reads once `replacing` has acted; empty if there is none."""
+    lost = {f"loss.{term}" for term in replacing.replaces}
+    if "label" in replacing.replaces:
+        lost |= {"batch.soft", "batch.shift"}
+    return min(method.claims & lost, default="")
 
 
 @dataclass(frozen=True)
@@ -195,29 +291,41 @@ class Plan:
         """Whether a method may move the weights between the attack and the loss."""
         return any("around_gradient" in method.hooks() for method in self.methods)
 
-    def attack(self, batch: Batch, states: Mapping[str, State]) -> Attack | None:
-        """The training attack on `batch` after all edits; None if the objective trains on clean images."""
-        attack = self.objective.attack(batch)
-        if attack is None:
-            return None
-        for method in self.methods:
-            edited = method.attack(attack, batch, states[method.name])
-            _check_fields(method, "attack", attack, edited)
-            attack = edited
-        return attack
+    def networks(self, model: nn.Module) -> dict[str, nn.Module]:
+        """All networks that methods want beside the model, as "method/name"."""
+        return {f"{m.name}/{name}": network for m in self.methods for name, network in m.networks(model).items()}
 
-    def examples(self, batch: Batch, states: Mapping[str, State]) -> Batch:
+    def prepare(self, batch: Batch, states: Mapping[str, State], run: Run) -> Batch:
+        """The batch as the attack finds it."""
         for method in self.methods:
-            edited = method.examples(batch, states[method.name])
-            _check_fields(method, "batch", batch, edited)
-            batch = edited
+            edited = method.prepare(batch, states[method.name], run)
+            if edited.x_adv is not None:
+                raise ConflictError(f"{method.name} sets x_adv before the attack, which sets it anew: use `examples`")
+            batch = _checked(method, "batch", batch, edited)
         return batch
 
-    def loss(self, model: Model, batch: Batch, states: Mapping[str, State]) -> Loss:
+    def attacks(self, batch: Batch, states: Mapping[str, State], run: Run) -> dict[str, Attack]:
+        """The training attacks on `batch` after all edits, by what they make: "x_adv", and views by name."""
+        made = self.objective.attacks(batch)
+        for name, attack in made.items():
+            for method in self.methods:
+                fresh = _fresh(attack)
+                edited = method.attack(fresh, batch, states[method.name], run)
+                attack = _checked(method, "attack", fresh, edited, original=attack)
+            made[name] = attack
+        return made
+
+    def examples(self, batch: Batch, states: Mapping[str, State], run: Run) -> Batch:
+        """The batch as the loss finds it."""
+        for method in self.methods:
+            batch = _checked(method, "batch", batch, method.examples(batch, states[method.name], run))
+        return batch
+
+    def loss(self, model: Model, batch: Batch, states: Mapping[str, State], run: Run) -> Loss:
         """The objective's loss on `model` after all edits."""
         loss = self.objective(model, batch)
         for method in self.methods:
-            edited = method.loss(loss, batch, states[method.name])
+            edited = method.loss(loss, batch, states[method.name], run)
             _check_loss(method, loss, edited)
             loss = edited
         return loss
@@ -257,11 +365,42 @@ class Plan:
         return dict(sorted(candidates.items()))
 
 
-def _check_fields(method: Method, owner: str, before: Attack | Batch, after: Attack | Batch) -> None:
+class _Int(int):
+    """A whole number or a truth value with an identity of its own, see `_fresh`."""
+
+
+class _Float(float):
+    """A number with an identity of its own, see `_fresh`."""
+
+
+class _Str(str):
+    """A word with an identity of its own, see `_fresh`."""
+
+
+FRESH = {bool: _Int, int: _Int, float: _Float, str: _Str}
+
+
+def _fresh(value: Attack) -> Attack:
+    """The same attack with plain values that are no other object: whoever writes an equal one is seen to write it."""
+    plain = {field.name: getattr(value, field.name) for field in fields(value)}
+    return replace(value, **{name: FRESH[type(v)](v) for name, v in plain.items() if type(v) in FRESH})
+
+
+def _checked(method: Method, owner: str, before: Edited, after: Edited, *, original: Edited | None = None) -> Edited:
+    """`after` if the method claims all it changed, with what it left alone as `original` (or `before`) has it."""
+    kept = before if original is None else original
+    left = {}
     for field in fields(before):
-        changed = getattr(after, field.name) is not getattr(before, field.name)
-        if changed and f"{owner}.{field.name}" not in method.claims:
+        old: object = getattr(before, field.name)
+        new: object = getattr(after, field.name)
+        if new is old:
+            left[field.name] = getattr(kept, field.name)
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
+            if any(new.get(key) is not old.get(key) for key in (set(old) | set(new)) - {method.name}):
+                raise _unclaimed(method, f"{owner}.{field.name} under another name than its own")
+        elif f"{owner}.{field.name}" not in method.claims:
             raise _unclaimed(method, f"{owner}.{field.name}")
+    return after if original is None else replace(after, **left)
 
 
 def _check_loss(method: Method, before: Loss, after: Loss) -> None:
@@ -270,11 +409,12 @@ def _check_loss(method: Method, before: Loss, after: Loss) -> None:
     if after.out is not before.out or before.terms.keys() - after.terms.keys():
         raise _unclaimed(method, "the logits or the set of terms of the loss")
     for name in after.terms:
-        same = (
-            name in before.terms and after.terms[name] is before.terms[name] and after.coef[name] is before.coef[name]
-        )
+        term = name in before.terms and after.terms[name] is before.terms[name]
+        same = term and after.coef[name] is before.coef[name]
         if not same and f"loss.{name}" not in method.claims:
             raise _unclaimed(method, f"loss.{name}")
+        if name in before.terms and not term and name not in method.replaces:
+            raise ConflictError(f"{method.name} replaced the term {name!r} of the loss: add it to `replaces`")
 
 
 def _unclaimed(method: Method, what: str) -> ConflictError:

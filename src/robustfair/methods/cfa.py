@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from robustfair.config import require, require_at_least
-from robustfair.methods.base import Method, Run, late
+from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
 from robustfair.values import Attack, Batch, Loss, State
 
@@ -58,11 +58,8 @@ class CCM(Method):
         lam = PAPER_LAMBDA1.get(run.objective.name, 0.5) if self.lam is None else self.lam
         return {"scale": _scale(lam, self.begin, run)}
 
-    def attack(self, attack: Attack, batch: Batch, state: State) -> Attack:
+    def attack(self, attack: Attack, batch: Batch, state: State, run: Run) -> Attack:
         return replace(attack, eps=attack.eps * state["scale"][batch.y])
-
-    def remark(self, epochs: int) -> str | None:
-        return late(self.name, self.begin, epochs)
 
 
 @METHODS.register("ccr")
@@ -81,6 +78,7 @@ class CCR(Method):
     name: ClassVar[str] = "ccr"
     claims: ClassVar[frozenset[str]] = frozenset({"loss.label", "loss.consistency", "role.class_weight"})
     needs: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
+    until_begin: ClassVar[str] = "it will only divide the loss by 1 + beta"
     lam: float = 0.5
     begin: int = 10
 
@@ -91,13 +89,10 @@ class CCR(Method):
     def at_epoch(self, state: State, run: Run) -> State:
         return {"scale": _scale(self.lam, self.begin, run)}
 
-    def loss(self, loss: Loss, batch: Batch, state: State) -> Loss:
+    def loss(self, loss: Loss, batch: Batch, state: State, run: Run) -> Loss:
         scale = state["scale"][batch.y]
         share = 1 / (1 + loss.coef["consistency"] * scale)
         return loss.scaled("label", share).scaled("consistency", scale * share)
-
-    def remark(self, epochs: int) -> str | None:
-        return late(self.name, self.begin, epochs)
 
 
 def _scale(lam: float, begin: int, run: Run) -> Tensor:
@@ -105,4 +100,4 @@ def _scale(lam: float, begin: int, run: Run) -> Tensor:
     device = next(run.model.parameters()).device
     if run.epoch < begin or run.train is None:
         return torch.ones(run.num_classes, device=device)
-    return calibration(lam, run.train.robust).to(device, torch.float32)
+    return calibration(lam, run.train.robust.to(device, torch.float32))

@@ -110,7 +110,7 @@ class FriendlyAT(Method):
         device = next(run.model.parameters()).device
         return {"tau": torch.tensor(self.budget(run.objective.name, run.epoch, run.epochs), device=device)}
 
-    def attack(self, attack: Attack, batch: Batch, state: State) -> Attack:
+    def attack(self, attack: Attack, batch: Batch, state: State, run: Run) -> Attack:
         stop: Stop = OfficialStop(state["tau"]) if self.variant == "official" else CFAStop(state["tau"])
         return replace(attack, stop=stop, noise=self.omega) if self.omega else replace(attack, stop=stop)
 

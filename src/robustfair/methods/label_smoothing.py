@@ -45,5 +45,5 @@ class LabelSmoothing(Method):
             removed *= (run.num_classes - 1) / run.num_classes
         return {"labels": kept_mass_labels(1 - removed, run.num_classes).to(next(run.model.parameters()).device)}
 
-    def examples(self, batch: Batch, state: State) -> Batch:
+    def examples(self, batch: Batch, state: State, run: Run) -> Batch:
         return replace(batch, soft=state["labels"].to(batch.x.dtype)[batch.y])

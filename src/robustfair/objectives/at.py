@@ -26,7 +26,7 @@ class PGDAT(AdversarialObjective):
     """
 
     name: ClassVar[str] = "pgd-at"
-    reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft"})
+    reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft", "shift"})
     start: Literal["uniform", "zero", "input-gradient"] = "uniform"
 
     def attack(self, batch: Batch) -> Attack:

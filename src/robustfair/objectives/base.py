@@ -21,8 +21,9 @@ class Objective(ABC):
     Class attributes:
         name: the registered name.
         terms: names of the loss terms it yields ("label", "consistency", ...).
-        reads: fields of the batch its loss reads beyond x and y ("x_adv", "soft"). A method that writes what nobody
-            reads is refused.
+        reads: fields of the batch its loss reads beyond x and y ("x_adv", "soft", "shift"). A method that writes what
+            nobody reads is refused.
+        owns: fields of the attack that make it what it is ("attack.stop"): no method may set them.
         clean_pass: whether the loss runs the model on x itself; an attack that makes the same pass then shares it.
         label_at: the images whose label its term "label" asks for. Soft labels that belong to attacked images need
             "x_adv" here.
@@ -33,10 +34,16 @@ class Objective(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     clean_pass: ClassVar[bool] = False
     label_at: ClassVar[Literal["x", "x_adv"]] = "x_adv"
+    owns: ClassVar[frozenset[str]] = frozenset()
 
     def attack(self, batch: Batch) -> Attack | None:
         """The attack to train on, before any method edits it; None trains on clean images."""
         return None
+
+    def attacks(self, batch: Batch) -> dict[str, Attack]:
+        """All attacks to train on, by what they make: "x_adv", and further views of the batch by their name."""
+        attack = self.attack(batch)
+        return {} if attack is None else {"x_adv": attack}
 
     @abstractmethod
     def __call__(self, model: Model, batch: Batch) -> Loss:
@@ -44,7 +51,8 @@ class Objective(ABC):
 
 
 def label_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """(B,) cross-entropy to the soft labels of a batch where a method set them, else to its labels."""
+    """(B,) cross-entropy to the soft labels of a batch where a method set them, else to its labels; logits shifted."""
+    logits = logits if batch.shift is None else logits + batch.shift
     return cross_entropy(logits, batch.y) if batch.soft is None else soft_cross_entropy(logits, batch.soft)
 
 

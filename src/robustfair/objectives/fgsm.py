@@ -39,7 +39,7 @@ class FGSMAT(AdversarialObjective):
     """
 
     name: ClassVar[str] = "fgsm-at"
-    reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft"})
+    reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft", "shift"})
     steps: int = 1
     alpha_ratio: float | None = None
     clip_to_box: bool = True

@@ -16,7 +16,7 @@ class Standard(Objective):
     """Cross-entropy at x; equals PGD-AT with eps = 0 and TRADES with beta = 0."""
 
     name: ClassVar[str] = "standard"
-    reads: ClassVar[frozenset[str]] = frozenset({"soft"})
+    reads: ClassVar[frozenset[str]] = frozenset({"soft", "shift"})
     label_at: ClassVar[Literal["x", "x_adv"]] = "x"
     clean_pass: ClassVar[bool] = True
 

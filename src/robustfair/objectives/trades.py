@@ -37,7 +37,7 @@ class Trades(AdversarialObjective):
 
     name: ClassVar[str] = "trades"
     terms: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
-    reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft"})
+    reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft", "shift"})
     label_at: ClassVar[Literal["x", "x_adv"]] = "x"
     clean_pass: ClassVar[bool] = True
     beta: float = 6.0

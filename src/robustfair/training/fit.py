@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from robustfair import metrics
-from robustfair.attacks.sweep import sweep
 from robustfair.config import Precision, Select, require, require_one_way
 from robustfair.data import ImageDataset
 from robustfair.data.augment import Augmentation, parse_augmentation
@@ -37,7 +36,6 @@ from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, 
 
 SPLIT_SEED = 0
 """One split for all runs, whatever their seed: methods are compared on the same images."""
-EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def fit(
     require_one_way("fit", compile=compile, deterministic=deterministic)
     if len(train) == 0:
         raise DataError(f"{train.name}: no images to train on")
-    plan = compose(objective, methods, allow=allow)
+    plan = compose(objective, methods, allow=allow, validation=validation != 0)
     device = torch.device(device)
     if deterministic:
         allow_deterministic_products()
@@ -133,6 +131,7 @@ def fit(
         check_gradient(called, first)
     layout = None if called is model else torch.contiguous_format
     augmentation = parse_augmentation(train.augment) if augment is None else augment
+    require_same_methods(plan, resume)
     training = _Training(
         model=model,
         engine=Engine(called, precision=precision, device=device, compile=compile, batch_size=schedule.batch_size),
@@ -164,7 +163,7 @@ def fit(
 class _Training:
     """One run of `fit`: what does not change, and `run`, `states`, `state`, which advance.
 
-    `engine` calls `model`, through `OnCopies` where it must.
+    `engine` calls `model`, through `OnCopies` where it must. `networks` are those of the methods, as "method/name".
     """
 
     def __init__(
@@ -180,20 +179,27 @@ class _Training:
         seed: int,
     ) -> None:
         self.engine, self.plan, self.schedule, self.loader = engine, plan, schedule, loader
-        self.held, self.select, self.seed = held, select, seed
+        self.select, self.seed = select, seed
         self.model = model
         self.device = loader.dataset.images.device
         self.shares_clean = plan.objective.clean_pass and not plan.moves_weights
+        self.networks = {name: network.to(self.device) for name, network in plan.networks(model).items()}
         self.trainable = schedule.trainable(self.model)
+        for name, network in self.networks.items():
+            own = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
+            self.trainable |= {f"{name}//{key}": parameter for key, parameter in own.items()}
         self.optimizer = schedule.build_optimizer(self.trainable.values())
         self.run = TrainingRun(
             model=self.model,
+            engine=engine,
+            networks={name: engine.beside(network) for name, network in self.networks.items()},
+            trainable=self.trainable,
             objective=plan.objective,
-            num_classes=loader.dataset.num_classes,
+            loader=loader,
+            held=held,
             epochs=schedule.epochs,
-            measure=self.measure,
-            inputs=lambda: (batch.x for batch in loader.epoch(self.run.epoch)),
             weight_decay=schedule.weight_decay,
+            seed=seed,
         )
         self.states: dict[str, State] = {}
         self.state = TrainState(epoch=0, step=0, weights={}, optimizer={}, methods={})
@@ -204,6 +210,8 @@ class _Training:
             self.states = self.plan.at_epoch({}, self.run)
             return
         self.model.load_state_dict(dict(resume.weights))
+        for name, weights in {**resume.networks, **resume.frozen}.items():
+            self.networks[name].load_state_dict(dict(weights))
         for name, tensor in resume.optimizer.items():
             name, key = name.rsplit("/", 1)
             parameter = self.trainable[name]
@@ -224,6 +232,8 @@ class _Training:
         run, schedule = self.run, self.schedule
         torch.manual_seed(derive_seed(self.seed, run.epoch, "layers"))
         _train_mode(self.engine.model, self.trainable if schedule.only else None)
+        for network in self.networks.values():
+            network.train(_trains(network))
         meter = Meter(run.num_classes, self.device)
         started, steps = time.perf_counter(), self.loader.steps_per_epoch
         for step, batch in enumerate(self.loader.epoch(run.epoch)):
@@ -238,7 +248,8 @@ class _Training:
             if on_step is not None:
                 on_step(run.epoch, step)
         bad = meter.first_bad_step()
-        if bad is None and not all(bool(torch.isfinite(tensor).all()) for tensor in self.model.state_dict().values()):
+        written = [t for module in (self.model, *self.networks.values()) for t in module.state_dict().values()]
+        if bad is None and not all(bool(torch.isfinite(tensor).all()) for tensor in written):
             bad = step
         if bad is not None:
             report = {"epoch": run.epoch, "step": bad, "lr": lr, "per_class": meter.per_class()}
@@ -260,24 +271,30 @@ class _Training:
     def _step(self, batch: Batch, meter: Meter, step: int) -> None:
         """Attack, loss, gradient, update, ticks: the order in which every method finds its hook."""
         plan, states, run = self.plan, self.states, self.run
-        attack = plan.attack(batch, states)
-        if attack is not None:
-            batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean_pass=self.shares_clean))
-        batch = plan.examples(batch, states)
+        batch = plan.prepare(batch, states, run)
+        attacks = plan.attacks(batch, states, run)
+        for name, attack in attacks.items():
+            if name == "x_adv":
+                shared = self.shares_clean and len(attacks) == 1
+                batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean_pass=shared))
+            else:
+                batch = replace(batch, views={**batch.views, name: run.attacked(batch, attack, name)})
+        batch = plan.examples(batch, states, run)
 
         def loss_at(model: Model, *, edited: bool = True) -> Loss:
             called = self.engine if model is self.model else model
-            return plan.loss(called, batch, states) if edited else plan.objective(called, batch)
+            with run.forwarding(called):
+                return plan.loss(called, batch, states, run) if edited else plan.objective(called, batch)
 
         self.optimizer.zero_grad()
         with plan.around_gradient(run, batch, loss_at, states):
-            loss = plan.loss(self.engine, batch, states)
+            loss = loss_at(self.model)
             total = loss.total()
             total.backward()
         self.optimizer.step()
         run.step += 1
         self.states = plan.after_step(states, batch, loss, run)
-        meter.add(batch, attack, loss, total, step)
+        meter.add(batch, attacks.get("x_adv"), loss, total, step)
 
     def boundary(self, record: dict[str, Any]) -> None:
         """Between two epochs: the methods' ticks, validation of every candidate, selection, and the new `state`."""
@@ -286,7 +303,7 @@ class _Training:
         weights = _copied(self.model.state_dict(), self.device)
         exports = self.plan.export(self.states, run)
         measured = {}
-        if self.held is not None:
+        if run.held is not None:
             measured["model"] = run.validate()
             for name, candidate in exports.items():
                 measured[name] = self._measure_at(candidate, weights)
@@ -303,25 +320,18 @@ class _Training:
             weights=weights,
             optimizer=self._optimizer_state(),
             methods={name: _copied(state, self.device) for name, state in self.states.items()},
+            networks={n: _copied(net.state_dict(), self.device) for n, net in self.networks.items() if _trains(net)},
+            frozen={n: net.state_dict() for n, net in self.networks.items() if not _trains(net)},
             exports=exports,
             best=best,
             train=run.train,
             history=(*self.state.history, record),
         )
 
-    def measure(self) -> ClassTally:
-        """Clean and robust counts of the current weights on the validation split (PGD-10 at the objective's radius)."""
-        if self.held is None:
-            raise ConfigError("fit", "validation", allowed="a share of each class: a method measures on it", got=0)
-        objective = self.plan.objective
-        attack_on = objective.evaluation_attack if isinstance(objective, AdversarialObjective) else None
-        batches = evaluation_batches(self.held, EVALUATION_BATCH, memory_format=self.loader.memory_format)
-        return sweep(self.engine.eager, batches, self.run.num_classes, attack_on)
-
     def _measure_at(self, candidate: StateDict, current: StateDict) -> ClassTally:
         self.model.load_state_dict(dict(candidate))
         try:
-            return self.measure()
+            return self.run.measure()
         finally:
             self.model.load_state_dict(dict(current))
 
@@ -375,6 +385,14 @@ def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
     }
 
 
+def require_same_methods(plan: Plan, resume: TrainState | None) -> None:
+    """Refuse to go on with other methods than those that the state is of."""
+    names = sorted(method.name for method in plan.methods)
+    if resume is not None and sorted(resume.methods) != names:
+        begun, given = (", ".join(found) or "no method" for found in (sorted(resume.methods), names))
+        raise ConfigError("fit", "resume", allowed=f"a state of the same methods ({given})", got=f"one of {begun}")
+
+
 def require_validation(validation: float | ImageDataset, select: Select) -> None:
     """Refuse a selection rule that has no images to measure it on."""
     selects = "a share of each class, or a data set"
@@ -411,6 +429,11 @@ def _train_mode(model: nn.Module, trained_only: Mapping[str, nn.Parameter] | Non
         trained = {id(parameter) for parameter in trained_only.values()}
         for module in model.modules():
             module.training = any(id(parameter) in trained for parameter in module.parameters())
+
+
+def _trains(network: nn.Module) -> bool:
+    """Whether a network beside the model trains with it."""
+    return any(parameter.requires_grad for parameter in network.parameters())
 
 
 def _last(state: TrainState) -> Chosen:

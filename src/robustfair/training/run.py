@@ -3,38 +3,111 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.sweep import tally
-from robustfair.objectives.base import Objective
-from robustfair.values import Attack, Batch, ClassTally, Loss
+from robustfair.attacks.pgd import attacking, pgd
+from robustfair.attacks.sweep import sweep, tally
+from robustfair.data.datasets import ImageDataset
+from robustfair.data.loader import Loader, evaluation_batches
+from robustfair.errors import ConfigError
+from robustfair.objectives.base import AdversarialObjective, Objective
+from robustfair.training.engine import Engine
+from robustfair.values import Attack, AttackOn, Batch, ClassTally, Loss, Model, seeded_generator
+
+EVALUATION_BATCH = 500
 
 
 @dataclass
 class TrainingRun:
-    """Implements `robustfair.methods.base.Run` for `fit`; its fields advance as training does."""
+    """Implements `robustfair.methods.base.Run` for `fit`; its counters advance as training does."""
 
     model: nn.Module
+    engine: Engine
+    networks: Mapping[str, Model]
+    trainable: Mapping[str, nn.Parameter]
     objective: Objective
-    num_classes: int
+    loader: Loader
+    held: ImageDataset | None
     epochs: int
-    measure: Callable[[], ClassTally]
-    inputs: Callable[[], Iterator[Tensor]]
-    weight_decay: float = 0.0
+    weight_decay: float
+    seed: int
     epoch: int = 0
     step: int = 0
     train: ClassTally | None = None
-    _validated: tuple[tuple[int, ...], ClassTally] | None = field(default=None, repr=False)
+    labels: Tensor = field(init=False, repr=False)
+    num_classes: int = field(init=False)
+    _on: Model | None = field(default=None, repr=False)
+    _validated: dict[int, tuple[tuple[int, ...], ClassTally]] = field(default_factory=dict, repr=False)
 
-    def validate(self) -> ClassTally:
+    def __post_init__(self) -> None:
+        self.labels, self.num_classes = self.loader.dataset.labels, self.loader.dataset.num_classes
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.epochs
+
+    def validate(self, steps: int = 10) -> ClassTally:
         written = tuple(tensor._version for tensor in self.model.state_dict(keep_vars=True).values())
-        if self._validated is None or self._validated[0] != written:
-            self._validated = (written, self.measure())
-        return self._validated[1]
+        if self._validated.get(steps, ((), None))[0] != written:
+            self._validated[steps] = (written, self.measure(steps))
+        return self._validated[steps][1]
+
+    def measure(self, steps: int = 10) -> ClassTally:
+        """Clean and robust counts of the current weights on the validation split (PGD at the objective's radius)."""
+        objective, attack_on = self.objective, None
+        if isinstance(objective, AdversarialObjective):
+
+            def attack_on(batch: Batch) -> Attack:
+                return replace(objective.evaluation_attack(batch), steps=steps)
+
+        return sweep(self.engine.eager, self.batches("validation"), self.num_classes, attack_on)
+
+    def batches(self, split: Literal["train", "validation"], attack: AttackOn | None = None) -> Iterator[Batch]:
+        for batch in self._images(split):
+            if attack is None:
+                yield batch
+            else:
+                chosen = replace(attack(batch), mode="eval")
+                x_adv = pgd(self.engine.eager, batch.x, batch.y, chosen, batch.rng("measure"))
+                yield replace(batch, x_adv=x_adv)
+
+    def _images(self, split: Literal["train", "validation"]) -> Iterator[Batch]:
+        if split == "train":
+            return self.loader.epoch(self.epoch)
+        if self.held is None:
+            raise ConfigError("fit", "validation", allowed="a share of each class: a method measures on it", got=0)
+        return evaluation_batches(self.held, EVALUATION_BATCH, memory_format=self.loader.memory_format)
+
+    def attacked(self, batch: Batch, attack: Attack, name: str) -> Tensor:
+        return self.engine.attack(batch, attack, stream=f"attack/{name}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.engine if self._on is None else self._on)(x)
+
+    @contextmanager
+    def forwarding(self, model: Model) -> Iterator[None]:
+        """Within it `forward` calls `model`: a loss that is taken on other weights takes all its passes on them."""
+        before, self._on = self._on, model
+        try:
+            yield
+        finally:
+            self._on = before
+
+    def predict(self, x: Tensor) -> Tensor:
+        with attacking(self.engine.eager, "eval"), torch.no_grad():
+            return self.engine.eager(x)
+
+    def total(self, part: Tensor) -> Tensor:
+        return part
+
+    def rng(self, name: str) -> torch.Generator:
+        return seeded_generator(self.labels.device, self.seed, "run", self.epoch, self.step, name)
 
 
 class Meter:

@@ -12,8 +12,10 @@ from torch import nn
 
 from robustfair.config import FAST_SCHEDULE, Curve, require, require_at_least, require_literals
 from robustfair.errors import ConfigError
+from robustfair.models.head import find_head
 
 MOMENTUM_CYCLE = 0.1
+HEAD_PARTS = {"head": ("weight", "bias"), "head.weight": ("weight",), "head.bias": ("bias",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,8 @@ class Schedule:
         cycle_momentum: under a one-cycle curve, SGD's momentum falls by 0.1 while the rate rises and comes back while
             it falls, as PyTorch's cyclic scheduler does unless told otherwise, and so the code of FGSM-AT.
         weight_decay: added to the gradient of every parameter, as in the papers' codes.
-        only: names of the parameters to train; everything else, batch norm included, stays as it is.
+        only: names of the parameters to train, "head" for those of the last linear map, "head.weight" and "head.bias"
+            for one of them; everything else, batch norm included, stays as it is.
     """
 
     epochs: int = 200
@@ -126,10 +129,19 @@ class Schedule:
 
         Raises:
             ConfigError: `only` names a parameter the model does not have.
+            ModelError: it names the head, and the model has no linear one.
         """
         parameters = dict(model.named_parameters())
+        if not self.only:
+            return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        chosen: set[str] = set()
         for name in self.only:
-            if name not in parameters:
-                known = ", ".join(list(parameters)[-4:])
+            if name in parameters:
+                chosen.add(name)
+            elif name in HEAD_PARTS:
+                wanted = [getattr(find_head(model), part) for part in HEAD_PARTS[name]]
+                chosen |= {known for known, parameter in parameters.items() if any(parameter is w for w in wanted)}
+            else:
+                known = ", ".join(["head", *list(parameters)[-4:]])
                 raise ConfigError("schedule", "only", allowed=f"names of parameters, such as {known}", got=name)
-        return {name: p for name, p in parameters.items() if (name in self.only if self.only else p.requires_grad)}
+        return {name: parameter for name, parameter in parameters.items() if name in chosen}

@@ -39,6 +39,8 @@ class TrainState:
         weights: state dict of the model.
         optimizer: momentum buffers and moments as `parameter/key`.
         methods: state of each method by its name.
+        networks: weights of the networks that train beside the model, as "method/name".
+        frozen: those of the ones that do not, which stay what they were when the run began.
         exports: candidates exported at this boundary ("ema": its weights).
         best: the selected candidate, None without selection.
         train: counts of the last epoch, from the passes that trained.
@@ -50,6 +52,8 @@ class TrainState:
     weights: StateDict
     optimizer: Mapping[str, Tensor]
     methods: Mapping[str, State]
+    networks: Mapping[str, StateDict] = field(default_factory=dict)
+    frozen: Mapping[str, StateDict] = field(default_factory=dict)
     exports: Mapping[str, StateDict] = field(default_factory=dict)
     best: Chosen | None = None
     train: ClassTally | None = None
