@@ -20,6 +20,7 @@ from robustfair.checkpoint import (
     STATE,
     WEIGHTS,
     Checkpoint,
+    clear_writings,
     has_checkpoint,
     read_checkpoint,
     read_json,
@@ -51,6 +52,7 @@ def state(epoch: int, *, best: bool = False) -> TrainState:
         weights={**tensors("a.weight"), "count": torch.tensor(epoch)},
         optimizer=tensors("a.weight"),
         methods={"ema": tensors("a.weight", "b/c"), "ccm": tensors("scale"), "idle": {}},
+        objective="trades",
         exports={"ema": tensors("a.weight")},
         best=Chosen("ema", epoch if best else 1, 0.25 * epoch, tensors("a.weight")),
         history=tuple({"epoch": e} for e in range(1, epoch + 1)),
@@ -243,7 +245,7 @@ def test_a_training_state_comes_back_whole(tmp_path: Path, differences: Differen
         read = read_state(tmp_path, wrote.history)
         if epoch < 3:
             assert differences(wrote, read) == []
-    assert read.epoch == 3
+    assert (read.epoch, read.objective) == (3, "trades")
     assert read.best is not None
     assert (read.best.epoch, read.best.score) == (2, 0.5), "best/ is written when it is new only"
     assert read_checkpoint(tmp_path / "last").meta["class_names"] == ["a"]
@@ -254,6 +256,18 @@ def test_records_ahead_of_the_checkpoint_are_left_out(tmp_path: Path) -> None:
     write_state(tmp_path, state(2), {})
     history = [{"epoch": epoch} for epoch in (1, 2, 3)]
     assert [record["epoch"] for record in read_state(tmp_path, history).history] == [1, 2]
+
+
+def test_what_killed_writings_left_is_cleared_and_what_can_be_read_stays(tmp_path: Path) -> None:
+    for name in ("last", "best"):
+        write_checkpoint(tmp_path / name, checkpoint())
+    (tmp_path / "best").rename(tmp_path / ".best.old")
+    for left in (".last.old", ".best.new", ".ema.new"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "weights.safetensors").write_bytes(b"half")
+    clear_writings(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".best.old", "last"]
+    assert equal(read_checkpoint(tmp_path / "best"), checkpoint())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -122,6 +122,7 @@ def write_state(checkpoints: Path, state: TrainState, meta: Mapping[str, Any]) -
         "epoch": state.epoch,
         "step": state.step,
         "candidate": "model",
+        "objective": state.objective,
         "methods": sorted(state.methods),
         "exports": list(state.exports),
     }
@@ -156,6 +157,7 @@ def read_state(checkpoints: Path, history: Sequence[Mapping[str, Any]] = ()) -> 
         methods=methods,
         networks=_by_network(parts["network"]),
         frozen=_by_network(frozen),
+        objective=last.meta.get("objective"),
         exports={name: read_checkpoint(checkpoints / name).weights for name in last.meta["exports"]},
         train=ClassTally(**parts["train"]) if parts["train"] else None,
         best=best,
@@ -182,6 +184,15 @@ def checkpoint_names(checkpoints: Path) -> list[str]:
 def has_checkpoint(folder: Path) -> bool:
     """Whether a whole checkpoint can be read under this name."""
     return (folder / META).exists() or (_beside(folder, "old") / META).exists()
+
+
+def clear_writings(checkpoints: Path) -> None:
+    """Remove what killed writings left among checkpoints; an old one stays where its new one is missing."""
+    for path in checkpoints.glob(".*.new"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints.glob(".*.old"):
+        if (path.with_name(path.name[1:].removesuffix(".old")) / META).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:

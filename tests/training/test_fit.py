@@ -17,7 +17,7 @@ from reference import training as reference
 from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
 from robustfair.data import ImageDataset, Loader, evaluation_batches
 from robustfair.errors import ConfigError, ConflictError, DivergedError, ModelError
-from robustfair.methods import CCM, CCR, EMA, Method
+from robustfair.methods import AWP, CCM, CCR, EMA, Method
 from robustfair.objectives import PGDAT, Objective, Standard, Trades
 from robustfair.training import Fitted, Schedule, bundle, fit
 from robustfair.training.run import TrainingRun
@@ -206,6 +206,54 @@ def test_momentum_comes_back_in_the_layout_of_its_weights(
     fit(tiny_net(channels=3), tiny_data(channels=3), PGDAT(steps=1), schedule=SHORT, methods=[Look()], resume=resume)
     assert strides
     assert all(weight == momentum for weight, momentum in strides)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "one method more": ({"methods": [CCM(), EMA(), AWP()]}, "same methods, got 'awp only in this run'"),
+    "one method fewer": ({"methods": [CCM()]}, "same methods, got 'ema only in that one'"),
+    "another method": (
+        {"methods": [CCM(), AWP()]},
+        "same methods, got 'awp only in this run, ema only in that one'",
+    ),
+    "another objective": (
+        {"objective": Trades(steps=1)},
+        "same objective, got 'trades only in this run, pgd-at only in",
+    ),
+    "another width": ({"channels": 3}, r"same weights, got 'conv.weight \(4, 3, 3, 3\) only in this run"),
+    "another optimizer": ({"schedule": replace(SHORT, optimizer="adam")}, "same values of the optimizer, got 'exp_avg"),
+    "no momentum": ({"schedule": replace(SHORT, momentum=0.0)}, "optimizer, got 'momentum_buffer only in that one'"),
+    "some weights": ({"schedule": replace(SHORT, only=("head.bias",))}, "same trained weights, got 'conv.bias only in"),
+}
+"""What a run is resumed with in place of its own, and how it is refused."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_state_of_another_run_is_refused_in_one_line(tiny_net: Net, tiny_data: Data, name: str) -> None:
+    def run(channels: int = 1, **changes: Any) -> TrainState:
+        arguments: dict[str, Any] = {"objective": PGDAT(steps=1), "methods": [CCM(), EMA()], "schedule": SHORT}
+        net, data = tiny_net(channels=channels), tiny_data(channels=channels)
+        return fit(net, data, **arguments | changes, validation=0, select="last").state
+
+    other, message = OTHERS[name]
+    states: list[TrainState] = []
+    run(save=states.append)
+    with pytest.raises(ConfigError, match=f"^fit: resume must be the state of a run with the .*{message}") as caught:
+        run(**other, resume=states[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_state_cannot_be_resumed(tiny_net: Net, tiny_data: Data) -> None:
+    fitted = fit(tiny_net(), tiny_data(), PGDAT(steps=1), schedule=SHORT, validation=0, select="last")
+    with pytest.raises(ConfigError, match="fit: resume must be a TrainState, as save is given, got 'Fitted'"):
+        fit(tiny_net(), tiny_data(), PGDAT(steps=1), schedule=SHORT, validation=0, select="last", resume=fitted)  # type: ignore[arg-type]
+
+
+def test_a_state_of_an_earlier_version_names_no_objective_and_goes_on(tiny_net: Net, tiny_data: Data) -> None:
+    states: list[TrainState] = []
+    arguments: dict[str, Any] = {"schedule": SHORT, "validation": 0, "select": "last"}
+    whole = fit(tiny_net(), tiny_data(), PGDAT(steps=1), save=states.append, **arguments)
+    resumed = fit(tiny_net(), tiny_data(), PGDAT(steps=1), resume=replace(states[0], objective=None), **arguments)
+    assert torch.equal(resumed.model.head.weight, whole.model.head.weight)
 
 
 def test_resuming_leaves_the_given_state_alone(tiny_net: Net, tiny_data: Data, differences: Differences) -> None:

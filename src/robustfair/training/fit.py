@@ -8,7 +8,7 @@ anew at each epoch. So a run that stops at an epoch boundary goes on exactly, fr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -99,6 +99,7 @@ def fit(
 
     Raises:
         ConflictError: methods that cannot act together, before any step.
+        ConfigError: `resume` was left by other methods, or another objective, network or optimizer.
         ModelError: the model's output does not fit the classes; the gradient of the images cannot be taken, and an
             attack needs it; or it cannot be compiled, and shall be.
         DivergedError: a loss that is not finite; carries epoch, step and class state.
@@ -131,7 +132,6 @@ def fit(
         check_gradient(called, first)
     layout = None if called is model else torch.contiguous_format
     augmentation = parse_augmentation(train.augment) if augment is None else augment
-    require_same_methods(plan, resume)
     training = _Training(
         model=model,
         engine=Engine(called, precision=precision, device=device, compile=compile, batch_size=schedule.batch_size),
@@ -209,6 +209,7 @@ class _Training:
         if resume is None:
             self.states = self.plan.at_epoch({}, self.run)
             return
+        self._require_own(resume)
         self.model.load_state_dict(dict(resume.weights))
         for name, weights in {**resume.networks, **resume.frozen}.items():
             self.networks[name].load_state_dict(dict(weights))
@@ -221,6 +222,28 @@ class _Training:
         self.states = {name: _copied(state, self.device) for name, state in resume.methods.items()}
         self.run.epoch, self.run.step, self.run.train = resume.epoch, resume.step, resume.train
         self.state = resume
+
+    def _require_own(self, resume: TrainState) -> None:
+        """Refuse a state that a run of another network, objective or optimizer, or of other methods, left."""
+        got = type(resume).__name__
+        require(isinstance(resume, TrainState), "fit", "resume", allowed="a TrainState, as save is given", got=got)
+        kept = [name.rsplit("/", 1) for name in resume.optimizer]
+        objective = self.plan.objective.name
+        compared: dict[str, tuple[Iterable[str], Iterable[str]]] = {
+            "methods": ([method.name for method in self.plan.methods], resume.methods),
+            "objective": ([objective], [resume.objective or objective]),
+            "weights": (_shapes(self.model.state_dict()), _shapes(resume.weights)),
+            "networks": (self.networks, {**resume.networks, **resume.frozen}),
+            "trained weights": (self.trainable, [*self.trainable, *(name for name, _ in kept)]),
+            "values of the optimizer": (_kept_by(self.schedule), [key for _, key in kept]),
+        }
+        for what, (here, there) in compared.items():
+            differ = [f"{name} only in this run" for name in sorted({*here} - {*there})]
+            differ += [f"{name} only in that one" for name in sorted({*there} - {*here})]
+            if differ:
+                allowed = f"the state of a run with the same {what}"
+                hint = "Go on with what that run was made of, or start a new one"
+                raise ConfigError("fit", "resume", allowed=allowed, got=", ".join(differ[:4]), hint=hint)
 
     def epoch(self, on_step: Callable[[int, int], None] | None) -> dict[str, Any]:
         """One pass over the training images; returns its record.
@@ -322,6 +345,7 @@ class _Training:
             methods={name: _copied(state, self.device) for name, state in self.states.items()},
             networks={n: _copied(net.state_dict(), self.device) for n, net in self.networks.items() if _trains(net)},
             frozen={n: net.state_dict() for n, net in self.networks.items() if not _trains(net)},
+            objective=self.plan.objective.name,
             exports=exports,
             best=best,
             train=run.train,
@@ -385,14 +409,6 @@ def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
     }
 
 
-def require_same_methods(plan: Plan, resume: TrainState | None) -> None:
-    """Refuse to go on with other methods than those that the state is of."""
-    names = sorted(method.name for method in plan.methods)
-    if resume is not None and sorted(resume.methods) != names:
-        begun, given = (", ".join(found) or "no method" for found in (sorted(resume.methods), names))
-        raise ConfigError("fit", "resume", allowed=f"a state of the same methods ({given})", got=f"one of {begun}")
-
-
 def require_validation(validation: float | ImageDataset, select: Select) -> None:
     """Refuse a selection rule that has no images to measure it on."""
     selects = "a share of each class, or a data set"
@@ -420,6 +436,19 @@ def _with_validation(train: ImageDataset, validation: float | ImageDataset) -> t
         return train, None
     kept, held = held_out(train.labels, validation)
     return train.subset(kept), train.subset(held)
+
+
+def _shapes(weights: StateDict) -> list[str]:
+    return [f"{name} {tuple(tensor.shape)}" for name, tensor in weights.items()]
+
+
+def _kept_by(schedule: Schedule) -> list[str]:
+    """Names of the tensors that the optimizer keeps for a parameter."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = schedule.build_optimizer([parameter])
+    optimizer.step()
+    return [key for key, value in optimizer.state[parameter].items() if isinstance(value, Tensor)]
 
 
 def _train_mode(model: nn.Module, trained_only: Mapping[str, nn.Parameter] | None) -> None:

@@ -41,6 +41,7 @@ class TrainState:
         methods: state of each method by its name.
         networks: weights of the networks that train beside the model, as "method/name".
         frozen: those of the ones that do not, which stay what they were when the run began.
+        objective: name of the objective; None in states of earlier versions.
         exports: candidates exported at this boundary ("ema": its weights).
         best: the selected candidate, None without selection.
         train: counts of the last epoch, from the passes that trained.
@@ -54,6 +55,7 @@ class TrainState:
     methods: Mapping[str, State]
     networks: Mapping[str, StateDict] = field(default_factory=dict)
     frozen: Mapping[str, StateDict] = field(default_factory=dict)
+    objective: str | None = None
     exports: Mapping[str, StateDict] = field(default_factory=dict)
     best: Chosen | None = None
     train: ClassTally | None = None
