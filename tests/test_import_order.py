@@ -16,6 +16,7 @@ ORDER = (
     "registry",
     "config",
     "devices",
+    "lock",
     "values",
     "memory",
     "losses",
