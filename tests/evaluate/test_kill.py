@@ -245,16 +245,17 @@ def test_a_finished_audit_that_is_killed_before_it_is_saved_attacks_nothing_agai
     "name",
     ["clean is known", "pgd is half way", "pgd is known", "targeted", "square", "in the checks", "before the files"],
 )
-def test_a_killed_audit_leaves_its_journal_alone(audits: tuple[Path, dict[str, Any]], name: str) -> None:
-    (left,) = audits[1][name]["left"]
+def test_a_killed_audit_leaves_its_journal_and_its_lock(audits: tuple[Path, dict[str, Any]], name: str) -> None:
+    *locks, left = audits[1][name]["left"]
     assert left.startswith("unfinished-")
     assert left.endswith(".safetensors")
+    assert locks == ([] if name in ATTACKED else [f".{Path(left).stem}.lock"])
 
 
 def test_a_writing_that_is_killed_leaves_only_what_bears_the_name_of_the_journal(
     audits: tuple[Path, dict[str, Any]],
 ) -> None:
-    temporary, written = audits[1]["half a writing"]["left"]
+    _, temporary, written = audits[1]["half a writing"]["left"]
     assert re.fullmatch(rf"\.{re.escape(written)}\.\d+\.tmp", temporary)
 
 

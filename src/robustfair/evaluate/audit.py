@@ -14,6 +14,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from numbers import Integral, Real
@@ -515,8 +516,9 @@ def audit(
         "engine": engine,
         "points": keep_points,
     }
-    with kept_memory(device), full_float32(), attacking(model, "eval"):
-        kept = None if journal is None else Journal(Path(journal), identity)
+    kept = None if journal is None else Journal(Path(journal), identity)
+    owning = nullcontext() if kept is None else kept.owned()
+    with owning, kept_memory(device), full_float32(), attacking(model, "eval"):
         found = sweeper.run(suite, kept, keep_journal=keep_journal)
     ran = {name: {**settings[name], **found.about(name)} for name in found.predictions}
     result = Audit(

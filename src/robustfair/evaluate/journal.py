@@ -1,7 +1,7 @@
 """What an unfinished audit knows so far, on disk: killed at any moment it goes on from the last writing.
 
 One safetensors file beside the audit's own, replaced whole. Its header names what is being audited, so that it is never
-taken for the beginning of another audit.
+taken for the beginning of another audit. One process at a time owns it: the same audit is not made twice at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from robustfair.errors import CheckpointError
 from robustfair.evaluate.files import left_beside, write_tensors
+from robustfair.lock import owned
 
 SCHEMA = "robustfair.audit-journal/3"
 
@@ -35,6 +36,14 @@ class Journal:
         self.path = path
         self.identity = json.dumps({"schema": SCHEMA, **identity}, sort_keys=True)
         self._made: list[Path] = []
+
+    def owned(self) -> AbstractContextManager[bool]:
+        """Own the file, which need not exist.
+
+        Raises:
+            CheckpointError: another process makes this audit, or its folder cannot be made or written.
+        """
+        return owned(self.path.with_name(f".{self.path.stem}.lock"), str(self.path))
 
     def read(self) -> dict[str, Tensor]:
         """What was written last; {} where nothing was.
