@@ -565,7 +565,8 @@ RESUMING = [
     case("train --out run --resume --epochs 9", "epochs is 9", "begun with 2"),
     case("train --out run --resume --limit_per_class 9", "limit_per_class is 9", "begun with 20"),
     case([*training("trades", out="run"), "--resume"], "train is trades", "ccm"),
-    case("train --out repaired --resume", "repaired"),
+    case("train --out repaired --resume", "repaired holds a repair of run", "into a new folder"),
+    case("train pgd-at --data digits --out new --resume", "new holds no run", "leave --resume out"),
 ]
 
 RECIPES = [

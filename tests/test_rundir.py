@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,88 @@ def test_creating_makes_the_folders_above_and_leaves_nothing_else(tmp_path: Path
     assert folder.exists()
     assert folder.recipe.read_text() == "train: trades\n"
     assert folder.manifest() == {"schema": SCHEMA, "seed": 3}
+
+
+@pytest.mark.parametrize("out", ["run", "empty"])
+def test_an_owner_leaves_nothing_and_a_second_is_refused(tmp_path: Path, out: str) -> None:
+    (tmp_path / "empty").mkdir()
+    before, folder = tree(tmp_path), RunFolder(tmp_path / out)
+    with folder.owned() as killed:
+        assert not killed
+        folder.require_free()
+        message = rf"^--out {re.escape(str(folder.path))} is in use by process {os.getpid()} on "
+        with pytest.raises(CheckpointError, match=message), folder.owned():
+            pytest.fail("two own it")
+    assert changes(before, tree(tmp_path)) == []
+
+
+@pytest.mark.parametrize("moved", [(), ("recipe.yaml",), ("recipe.yaml", "history.jsonl", "checkpoints")])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_killed_beginning_left_counts_for_nothing(tmp_path: Path, moved: tuple[str, ...], whole: bool) -> None:
+    """Files are moved out only once the manifest is there: without it, what lies beside is a user's own."""
+    folder = RunFolder(tmp_path)
+    new = RunFolder(tmp_path / ".new")
+    (new.checkpoints / "repaired").mkdir(parents=True)
+    for file in (new.recipe, new.path / "history.jsonl", new.path / "manifest.json"):
+        if whole or file.name != "manifest.json":
+            file.write_text("{}")
+    (tmp_path / ".lock").touch()
+    for name in moved:
+        (new.path / name).rename(tmp_path / name)
+    if moved and not whole:
+        with pytest.raises(CheckpointError, match=r"is not empty: choose another folder$"):
+            folder.require_free()
+        return
+    folder.require_free()
+    folder.create("train: trades\n", {"seed": 3})
+    assert list(tree(tmp_path)) == [".lock", "manifest.json", "recipe.yaml"]
+    assert folder.recipe.read_text() == "train: trades\n"
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "notes.txt"])
+def test_a_file_of_a_user_is_no_left_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("keep")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        RunFolder(tmp_path).require_free()
+
+
+def test_a_filling_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with RunFolder(tmp_path).filling({"seed": 3}) as new:
+            new.recipe.write_text("half")
+            raise ZeroDivisionError
+
+    before = tree(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert changes(before, tree(tmp_path)) == []
+
+
+def test_a_repair_is_no_training_to_resume(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for status, more in (("running", ", or repeat the repair that was begun here$"), ("complete", "another folder$")):
+        (tmp_path / "manifest.json").unlink(missing_ok=True)
+        folder.create("train: trades\n", {"repaired_from": {"run": "runs/old"}, "status": status})
+        with pytest.raises(CheckpointError, match="holds a repair of runs/old, which no training began"):
+            folder.require_training()
+        with pytest.raises(CheckpointError, match=f"already holds a run: .*{more}"):
+            folder.require_free()
+
+
+def test_resuming_clears_what_killed_writings_left_and_nothing_of_others(folder: RunFolder) -> None:
+    folder.save(state(1), {})
+    before = tree(folder.path)
+    others = {".report.html.7.tmp": b"an audit writes", "audit": None, "audit/.x.json.7.tmp": b"it too"}
+    (folder.audits).mkdir()
+    for name, content in others.items():
+        if content is not None:
+            (folder.path / name).write_bytes(content)
+    for name in (".manifest.json.7.tmp", ".history.jsonl.7.tmp"):
+        (folder.path / name).write_text("half")
+    (folder.checkpoints / ".best.new").mkdir()
+    (folder.path / ".new").mkdir()
+    folder.resume_state()
+    assert changes(before, tree(folder.path)) == sorted(others)
 
 
 def test_creating_under_a_file_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -474,6 +475,43 @@ def test_resuming_needs_a_run(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="holds no run"):
             train(recipe(), folder, resume=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_where_nothing_was_begun_says_how_to_begin(tmp_path: Path) -> None:
+    (tmp_path / "killed" / ".new").mkdir(parents=True)
+    (tmp_path / "killed" / ".lock").touch()
+    with pytest.raises(CheckpointError, match=r"holds no run to go on with: .* leave --resume out to begin one there"):
+        train(recipe("trades", epochs=1), tmp_path / "killed", resume=True)
+    train(recipe("trades", epochs=1), tmp_path / "killed")
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ema(decay=0.5)", "ema(decay=0.5) + awp", r"recipe is .* \+ awp.* by .*recipe\.yaml, but .* begun with"),
+        (" + ema(decay=0.5)", "", "recipe is "),
+        ("trades(beta=2)", "mart", "recipe is .*mart"),
+        ("seed: 0", "seed: 1", "seed is 1 by .*, but the run was begun with 0"),
+        ("\neps: ", "\neps: 1/255 #", "threat is .*0.0039.*begun with .*0.1"),
+        ("validation: 0.3", "validation: 0.2", "split_hash is "),
+        ("width: 4", "width: 8", "fit: resume must be the state of a run with the same weights"),
+        ("optimizer: sgd", "optimizer: adam", "fit: resume must be the state of a run with the same values of the opt"),
+    ],
+)
+def test_a_recipe_that_was_changed_in_the_folder_is_one_line(
+    tmp_path: Path, finished: tuple[Path, Fitted, list[TrainState]], old: str, new: str, message: str
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    file = tmp_path / "run" / "recipe.yaml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    kept = tensors(tmp_path / "run"), history(tmp_path / "run")
+    with pytest.raises((RecipeError, ConfigError), match=message) as caught:
+        train(read_recipe(str(file), {}), tmp_path / "run", resume=True)
+    assert "\n" not in str(caught.value)
+    assert (tensors(tmp_path / "run"), history(tmp_path / "run")) == kept
 
 
 def test_a_divergence_is_recorded_and_raised(tmp_path: Path) -> None:

@@ -399,6 +399,27 @@ def test_the_repair_of_a_repair_names_the_run_it_came_from(run: Path, tmp_path: 
     assert not (tmp_path / "again").exists()
 
 
+def test_a_repair_that_did_not_come_to_its_end_is_ended_by_the_same_call_alone(run: Path, tmp_path: Path) -> None:
+    """As an earlier version left it too: a manifest without a status, and no weights."""
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    repair_run(str(run), "hwnwb", whole)
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints")
+    (out / "history.jsonl").unlink()
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({key: manifest[key] for key in manifest if key != "status"}))
+    left = tree(out)
+    for changed in ({"method": "hwnwb(target_norm=mean)"}, {"checkpoint": "last"}):
+        with pytest.raises(CheckpointError, match=r"already holds a run: .* or repeat the repair that was begun here"):
+            repair_run(str(run), **({"method": "hwnwb", "checkpoint": None} | changed), out=out)  # type: ignore[arg-type]
+        assert changes(left, tree(out)) == []
+    repair_run(str(run), "hwnwb", out)
+    assert set(changes(tree(whole), tree(out))) <= {"manifest.json"}
+    assert RunFolder(out).manifest()["status"] == "complete"
+    with pytest.raises(CheckpointError, match=r"already holds a run: choose another folder$"):
+        repair_run(str(run), "hwnwb", out)
+
+
 @pytest.mark.parametrize(
     ("source", "method", "out", "error"),
     [

@@ -139,7 +139,7 @@ def train(
     if recipe is None:
         if not resume:
             raise RecipeError('train: name a composition, such as robustfair train "trades + ccm" --data cifar10')
-        folder.require_run()
+        folder.require_training()
         recipe = str(folder.recipe)
     resolved = read_recipe(recipe, given)
     with TrainingProgress(quiet=quiet) as progress:
@@ -495,7 +495,7 @@ def repair(
     quiet
         No progress bar.
     """
-    from robustfair.workflows import AuditRequest, before_after_lines, repair_run, repair_with_audits, write_outputs
+    from robustfair.workflows import AuditRequest, before_after_lines, repair_run, repair_with_audits
 
     if attacks is None:
         print(repair_run(target, method, out, checkpoint)[-1])
@@ -511,10 +511,8 @@ def repair(
         device=device,
     )
     done = repair_with_audits(target, method, out, request, checkpoint=checkpoint, quiet=quiet)
-    written = write_outputs(done.before, done.first, request=request, html=False)
-    written += write_outputs(done.after, done.second, baseline=done.first, request=request)
     shown = before_after_lines(done.first, done.second, _width())
-    print(done.text, *shown, *(f"wrote {path}" for path in written), sep="\n")
+    print(done.text, *shown, *(f"wrote {path}" for path in done.written), sep="\n")
     return 0
 
 

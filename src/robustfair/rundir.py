@@ -1,8 +1,9 @@
 """A run on disk: recipe.yaml, manifest.json, history.jsonl, checkpoints/, audit/, report.html.
 
-A folder that holds a run is never overwritten: it is resumed, or another is chosen. Every file is written whole or
-not at all; history gains a flushed line an epoch, before the checkpoint of that epoch, and resuming drops what is ahead
-of it.
+A folder that holds a run is never overwritten: it is resumed, or another is chosen. One process at a time owns it, see
+`lock`. A run appears in it whole, with its manifest at the end, and what a killed beginning left counts for nothing.
+Every file is written whole or not at all; history gains a flushed line an epoch, before the checkpoint of that epoch,
+and resuming drops what is ahead of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +28,7 @@ from torch import nn
 from robustfair.checkpoint import (
     Checkpoint,
     checkpoint_names,
+    clear_writings,
     has_checkpoint,
     read_checkpoint,
     read_json,
@@ -35,10 +38,16 @@ from robustfair.checkpoint import (
     write_text,
 )
 from robustfair.errors import CheckpointError, DivergedError, UnknownNameError
+from robustfair.lock import owned
 from robustfair.models.build import build_model
 from robustfair.training.state import TrainState
 
 SCHEMA = "robustfair.run/1"
+RECIPE, MANIFEST, HISTORY, CHECKPOINTS = "recipe.yaml", "manifest.json", "history.jsonl", "checkpoints"
+LOCK, NEW = ".lock", ".new"
+"""What a process that is killed leaves in the folder: its lock, and the run that it was putting together."""
+FILLED = (RECIPE, HISTORY, CHECKPOINTS)
+"""What is brought into the folder before the manifest."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def audits(self) -> Path:
@@ -61,54 +70,109 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
+        return self.path / RECIPE
 
     def exists(self) -> bool:
         """Whether a run was begun here."""
-        return (self.path / "manifest.json").exists()
+        return (self.path / MANIFEST).exists()
+
+    @contextmanager
+    def owned(self) -> Iterator[bool]:
+        """Own the folder; it is made where there is none, and goes again if nothing is put into it.
+
+        Yields:
+            Whether the owner before was killed.
+
+        Raises:
+            CheckpointError: another process owns it, or it cannot be made or written.
+        """
+        self._require_no_file()
+        with owned(self.path / LOCK, f"--out {self.path}") as killed:
+            yield killed
 
     def require_free(self) -> None:
-        """Raise CheckpointError unless the folder is absent or empty."""
-        if self.path.is_file():
-            raise CheckpointError(f"--out {self.path} is a file: name a folder that does not exist yet")
-        if self.path.exists() and any(self.path.iterdir()):
-            what = "already holds a run" if self.exists() else "is not empty"
-            resume = ", or --resume to go on with it" if self.exists() else ""
-            raise CheckpointError(f"--out {self.path} {what}: choose another folder{resume}")
+        """Raise CheckpointError unless the folder is absent, empty, or holds no more than a killed beginning left."""
+        self._require_no_file()
+        if self.exists():
+            raise CheckpointError(f"--out {self.path} already holds a run: choose another folder{self._or_go_on()}")
+        if self.path.exists() and set(self.path.iterdir()) - {self.path / LOCK, *self._left()}:
+            raise CheckpointError(f"--out {self.path} is not empty: choose another folder")
 
     def require_run(self) -> None:
         """Raise CheckpointError unless a run was begun here."""
         if not self.exists():
             raise CheckpointError(f"{self.path} holds no run (no manifest.json): name the --out folder of a run")
 
+    def require_training(self) -> None:
+        """Raise CheckpointError unless training was begun here."""
+        if not self.exists():
+            raise CheckpointError(
+                f"--resume: {self.path} holds no run to go on with: name the --out folder of one, or leave --resume "
+                "out to begin one there"
+            )
+        origin = self.manifest().get("repaired_from")
+        if origin is not None:
+            raise CheckpointError(
+                f"--resume: {self.path} holds a repair of {origin['run']}, which no training began: train that one, "
+                "and repair it into a new folder"
+            )
+
+    def _require_no_file(self) -> None:
+        if self.path.is_file():
+            raise CheckpointError(f"--out {self.path} is a file: name a folder that does not exist yet")
+
+    def _or_go_on(self) -> str:
+        """How to go on with the run that is here, after "choose another folder"."""
+        known = self.manifest()
+        if "repaired_from" not in known:
+            return ", or --resume to go on with it"
+        return "" if known.get("status") == "complete" else ", or repeat the repair that was begun here"
+
     def create(self, recipe: str, manifest: Mapping[str, Any]) -> None:
-        """Begin a run: the folder appears whole, with recipe and manifest, in place of an empty one or none."""
-        if self.path.exists():
-            write_text(self.recipe, recipe)
-            write_json(self.path / "manifest.json", {"schema": SCHEMA, **manifest})
-            return
-        new = RunFolder(self.path.with_name(f".{self.path.name}.new"))
-        try:
-            shutil.rmtree(new.path, ignore_errors=True)
-            new.path.mkdir(parents=True)
+        """Begin a run: recipe and manifest appear together, in a folder that is free."""
+        with self.filling(manifest) as new:
             write_text(new.recipe, recipe)
-            write_json(new.path / "manifest.json", {"schema": SCHEMA, **manifest})
-            new.path.rename(self.path)
+
+    @contextmanager
+    def filling(self, manifest: Mapping[str, Any]) -> Iterator[RunFolder]:
+        """A folder whose files are this one's when the block ends, `manifest` last: before, there is no run here."""
+        new = RunFolder(self.path / NEW)
+        try:
+            self._clear()
+            new.path.mkdir(parents=True)
+            yield new
+            write_json(new.path / MANIFEST, {"schema": SCHEMA, **manifest})
+            for name in (*FILLED, MANIFEST):
+                if (new.path / name).exists():
+                    (new.path / name).rename(self.path / name)
         except OSError as error:
             raise CheckpointError(
                 f"--out {self.path} cannot be made ({error.strerror}): choose another folder"
             ) from None
+        finally:
+            self._clear()
+
+    def _left(self) -> list[Path]:
+        """What a filling that was killed left: what it had brought here already, and its folder."""
+        new = self.path / NEW
+        whole = (new / MANIFEST).exists() and not self.exists()
+        brought = [self.path / name for name in FILLED if whole and not (new / name).exists()]
+        return [path for path in (*brought, new) if path.exists()]
+
+    def _clear(self) -> None:
+        for path in self._left():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def manifest(self) -> dict[str, Any]:
         self.require_run()
-        return read_json(self.path / "manifest.json", SCHEMA)
+        return read_json(self.path / MANIFEST, SCHEMA)
 
     def update_manifest(self, **values: object) -> None:
-        write_json(self.path / "manifest.json", self.manifest() | values)
+        write_json(self.path / MANIFEST, self.manifest() | values)
 
     def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
         """One epoch to disk: its history line, then its checkpoints."""
-        with (self.path / "history.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / HISTORY).open("a", encoding="utf-8") as file:
             file.write(json.dumps(state.history[-1], allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -121,7 +185,7 @@ class RunFolder:
 
     def history(self) -> list[dict[str, Any]]:
         """The records of all epochs; a line that was cut by a kill is not one."""
-        path = self.path / "history.jsonl"
+        path = self.path / HISTORY
         records = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
@@ -133,10 +197,13 @@ class RunFolder:
     def set_history(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Replace all records, atomically."""
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        write_text(self.path / "history.jsonl", lines)
+        write_text(self.path / HISTORY, lines)
 
     def resume_state(self) -> TrainState | None:
-        """Where to go on: the last whole epoch, with history cut back to it; None before the first."""
+        """Where to go on: the last whole epoch, with history cut back to it; None before the first.
+
+        What killed writings left beside the files of the run is removed.
+        """
         self.require_run()
         for name in ("last", "best"):
             if (self.checkpoints / name).exists() and not has_checkpoint(self.checkpoints / name):
@@ -144,13 +211,23 @@ class RunFolder:
         if not has_checkpoint(self.checkpoints / "last"):
             if self.manifest().get("status") == "complete":
                 raise CheckpointError(f"{self.path} is complete and holds no training state: nothing to go on with")
+            self.clear_writings()
             self.set_history(())
             return None
         state = read_state(self.checkpoints, self.history())
         if len(state.history) < state.epoch:
             raise CheckpointError(f"{self.path / 'history.jsonl'} is damaged: it lacks epochs that the checkpoint has")
+        self.clear_writings()
         self.set_history(state.history)
         return state
+
+    def clear_writings(self) -> None:
+        """Remove what killed writings left beside the files of the run; only its owner may."""
+        self._clear()
+        clear_writings(self.checkpoints)
+        for name in (RECIPE, MANIFEST, HISTORY):
+            for file in self.path.glob(f".{name}.*.tmp"):
+                file.unlink(missing_ok=True)
 
     def available(self) -> list[str]:
         """Names of the checkpoints that can be read."""

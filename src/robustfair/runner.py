@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -161,13 +162,30 @@ def train(
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[TrainState], None] | None = None,
 ) -> Fitted:
-    """Run a recipe into the folder `out`.
+    """Run a recipe into the folder `out`, which this process owns meanwhile.
 
     Raises:
-        CheckpointError: `out` holds something already (and `resume` is false), or a different run (and it is true).
+        CheckpointError: `out` holds something already (and `resume` is false), or no training (and it is true); or
+            another process owns it.
+        RecipeError: the run to be resumed was begun with another recipe.
         DivergedError: the loss is not finite; diverged.json in `out` says where.
     """
     folder = RunFolder(out)
+    if resume:
+        folder.require_training()
+    with folder.owned():
+        return _train(recipe, folder, resume, on_start, on_step, on_epoch)
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    resume: bool,
+    on_start: Callable[[Prepared, TrainState | None], None] | None,
+    on_step: Callable[[int, int], None] | None,
+    on_epoch: Callable[[TrainState], None] | None,
+) -> Fitted:
+    """`train` into a folder that this process owns."""
     state = None
     if resume:
         recipe = _begun(recipe, folder)
@@ -176,7 +194,7 @@ def train(
     ready = prepare(recipe)
     recipe = ready.recipe
     for remark in ready.remarks:
-        warnings.warn(remark, RobustFairWarning, stacklevel=2)
+        warnings.warn(remark, RobustFairWarning, stacklevel=3)
     about = {
         "model": describe_model(ready.model),
         "class_names": list(ready.train.class_names),
@@ -190,10 +208,13 @@ def train(
         "threat": _threat(ready.plan.objective),
     }
     if resume:
-        state = folder.resume_state()
         found = folder.manifest()["data"]["fingerprint"]
         if found != ready.splits.train.fingerprint:
-            raise RecipeError(f"--resume: the images of {recipe.data} changed since {out} began: start a new run")
+            raise RecipeError(
+                f"--resume: the images of {recipe.data} changed since {folder.path} began: start a new run"
+            )
+        _require_unchanged(folder, about | {"seed": recipe.seed})
+        state = folder.resume_state()
         folder.update_manifest(status="running")
     else:
         folder.create(recipe.to_yaml(), environment() | about | {"seed": recipe.seed, "status": "running"})
@@ -250,7 +271,6 @@ def train(
 
 def _begun(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe that the run in `folder` was begun with; refuses a key that is given and differs."""
-    folder.require_run()
     begun = read_recipe(str(folder.recipe), {})
     for field in dataclasses.fields(Recipe):
         old, new = getattr(begun, field.name), getattr(recipe, field.name)
@@ -261,6 +281,17 @@ def _begun(recipe: Recipe, folder: RunFolder) -> Recipe:
                 "leave it out to go on, or start a new run"
             )
     return dataclasses.replace(begun, device=recipe.device)
+
+
+def _require_unchanged(folder: RunFolder, about: Mapping[str, Any]) -> None:
+    """Refuse to go on where recipe.yaml no longer is what the run in `folder` was begun with."""
+    known, now = folder.manifest(), json.loads(json.dumps(about))
+    for key in ("recipe", "threat", "seed", "split_hash"):
+        if key in known and known[key] != now[key]:
+            raise RecipeError(
+                f"--resume: {key} is {format_value(now[key])} by {folder.recipe}, but the run was begun with "
+                f"{format_value(known[key])}: change the file back, or start a new run"
+            )
 
 
 def _from_anywhere(data: str) -> str:

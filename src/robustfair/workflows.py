@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from robustfair.attacks.named import parse_attacks
-from robustfair.checkpoint import Checkpoint, write_checkpoint
+from robustfair.checkpoint import Checkpoint, write_checkpoint, write_text
 from robustfair.config import RobustFairWarning, build, format_eps, parse_norm, require
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import CheckpointError, DataError, ModelError, RobustFairError
@@ -32,6 +32,7 @@ from robustfair.loading import Target, load_target
 from robustfair.models.head import head_norms
 from robustfair.progress import AuditProgress, TrainingProgress
 from robustfair.recipe import Recipe, read_recipe
+from robustfair.repairs import Repair
 from robustfair.report.compare import comparison_tables, group_table
 from robustfair.report.corruptions import write_corruption_report
 from robustfair.report.html import write_report
@@ -372,65 +373,112 @@ def _stem(target: Target, result: Audit, *, elsewhere: bool) -> str:
 
 
 def repair_run(source: str, method: str, out: Path, checkpoint: str | None = None) -> tuple[Target, str]:
-    """Repair a run's weights into the new run folder `out`.
+    """Repair a run's weights into the new run folder `out`, or end a repair that was begun there and killed.
 
     Returns:
         The repaired model, and a sentence for the user.
 
     Raises:
-        CheckpointError: `source` is no run, or `out` holds something already.
+        CheckpointError: `source` is no run, `out` holds something already, or another process owns it.
     """
-    fix = read_repair(method)
-    folder = RunFolder(out)
-    folder.require_free()
+    fix, folder = read_repair(method), RunFolder(out)
+    with folder.owned() as killed:
+        before = _to_repair(source, method, folder, checkpoint, killed)
+        after, text = _repair(before, fix, method, folder)
+        folder.update_manifest(status="complete")
+    return after, text
+
+
+def _to_repair(source: str, method: str, folder: RunFolder, checkpoint: str | None, killed: bool) -> Target:
+    """The model that a repair into `folder` starts from; refuses a folder that is not free.
+
+    Free is one too that holds this very repair, if it did not come to its end or was `killed` there.
+    """
+    if not folder.exists():
+        folder.require_free()
     if not Path(source).is_dir():
         raise CheckpointError(f"{source} is no run folder: repair works on what robustfair train wrote")
     before = load_target(source, checkpoint=checkpoint)
     assert before.folder is not None
+    if folder.exists():
+        known = folder.manifest()
+        begun = known.get("repaired_from", {})
+        same = known.get("repair") == method and begun.get("checkpoint") == before.checkpoint
+        same = same and Path(begun["run"]).resolve() == Path(source).resolve()
+        if not same or (known.get("status") == "complete" and not killed):
+            folder.require_free()
     if before.checkpoint == "repaired":
         raise ModelError(f"{source} is repaired already: repair the run it came from, {_origin(before.folder)}")
-    repaired = fix(before.model)
-    recipe = build(Recipe, read_recipe(str(before.folder.recipe), {}).values() | {"repair": method}, owner="recipe")
+    return before
+
+
+def _repair(before: Target, fix: Repair, method: str, folder: RunFolder) -> tuple[Target, str]:
+    """Repair `before` into `folder`, where a call of the same repair may have come before and not to its end."""
+    assert before.folder is not None
+    source, repaired = before.folder, fix(before.model)
+    recipe = build(Recipe, read_recipe(str(source.recipe), {}).values() | {"repair": method}, owner="recipe")
     about = {key: value for key, value in before.meta.items() if key not in ("schema", "files", "methods")}
-    origin = {"run": str(before.folder.path), "checkpoint": before.checkpoint}
-    meta = {**about, "repair": method, "repaired_from": origin}
-    known = before.folder.manifest()
+    made = {"repair": method, "repaired_from": {"run": str(source.path), "checkpoint": before.checkpoint}}
+    known = source.manifest()
     kept = {key: known[key] for key in ("model", "class_names", "data", "recipe", "threat", "seed") if key in known}
-    folder.create(recipe.to_yaml(), environment() | kept | {"repair": method, "repaired_from": origin})
-    write_checkpoint(folder.checkpoints / "repaired", Checkpoint(repaired.state_dict(), {}, meta))
-    folder.set_history(before.folder.history())
-    folder.update_manifest(status="complete")
-    old, new = head_norms(before.model), head_norms(repaired)
+
+    def write(folder: RunFolder) -> None:
+        write_text(folder.recipe, recipe.to_yaml())
+        folder.set_history(source.history())
+        write_checkpoint(folder.checkpoints / "repaired", Checkpoint(repaired.state_dict(), {}, about | made))
+
+    if folder.exists():
+        folder.clear_writings()
+        write(folder)
+    else:
+        with folder.filling(environment() | kept | made | {"status": "running"}) as new:
+            write(new)
+    old, new_norms = head_norms(before.model), head_norms(repaired)
     text = (
         f"{method}: head norms {old.min():.3f} to {old.max():.3f} (ratio {old.max() / old.min():.2f}) became "
-        f"{new.min():.3f} to {new.max():.3f}; {source} is unchanged, the repaired run is {out}"
+        f"{new_norms.min():.3f} to {new_norms.max():.3f}; {source.path} is unchanged, the repaired run is {folder.path}"
     )
-    return load_target(str(out)), text
+    return load_target(str(folder.path)), text
 
 
 class RepairAudits(NamedTuple):
-    """A run and its repair, each with its audit, and a sentence on what the repair did."""
+    """A run and its repair, each with its audit; a sentence on what the repair did; and the paths written."""
 
     before: Target
     after: Target
     first: Audit
     second: Audit
     text: str
+    written: list[Path]
 
 
 def repair_with_audits(
-    source: str, method: str, out: Path, request: AuditRequest, *, checkpoint: str | None = None, quiet: bool = False
+    source: str,
+    method: str,
+    out: Path,
+    request: AuditRequest,
+    *,
+    checkpoint: str | None = None,
+    html: bool = False,
+    quiet: bool = False,
 ) -> RepairAudits:
-    """Audit a run, repair it into `out`, and audit that too. A request that cannot be audited leaves no folder.
+    """Audit a run, repair it into `out`, audit that too, and save both audits and the report of the second.
 
-    `write_outputs` saves the audits; given `request`, it removes their journals too.
+    A request that cannot be audited leaves no folder. Killed at any moment, the same call goes on.
+
+    Args:
+        html: write a report of the run before its repair too.
     """
-    read_repair(method)
-    RunFolder(out).require_free()
-    before = load_target(source, checkpoint=checkpoint)
-    first = audit_target(before, request, quiet=quiet)
-    after, text = repair_run(source, method, out, checkpoint)
-    return RepairAudits(before, after, first, audit_target(after, request, quiet=quiet), text)
+    fix, folder = read_repair(method), RunFolder(out)
+    with folder.owned() as killed:
+        before = _to_repair(source, method, folder, checkpoint, killed)
+        first = audit_target(before, request, quiet=quiet)
+        after, text = _repair(before, fix, method, folder)
+        second = audit_target(after, request, quiet=quiet)
+        written = write_outputs(before, first, request=request, html=html)
+        written += write_outputs(after, second, baseline=first, request=request)
+        folder.update_manifest(status="complete")
+    return RepairAudits(before, after, first, second, text, written)
 
 
 def _origin(folder: RunFolder) -> str:
@@ -448,14 +496,12 @@ def run_demo(
     with TrainingProgress(quiet=quiet) as progress:
         train(recipe, trained, on_start=progress.start, on_step=progress.step, on_epoch=progress.epoch)
     request = AuditRequest(attacks=DEMO_ATTACKS)
-    done = repair_with_audits(str(trained), "hwnwb", repaired, request, quiet=quiet)
-    write_outputs(done.before, done.first, request=request)
-    written = write_outputs(done.after, done.second, baseline=done.first, request=request)
+    done = repair_with_audits(str(trained), "hwnwb", repaired, request, html=True, quiet=quiet)
     yield done.text
     yield ""
     yield from before_after_lines(done.first, done.second, width)
     yield ""
-    yield from (f"wrote {path}" for path in written)
+    yield from (f"wrote {path}" for path in done.written)
 
 
 def audit_lines(result: Audit, width: int | None = None) -> list[str]:
