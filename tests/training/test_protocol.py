@@ -497,7 +497,8 @@ def test_going_on_with_other_methods_is_one_line(tiny_net: Net, tiny_data: Data)
     states: list[TrainState] = []
     train(tiny_net(), tiny_data(), EMA(decay=0.5), save=states.append)
     for methods in ([], [EMA(decay=0.5), CCM()], [CCM()]):
-        with pytest.raises(ConfigError, match="fit: resume must be the state of a run with the same methods, got .*(ema|ccm) only in"):
+        message = r"fit: resume must be the state of a run with the same methods, got .*(ema|ccm) only in"
+        with pytest.raises(ConfigError, match=message):
             train(tiny_net(), tiny_data(), *methods, resume=states[0])
 
 
