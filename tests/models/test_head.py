@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import random
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,7 @@ from robustfair.models import (
     prepared,
     unwrap,
 )
-from robustfair.models.head import check_gradient, require_finite
+from robustfair.models.head import check_gradient, check_training_outputs, require_finite
 from robustfair.repairs import repair
 
 
@@ -364,3 +368,87 @@ def test_a_gradient_that_cannot_be_taken_is_refused_with_the_networks_own_words(
         check_gradient(WritingOnImages(), x)
     with pytest.raises(ModelError, match=r"through Reentrant: .*incompatible with \.grad\(\).*use_reentrant=False"):
         check_gradient(Reentrant(), x)
+
+
+class OtherInTraining(nn.Module):
+    """Gives something else than logits in train mode, as networks with auxiliary heads do."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.body, self.norm, self.drop, self.head = nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10)
+        self.given = given
+
+    def forward(self, x):
+        logits = self.head(self.drop(self.norm(self.body(x.flatten(1)).relu())))
+        return self.given(logits) if self.training else logits
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
+OTHERS = {
+    "tuple": (
+        lambda logits: (logits, logits),
+        r"got a tuple of 2 in train mode\. Wrap it in a module",
+    ),
+    "list": (lambda logits: [logits], "got a list of 1 in train mode"),
+    "dict": (lambda logits: {"out": logits, "aux": logits}, "got a dict of out, aux in train mode"),
+    "dataclass": (Output, "got an Output in train mode"),
+    "features": (lambda logits: logits[:, :4], "model has 4 outputs in train mode, data has 10 classes"),
+    "views": (lambda logits: torch.cat([logits, logits]), r"got \(4, 10\) for 2 inputs in train mode"),
+    "error": (
+        lambda logits: logits.no_such_thing,
+        r"accept input of shape \(2, 1, 8, 8\) in train mode: .*no_s",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("copied", [True, False])
+def test_outputs_in_train_mode_are_checked_and_the_model_is_left_as_it_was(name, copied, monkeypatch):
+    given, message = OTHERS[name]
+    model = OtherInTraining(given)
+    model.norm.eval()
+    if not copied:
+        monkeypatch.setattr(model, "__deepcopy__", lambda memo: 1 / 0, raising=False)
+    x = torch.rand(2, 1, 8, 8)
+    for tried in (model, OtherInTraining(nn.Identity())):
+        before = {key: value.clone() for key, value in tried.state_dict().items()}
+        modes = [module.training for module in tried.modules()]
+        streams = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        if tried is model:
+            check_outputs(model, 10, x)
+            with pytest.raises(ModelError, match=message):
+                check_training_outputs(model, 10, [x], nn.Module.train)
+        else:
+            check_training_outputs(tried, 10, [x], nn.Module.train)
+        assert all(torch.equal(value, before[key]) for key, value in tried.state_dict().items())
+        assert modes == [module.training for module in tried.modules()]
+        assert torch.equal(streams[0], torch.get_rng_state())
+        assert streams[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def test_a_model_that_measures_its_batch_is_tried_with_a_whole_one():
+    class Ghost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, 10)
+
+        def forward(self, x):
+            parts = x.flatten(1).chunk(4) if self.training else [x.flatten(1)]
+            return self.head(torch.cat([self.norm(part) for part in parts]))
+
+    one, few, whole = torch.rand(1, 1, 8, 8), torch.rand(4, 1, 8, 8), torch.rand(32, 1, 8, 8)
+    check_training_outputs(Ghost(), 10, iter([one, few, whole]), nn.Module.train)
+    with pytest.raises(ModelError, match="in train mode: Expected more than 1 value per channel"):
+        check_training_outputs(Ghost(), 10, [one, few], nn.Module.train)
+
+
+def test_other_outputs_are_named_in_eval_mode_too():
+    model = nn.Sequential(nn.Flatten(), OtherInTraining(lambda logits: (logits,)))
+    model[1].forward = lambda x: (x, x)
+    for refuse in (lambda: check_outputs(model, 10, torch.rand(2, 1, 8, 8)), lambda: find_head(model)):
+        with pytest.raises(ModelError, match=r"^Sequential must return logits \(B, C\), got a tuple of 2\. Wrap it"):
+            refuse()

@@ -410,6 +410,31 @@ def test_the_output_must_fit_the_classes_before_any_step(tiny_net: Net, tiny_dat
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+class Auxiliary(nn.Module):
+    """Gives two outputs in train mode; its steps forward in train mode and on many images are counted."""
+
+    def __init__(self, *, alone: bool) -> None:
+        super().__init__()
+        self.head, self.drop, self.alone, self.steps = nn.Linear(64, 3), nn.Dropout(), alone, 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.steps += self.training
+        logits = self.head(self.drop(x.flatten(1)))
+        return (logits, logits) if self.training and not self.alone else logits
+
+
+@pytest.mark.parametrize("only", [(), ("head.weight",)])
+def test_outputs_in_train_mode_are_met_before_any_step(tiny_data: Data, only: tuple[str, ...]) -> None:
+    data, schedule = tiny_data(size=8), Schedule(epochs=1, batch_size=8, only=only)
+    model = Auxiliary(alone=False)
+    before = snapshot(model)
+    with pytest.raises(ModelError, match=r"Auxiliary must return logits .* got a tuple of 2 in train mode"):
+        fit(model, data, PGDAT(steps=1), schedule=schedule)
+    assert model.steps == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    fit(Auxiliary(alone=True), data, PGDAT(steps=1), schedule=schedule)
+
+
 def test_conflicts_come_before_any_step(tiny_net: Net, tiny_data: Data) -> None:
     with pytest.raises(ConflictError):
         fit(tiny_net(), tiny_data(), PGDAT(), methods=[CCR()], schedule=SHORT)
@@ -555,7 +580,7 @@ def test_standard_training_is_selected_by_clean_accuracy(tiny_net: Net, tiny_dat
 
 
 def test_selection_without_validation_is_refused(tiny_net: Net, tiny_data: Data) -> None:
-    with pytest.raises(ConfigError, match="select='last'"):
+    with pytest.raises(ConfigError, match="`select='last'`"):
         fit(tiny_net(), tiny_data(), PGDAT(), schedule=SHORT, validation=0)
     with pytest.raises(ConfigError):
         fit(tiny_net(), tiny_data(), PGDAT(), schedule=SHORT, validation=1.5)

@@ -7,10 +7,12 @@ the candidate is the head exactly if those numbers are what the model returns. T
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -75,7 +77,7 @@ def _spares_images_in_training(model: nn.Module, example: Tensor) -> bool:
         copy = deepcopy(model)
     except Exception:  # a foreign module may hold what cannot be copied
         return True
-    with torch.random.fork_rng(devices=[example.device] if example.device.type == "cuda" else []):
+    with _streams_kept(example.device):
         return _spares_images(copy.train(), example)
 
 
@@ -149,12 +151,54 @@ def check_outputs(model: nn.Module, num_classes: int, example: Tensor) -> None:
     """
     with _evaluating(model):
         logits = _logits(model, example)
+        _require_classes(model, logits, num_classes)
+    require_finite(model, logits)
+
+
+def check_training_outputs(
+    model: nn.Module, num_classes: int, examples: Iterable[Tensor], train: Callable[[nn.Module], None]
+) -> None:
+    """Make sure that `model` returns logits (B, num_classes) in train mode too, where other layers may act.
+
+    The pass is made on a copy, where the model can be copied; running statistics, modes and random streams stay.
+
+    Args:
+        examples: (B, ...) each. The first that goes through decides: a few images may be too few for a model that
+            measures its batch.
+        train: puts a model into the mode in which it is trained.
+
+    Raises:
+        ModelError: none of the examples goes through.
+    """
+    with _modes_kept(model):
+        train(model)
+        try:
+            tried, kept = deepcopy(model), {}
+        except Exception:  # a foreign module may hold what cannot be copied
+            tried, kept = model, {name: buffer.clone() for name, buffer in model.named_buffers()}
+        refusal = None
+        for x in examples:
+            try:
+                with _streams_kept(x.device), torch.no_grad():
+                    logits = _logits(tried, x)
+            except ModelError as error:
+                refusal = error
+                continue
+            finally:
+                for name, buffer in kept.items():
+                    tried.get_buffer(name).copy_(buffer)
+            _require_classes(tried, logits, num_classes)
+            return
+    if refusal is not None:
+        raise refusal
+
+
+def _require_classes(model: nn.Module, logits: Tensor, num_classes: int) -> None:
     if logits.shape[1] != num_classes:
         raise ModelError(
-            f"model has {logits.shape[1]} outputs, data has {num_classes} classes. "
+            f"model has {logits.shape[1]} outputs{_mode(model)}, data has {num_classes} classes. "
             "Build the model with as many outputs as the data has classes, or load the data it was trained on"
         )
-    require_finite(model, logits)
 
 
 def check_gradient(model: nn.Module, example: Tensor) -> None:
@@ -198,6 +242,18 @@ def require_finite(model: nn.Module, logits: Tensor, index: Tensor | None = None
         )
 
 
+@contextmanager
+def _streams_kept(device: torch.device) -> Iterator[None]:
+    """Leave the global random streams as they are: layers may draw from torch, numpy or Python."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
 def _outputs(module: Head) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
@@ -205,14 +261,23 @@ def _outputs(module: Head) -> int:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode comes back afterwards."""
+    with _modes_kept(model), torch.no_grad():
+        model.eval()
+        yield
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+class _OutputError(ModelError):
+    """A model that returns no tensor, whatever its input."""
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -220,11 +285,30 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
         logits = model(x.clone(memory_format=torch.contiguous_format))
     except Exception as error:  # a foreign module may raise anything on an input it was not made for
         reason = _channels(model, x) or str(error).split("\n", 1)[0] or type(error).__name__
-        raise ModelError(f"{_name(model)} does not accept input of shape {tuple(x.shape)}: {reason}") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"{_name(model)} must return logits (B, C), got {shape} for {len(x)} inputs")
+        raise ModelError(
+            f"{_name(model)} does not accept input of shape {tuple(x.shape)}{_mode(model)}: {reason}"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise _OutputError(
+            f"{_name(model)} must return logits (B, C), got {_described(logits)}{_mode(model)}. "
+            "Wrap it in a module that returns the logits alone"
+        )
+    if logits.ndim != 2 or len(logits) != len(x):
+        got = f"{tuple(logits.shape)} for {len(x)} inputs"
+        raise ModelError(f"{_name(model)} must return logits (B, C), got {got}{_mode(model)}")
     return logits
+
+
+def _described(output: object) -> str:
+    """An output that is no tensor, for messages."""
+    kind = f"{'an' if type(output).__name__[0] in 'AEIOUaeiou' else 'a'} {type(output).__name__}"
+    if isinstance(output, Mapping):
+        return f"{kind} of {', '.join(map(str, output))}"
+    return f"{kind} of {len(output)}" if isinstance(output, tuple | list) else kind
+
+
+def _mode(model: nn.Module) -> str:
+    return " in train mode" if model.training else ""
 
 
 def _channels(model: nn.Module, x: Tensor) -> str:
@@ -259,6 +343,8 @@ def _trace(model: nn.Module, candidates: list[Head], example: Tensor | None) -> 
             called.clear()
             try:
                 return x, _logits(model, x), list(called)
+            except _OutputError:
+                raise
             except ModelError as error:
                 refusal = error
     raise ModelError(f"cannot guess an input of {type(model).__name__}, pass an example (B, ...). Last try: {refusal}")

@@ -25,7 +25,7 @@ from robustfair.data.split import stratified_split
 from robustfair.errors import ConfigError, DataError, DivergedError, ModelError
 from robustfair.memory import kept_memory
 from robustfair.methods.base import Method, Plan, compose
-from robustfair.models.head import check_gradient, check_outputs, head_norms, prepared
+from robustfair.models.head import check_gradient, check_outputs, check_training_outputs, head_norms, prepared
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine, require_pure
 from robustfair.training.precision import allow_deterministic_products, numerics
@@ -100,8 +100,8 @@ def fit(
     Raises:
         ConflictError: methods that cannot act together, before any step.
         ConfigError: `resume` was left by other methods, or another objective, network or optimizer.
-        ModelError: the model's output does not fit the classes; the gradient of the images cannot be taken, and an
-            attack needs it; or it cannot be compiled, and shall be.
+        ModelError: the model's output does not fit the classes, in eval or in train mode; the gradient of the images
+            cannot be taken, and an attack needs it; or it cannot be compiled, and shall be.
         DivergedError: a loss that is not finite; carries epoch, step and class state.
     """
     schedule = schedule or Schedule()
@@ -126,6 +126,9 @@ def fit(
     if called is not model:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     check_outputs(called, train.num_classes, first)
+    trained_only = schedule.trainable(model) if schedule.only else None
+    examples = (next(evaluation_batches(train, size)).x for size in (2, schedule.batch_size))
+    check_training_outputs(called, train.num_classes, examples, lambda called: _train_mode(called, trained_only))
     if compile:
         require_pure(called, first)
     elif isinstance(objective, AdversarialObjective):
@@ -412,14 +415,14 @@ def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
 def require_validation(validation: float | ImageDataset, select: Select) -> None:
     """Refuse a selection rule that has no images to measure it on."""
     selects = "a share of each class, or a data set"
-    require(select == "last" or validation != 0, "fit", "validation", allowed=selects, got=0, hint="Or select='last'")
+    require(select == "last" or validation != 0, "fit", "validation", allowed=selects, got=0, hint="Or `select='last'`")
 
 
 def held_out(labels: Tensor, validation: float) -> tuple[Tensor, Tensor]:
     """Indices kept for training and held out for validation; the same for every run on these labels."""
     kept, held = stratified_split(labels, validation, seed=SPLIT_SEED)
     needed = "a share that leaves an image to measure on"
-    require(len(held) > 0, "fit", "validation", allowed=needed, got=validation, hint="Or 0, with select='last'")
+    require(len(held) > 0, "fit", "validation", allowed=needed, got=validation, hint="Or 0, with `select='last'`")
     return kept, held
 
 
