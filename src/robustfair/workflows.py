@@ -396,9 +396,7 @@ def _to_repair(source: str, method: str, folder: RunFolder, checkpoint: str | No
     """
     if not folder.exists():
         folder.require_free()
-    if not Path(source).is_dir():
-        raise CheckpointError(f"{source} is no run folder: repair works on what robustfair train wrote")
-    before = load_target(source, checkpoint=checkpoint)
+    before = _run_to_repair(source, checkpoint)
     assert before.folder is not None
     if folder.exists():
         known = folder.manifest()
@@ -479,6 +477,20 @@ def repair_with_audits(
         written += write_outputs(after, second, baseline=first, request=request)
         folder.update_manifest(status="complete")
     return RepairAudits(before, after, first, second, text, written)
+
+
+def _run_to_repair(source: str, checkpoint: str | None) -> Target:
+    """The run whose weights are to be repaired.
+
+    Raises:
+        CheckpointError: `source` is no run.
+    """
+    if not Path(source).is_dir():
+        raise CheckpointError(
+            f"{source} is no run folder, and the command repairs what robustfair train wrote. "
+            "In Python, rf.repair(model) repairs any model"
+        )
+    return load_target(source, checkpoint=checkpoint)
 
 
 def _origin(folder: RunFolder) -> str:
