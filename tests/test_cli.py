@@ -16,6 +16,7 @@ import sys
 import time
 import typing
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,11 @@ def _stock_weights(root: Path) -> None:
         shutil.copy(root / name, root / f"cut-{name}")
         cut_in_half(root / f"cut-{name}")
     (root / "empty.pt").write_bytes(b"")
+    torch.save({"best": weights, "last": weights}, root / "two.ckpt")
+    beside = {f"model.{name}": value for name, value in weights.items()} | {"criterion.weight": torch.ones(10)}
+    torch.save({"state_dict": beside, "ema_state_dict": weights, "args": Namespace(lr=1)}, root / "beside.pth.tar")
+    torch.save(weights | {"fc2.weight": torch.ones(1)}, root / "more")
+    (root / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
 
 
 class _Runs:
@@ -428,11 +434,18 @@ MODELS = [
     case(["audit", "code.pt", *WEIGHTS], "code.pt: holds the Python object", "run code"),
     case(["audit", "pickle.pt", *WEIGHTS], "pickle.pt"),
     case(["audit", "absent.pt", *WEIGHTS], "absent.pt: no such file"),
-    case(["audit", "absent", "--data", "digits"], "no run folder, weight file", "package.module:factory"),
+    case(["audit", "absent", "--data", "digits"], "no such file or folder", "package.module:factory"),
     case(["audit", "notes", "--data", "digits"], "notes holds no run"),
     case(["audit", "good.pt", "--checkpoint", "best", *WEIGHTS], "--checkpoint", "good.pt is none"),
+    case(["audit", "good.pt", "--data", "digits"], "good.pt holds weights only: add --arch"),
+    case(["audit", "pointer.pt", "--data", "digits"], "pointer.pt: is a pointer of Git LFS", "git lfs pull"),
+    case(["audit", "two.ckpt", *WEIGHTS], "several sets of weights, best, last. Name", "with --select-weights"),
+    case(["corruptions", "two.ckpt", *WEIGHTS[:-4]], "several sets of weights, best, last. Name", "--select-weights"),
+    case(["audit", "two.ckpt", "--select-weights", "lats", *WEIGHTS], "unknown set of weights 'lats'", "mean last"),
+    case(["audit", "more", *WEIGHTS], "hold the unknown fc2.weight", "save the file without"),
+    case("audit run --select-weights last", "leave --arch, --weights, --select-weights and --width out; --checkpoint"),
     case("repair good.pt --out new", "good.pt"),
-    case("repair zoo_of_test:tiny --out new", "no run folder"),
+    case("repair zoo_of_test:tiny --out new", "no run folder", "rf.repair(model)"),
     case("repair repaired --out new", "repaired already", "run"),
 ]
 
@@ -989,6 +1002,21 @@ def test_a_pt_file_without_code_is_read(place: Path, command: Command) -> None:
     safetensors, pt = (command("audit", name, *WEIGHTS, "--json").json() for name in ("good.safetensors", "good.pt"))
     assert pt["count"] == safetensors["count"]
     assert torch.load("good.pt", weights_only=True).keys() == load_file("good.safetensors").keys()
+
+
+def test_keys_beside_the_network_and_further_sets_are_said_and_can_be_chosen(place: Path, command: Command) -> None:
+    raw = command("audit", "beside.pth.tar", *WEIGHTS, "--json", "--out", "raw")
+    assert raw.code == 0
+    assert (
+        "note: weights from 'state_dict'; not taken: 'ema_state_dict' (--select-weights chooses); prefix 'model.' "
+        "removed; unused keys: criterion.weight; Python objects not read: args (argparse.Namespace)\n"
+    ) in raw.err
+    averaged = command("audit", "beside.pth.tar", "--select-weights", "ema", *WEIGHTS, "--json", "--out", "raw")
+    assert "note: weights from 'ema_state_dict'; not taken: 'state_dict.model'" in averaged.err
+    assert averaged.json()["model"] == "beside.pth.tar (ema)"
+    assert len(list((place / "raw").glob("*.json"))) == 2
+    few = ("--which", "fog", "--severities", "1", "--limit-per-class", "1")
+    assert command("corruptions", "two.ckpt", "--select-weights", "best", *WEIGHTS[:-4], *few).code == 0
 
 
 def test_a_model_from_elsewhere_leaves_files_only_where_it_is_told(place: Path, command: Command) -> None:

@@ -164,8 +164,9 @@ def test_a_factory_is_found_from_the_working_folder(place: Path) -> None:
             r"called without arguments \(TypeError: .*argument.*num_classes.*Give all of them def",
         ),
         ("zoo_to_load.models:on_meta", "its tensors are on the meta device"),
-        ("zoo_to_load/models.py", "no run folder, weight file"),
-        ("absent", "no run folder, weight file"),
+        ("zoo_to_load/models.py", "models.py: cut, corrupt or not a weight file"),
+        ("absent", "absent: no such file or folder"),
+        ("absent.pt", "absent.pt: no such file or folder"),
     ],
 )
 def test_what_is_no_model_is_said(place: Path, what: str, message: str) -> None:
@@ -190,7 +191,7 @@ def test_a_factory_model_can_be_put_behind_a_normalisation(place: Path) -> None:
     target = load_target("zoo_to_load.models:instance", normalise="half", in_channels=1)
     x = torch.rand(2, 1, 8, 8)
     torch.testing.assert_close(target.model(x), plain((x - 0.5) / 0.5))
-    assert target.notes == ("--normalise half puts it behind an input normalisation of mean 0.5 and std 0.5",)
+    assert target.notes == ("`normalise=half` puts it behind an input normalisation of mean 0.5 and std 0.5",)
     with pytest.raises(ConfigError, match="normalise must be auto, none, half"):
         load_target("zoo_to_load.models:build", normalise="hlaf")
 
@@ -210,21 +211,24 @@ def test_statistics_that_a_file_lacks_are_said(place: Path) -> None:
     _, note = load_target("w.pt", arch="small-cnn", width=2, normalise="half").notes
     assert note == (
         "the file has no input statistics: an input normalisation of mean 0.5, 0.5, 0.5 and std 0.5, 0.5, 0.5 "
-        "(--normalise sets another)"
+        "(`normalise` sets another)"
     )
 
 
 @pytest.mark.parametrize(
     ("what", "flags", "message"),
     [
-        ("w.pt", {"arch": "small-cnn", "weights": "w.pt"}, "is itself a weight file: leave --weights out"),
-        ("zoo_to_load.models:build", {"arch": "small-cnn"}, "--arch and --width are for a bare weight file"),
-        ("zoo_to_load.models:build", {"width": 2}, "--arch and --width are for a bare weight file"),
-        ("timm:resnet50", {"arch": "resnet18"}, "--arch and --width are for a bare weight file"),
-        ("timm:resnet50.pt", {}, "add --weights"),
+        ("w.safetensors", {"arch": "small-cnn", "weights": "w.pt"}, "is itself a weight file: leave `weights` out"),
+        ("zoo_to_load.models:build", {"arch": "small-cnn"}, "`arch` and `width` are for a bare weight file"),
+        ("zoo_to_load.models:build", {"width": 2}, "`arch` and `width` are for a bare weight file"),
+        ("timm:resnet50", {"arch": "resnet18"}, "`arch` and `width` are for a bare weight file"),
+        ("zoo_to_load.models:build", {"select_weights": "ema"}, "`select_weights` chooses in a weight file"),
+        ("zoo_to_load", {"select_weights": "ema"}, "which knows its own network: leave .*`select_weights`"),
+        ("timm:resnet50.pt", {}, "add `weights`"),
     ],
 )
 def test_flags_that_do_nothing_are_refused(place: Path, what: str, flags: dict[str, object], message: str) -> None:
+    save_file({"w": torch.zeros(1)}, place / "w.safetensors")
     with pytest.raises(ModelError, match=message):
         load_target(what, **flags)
 
@@ -235,11 +239,9 @@ def test_an_error_of_ours_inside_a_factory_keeps_its_words(place: Path) -> None:
 
 
 def test_a_weight_file_needs_its_architecture(place: Path) -> None:
-    with pytest.raises(ModelError, match="holds weights only: add --arch"):
-        load_target("absent.safetensors")
-    with pytest.raises(CheckpointError, match="no such file"):
-        load_target("absent.safetensors", arch="small-cnn")
     save_file({"w": torch.zeros(1)}, place / "w.safetensors")
+    with pytest.raises(ModelError, match="holds weights only: add `arch`"):
+        load_target("w.safetensors")
     with pytest.raises(UnknownNameError, match="did you mean small-cnn"):
         load_target("w.safetensors", arch="smal-cnn")
     with pytest.raises(ConfigError, match="width"):
@@ -255,10 +257,35 @@ def test_a_cut_weight_file_is_named(place: Path) -> None:
 
 @pytest.mark.parametrize("what", ["w.pt", "zoo_to_load.models:build", "absent"])
 def test_only_a_run_has_checkpoints(place: Path, what: str) -> None:
-    with pytest.raises(ModelError, match=r"--checkpoint picks a checkpoint of a run folder, and .* is none"):
+    with pytest.raises(ModelError, match=r"`checkpoint` picks a checkpoint of a run folder, and .* is none"):
         load_target(what, checkpoint="best")
 
 
 def test_a_folder_that_is_no_run_is_said(place: Path) -> None:
     with pytest.raises(CheckpointError, match="zoo_to_load holds no run"):
         load_target("zoo_to_load")
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "epoch76", "weights.pkl", "net.safetensors", "a:b"])
+def test_a_weight_file_may_bear_any_name(place: Path, name: str) -> None:
+    model = create_model("small-cnn", in_channels=1, width=2, num_classes=3)
+    torch.save({"state_dict": model.state_dict()}, place / name)
+    target = load_target(name, arch="small-cnn", width=2, num_classes=3, in_channels=1)
+    assert torch.equal(target.model.head.weight, model.head.weight)
+    filled = load_target("zoo_to_load.models:build", weights=name)
+    assert torch.equal(filled.model.head.weight, model.head.weight)
+
+
+def test_a_chosen_set_of_weights_is_in_the_label(place: Path) -> None:
+    first, second = (create_model("small-cnn", in_channels=1, width=2, num_classes=3).state_dict() for _ in range(2))
+    torch.save({"best": first, "last": second}, place / "two")
+    sizes = {"width": 2, "num_classes": 3, "in_channels": 1}
+    with pytest.raises(ModelError, match=r"several sets of weights, best, last"):
+        load_target("two", arch="small-cnn", **sizes)
+    for name, state in (("best", first), ("last", second)):
+        target = load_target("two", arch="small-cnn", select_weights=name, **sizes)
+        assert torch.equal(target.model.head.weight, state["head.weight"])
+        assert target.label == f"two ({name})"
+        filled = load_target("zoo_to_load.models:build", weights="two", select_weights=name)
+        assert torch.equal(filled.model.head.weight, state["head.weight"])
+        assert filled.label == f"zoo_to_load.models:build (two, {name})"

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import cyclopts
 from cyclopts import App, Parameter
 
-from robustfair.errors import DivergedError, RecipeError, RobustFairError
+from robustfair.errors import DivergedError, RecipeError, RobustFairError, as_flags
 from robustfair.recipe import Recipe, read_recipe
 
 app = App(
@@ -62,6 +62,9 @@ class TargetFlags:
     checkpoint: Annotated[str | None, Parameter(help="Of a run: best, last, ema, ...")] = None
     arch: Annotated[str | None, Parameter(help="Architecture of a weight file, or timm:NAME.")] = None
     weights: Annotated[str | None, Parameter(help="Weight file for a factory's or timm's model.")] = None
+    select_weights: Annotated[
+        str | None, Parameter(help="Which set of weights of a weight file that holds several, such as ema.")
+    ] = None
     width: Annotated[int | None, Parameter(help="Width of the architecture of a weight file.")] = None
     normalise: Annotated[
         str,
@@ -83,6 +86,7 @@ class TargetFlags:
             checkpoint=self.checkpoint,
             arch=self.arch,
             weights=self.weights,
+            select_weights=self.select_weights,
             width=self.width,
             normalise=self.normalise,
             num_classes=images[0].num_classes if images else None,
@@ -90,7 +94,7 @@ class TargetFlags:
             image_size=(shape[2], shape[3]) if shape else None,
         )
         for note in found.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {as_flags(note)}", file=sys.stderr)
         return found
 
     def asked(self) -> dict[str, Any]:
@@ -634,7 +638,7 @@ def main(argv: list[str] | None = None) -> int:
         except DivergedError as error:
             return _fail(str(error), 1)
         except RobustFairError as error:
-            return _fail(_one_line(str(error)), 2)
+            return _fail(_one_line(as_flags(str(error))), 2)
         except KeyboardInterrupt:
             return _fail("interrupted; training goes on with --resume, a saved audit with the same command", 130)
         except BrokenPipeError:
@@ -652,7 +656,7 @@ def _show_warnings_as_lines() -> None:
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, RobustFairWarning):
-            print(f"warning: {message}", file=sys.stderr)
+            print(f"warning: {as_flags(str(message))}", file=sys.stderr)
         else:
             plain(message, category, *rest)
 

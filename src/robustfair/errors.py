@@ -1,14 +1,32 @@
 """Every error a user can cause: one sentence with the owner, the field, what is allowed, what came and the next step.
 
 The command line prints the message of a `RobustFairError` as one line and exits 2; anything else is a defect of ours
-and keeps its traceback.
+and keeps its traceback. A message names an option as `name` or `name=value` in backquotes: so the argument is called in
+Python, and `as_flags` makes the flag of it.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+_OPTION = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
+
+
+def as_flags(text: str) -> str:
+    """A message as the command line says it.
+
+    >>> as_flags("add `image_size`, or pass `select='last'` and `allow={'attack.eps'}`")
+    'add --image-size, or pass --select last and --allow attack.eps'
+    """
+
+    def flag(option: re.Match[str]) -> str:
+        value = re.sub(r"[{}'\"]", "", option[2] or "")
+        return f"--{option[1].replace('_', '-')}{' ' if value else ''}{value}"
+
+    return _OPTION.sub(flag, text)
 
 
 class RobustFairError(Exception):

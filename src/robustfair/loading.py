@@ -10,7 +10,6 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +20,11 @@ from torch import nn
 from robustfair.errors import ModelError, RobustFairError
 from robustfair.models.build import create_model
 from robustfair.models.normalise import Normalise, Normalised, named_statistics
-from robustfair.models.weights import LoadReport, load_weights, read_weight_file
+from robustfair.models.weight_file import read_weight_file, require_weight_file
+from robustfair.models.weights import LoadReport, load_weights
 from robustfair.models.zoo import Found, robustbench_model, timm_model
 from robustfair.rundir import RunFolder
 
-WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 TIMM, ROBUSTBENCH = "timm:", "robustbench:"
 
 
@@ -56,6 +55,7 @@ def load_target(
     checkpoint: str | None = None,
     arch: str | None = None,
     weights: str | None = None,
+    select_weights: str | None = None,
     width: int | None = None,
     normalise: str = "auto",
     num_classes: int | None = None,
@@ -65,11 +65,12 @@ def load_target(
     """Find and load the model that `what` names.
 
     Args:
-        what: `runs/x`; a `.safetensors`, `.pt` or `.pth` file (with `arch`); `timm:NAME` (with `weights`);
-            `robustbench:NAME`; or `package.module:factory`.
+        what: `runs/x`; a weight file of any name (with `arch`); `timm:NAME` (with `weights`); `robustbench:NAME`; or
+            `package.module:factory`.
         checkpoint: of a run: best, last, ema, ...
         arch, width: architecture of a bare weight file, a name of ours or `timm:NAME`.
         weights: weight file for timm's network or a factory's model.
+        select_weights: of a weight file with several sets of weights, see `load_weights`.
         normalise: input statistics, see `named_statistics`. Of a bare weight file and of timm's network: those where
             the file has none. In front of any other model: what it is put behind; "auto" leaves it as it is.
         num_classes, in_channels, image_size: of the data, the last as (H, W).
@@ -79,32 +80,38 @@ def load_target(
     """
     path = Path(what)
     if path.is_dir():
-        if arch or weights or width:
-            raise ModelError(f"{what} is a run, which knows its own architecture: leave --arch, --weights, --width out")
+        if arch or weights or width or select_weights:
+            given = "`arch`, `weights`, `select_weights` and `width`"
+            raise ModelError(f"{what} is a run, which knows its own network: leave {given} out; `checkpoint` chooses")
         return _from_run(path, checkpoint)
     if checkpoint is not None:
-        raise ModelError(f"--checkpoint picks a checkpoint of a run folder, and {what} is none: leave it out")
+        raise ModelError(f"`checkpoint` picks a checkpoint of a run folder, and {what} is none: leave it out")
     images = _Images(num_classes, in_channels or 3, image_size)
     is_named = what.startswith((TIMM, ROBUSTBENCH))
-    if path.suffix in WEIGHT_FILES and not is_named:
+    chosen = () if select_weights is None else (select_weights,)
+    if path.is_file() and not is_named:
+        require_weight_file(path)
         if arch is None:
-            raise ModelError(f"{what} holds weights only: add --arch with its architecture, such as preact-resnet18")
+            raise ModelError(f"{what} holds weights only: add `arch` with its architecture, such as preact-resnet18")
         if weights is not None:
-            raise ModelError(f"{what} is itself a weight file: leave --weights out")
-        return _from_weights(what, read_weight_file(what), _network(arch, width, normalise, images))
+            raise ModelError(f"{what} is itself a weight file: leave `weights` out")
+        label = " ".join((what, *(f"({name})" for name in chosen)))
+        return _from_weights(label, what, select_weights, _network(arch, width, normalise, images))
+    if ":" not in what:
+        raise ModelError(
+            f"{what}: no such file or folder. A model is named by a run folder, a weight file with `arch`, "
+            "timm:NAME, robustbench:NAME or package.module:factory"
+        )
     if arch or width:
-        raise ModelError(f"--arch and --width are for a bare weight file, and {what} is none: leave them out")
-    label = what if weights is None else f"{what} ({weights})"
+        raise ModelError(f"`arch` and `width` are for a bare weight file, and {what} is none: leave them out")
+    if select_weights is not None and weights is None:
+        raise ModelError("`select_weights` chooses in a weight file, and none is named: add `weights`, or leave it out")
+    label = what if weights is None else f"{what} ({', '.join((weights, *chosen))})"
     if what.startswith(TIMM):
         if weights is None:
-            raise ModelError(f"{what}: nothing is downloaded here, add --weights with its .safetensors or .pt file")
-        return _from_weights(label, read_weight_file(weights), _network(what, None, normalise, images))
-    if ":" in what:
-        return _from_elsewhere(label, what, weights, normalise, images)
-    raise ModelError(
-        f"{what} is no run folder, weight file (.safetensors, .pt), timm:NAME, robustbench:NAME or "
-        "package.module:factory"
-    )
+            raise ModelError(f"{what}: nothing is downloaded here, add `weights` with its weight file")
+        return _from_weights(label, weights, select_weights, _network(what, None, normalise, images))
+    return _from_elsewhere(label, what, weights, select_weights, normalise, images)
 
 
 class _Images(NamedTuple):
@@ -131,7 +138,7 @@ def _network(arch: str, width: int | None, normalise: str, images: _Images) -> F
         )
         return Found(model, ())
     if width is not None:
-        raise ModelError(f"--width is for architectures of ours, and {arch} has its own: leave it out")
+        raise ModelError(f"`width` is for architectures of ours, and {arch} has its own: leave it out")
     return timm_model(
         arch.removeprefix(TIMM),
         num_classes=images.num_classes,
@@ -141,28 +148,30 @@ def _network(arch: str, width: int | None, normalise: str, images: _Images) -> F
     )
 
 
-def _from_weights(label: str, state: Mapping[str, Any], found: Found) -> Target:
-    report = load_weights(found.model, state)
+def _from_weights(label: str, path: str, select_weights: str | None, found: Found) -> Target:
+    report = load_weights(found.model, read_weight_file(path), select_weights=select_weights)
     notes = (*found.notes, str(report), *_kept_statistics(found.model, report))
     return Target(model=found.model.eval(), label=label, meta={}, notes=notes)
 
 
-def _from_elsewhere(label: str, what: str, weights: str | None, normalise: str, images: _Images) -> Target:
+def _from_elsewhere(
+    label: str, what: str, weights: str | None, select_weights: str | None, normalise: str, images: _Images
+) -> Target:
     """A model that comes whole: from a factory, or from RobustBench's loader."""
     if not what.startswith(ROBUSTBENCH):
         model = _from_factory(what)
     elif weights is None:
         model = robustbench_model(what.removeprefix(ROBUSTBENCH), num_classes=images.num_classes)
     else:
-        raise ModelError(f"{what} comes with its own weights: leave --weights out, or name its file and --arch")
+        raise ModelError(f"{what} comes with its own weights: leave `weights` out, or name its file and `arch`")
     _require_values(what, model)
     notes = _in_float32(model)
     if weights is not None:
-        notes.append(str(load_weights(model, read_weight_file(weights))))
+        notes.append(str(load_weights(model, read_weight_file(weights), select_weights=select_weights)))
     statistics = None if normalise == "none" else named_statistics(normalise, images.in_channels)
     if statistics is not None:
         model = Normalised(model, images.in_channels, *statistics)
-        notes.append(f"--normalise {normalise} puts it behind {_described(model.normalise)}")
+        notes.append(f"`normalise={normalise}` puts it behind {_described(model.normalise)}")
     return Target(model=model.eval(), label=label, meta={}, notes=tuple(notes))
 
 
@@ -171,7 +180,7 @@ def _kept_statistics(model: nn.Module, report: LoadReport) -> list[str]:
     normalise = getattr(model, "normalise", None)
     if "normalise.mean" not in report.missing or not isinstance(normalise, Normalise):
         return []
-    return [f"the file has no input statistics: {_described(normalise)} (--normalise sets another)"]
+    return [f"the file has no input statistics: {_described(normalise)} (`normalise` sets another)"]
 
 
 def _described(normalise: Normalise) -> str:

@@ -246,7 +246,7 @@ def test_every_mode_but_grey_becomes_colour(folder: Path) -> None:
 def test_sizes_that_differ_need_image_size(folder: Path) -> None:
     write_images(folder, {"a": pixels(1, size=8)})
     Image.new("RGB", (6, 12), (9, 9, 9)).save(folder / "a" / "z.png")
-    with pytest.raises(DataError, match=r"z\.png is 12x6 pixels and the first image 8x8; pass image_size="):
+    with pytest.raises(DataError, match=r"z\.png is 12x6 pixels and the first image 8x8; pass `image_size`"):
         load_dataset(folder)
     images = load_dataset(folder, image_size=6).only.images
     assert images.shape == (2, 3, 6, 6)
@@ -263,7 +263,7 @@ def test_resizing_keeps_the_centre_square(folder: Path) -> None:
 def test_parts_of_different_size_need_image_size(folder: Path) -> None:
     write_images(folder / "train", {"a": pixels(1, size=8)})
     write_images(folder / "test", {"a": pixels(1, size=4)})
-    with pytest.raises(DataError, match=r"parts differ in size \(train 8x8, test 4x4\); pass image_size="):
+    with pytest.raises(DataError, match=r"parts differ in size \(train 8x8, test 4x4\); pass `image_size`"):
         load_dataset(folder)
     assert load_dataset(folder, image_size=4).train.images.shape == (1, 3, 4, 4)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from reference.public_networks import (
     PublicWideResNet,
     scramble,
 )
-from robustfair.errors import CheckpointError, ModelError
+from robustfair.errors import CheckpointError, ModelError, UnknownNameError
 from robustfair.models import Normalised, create_model, load_weights, read_weight_file
 
 
@@ -210,7 +211,7 @@ def test_nested_twice_with_other_branches(model):
     report = load_weights(model, {"model": {"state_dict": state}, "ema_state_dict": {"x": torch.zeros(1)}})
     assert report.branch == "model.state_dict"
     assert report.other_branches == ("ema_state_dict",)
-    assert str(report) == "weights from 'model.state_dict'; not taken: 'ema_state_dict'"
+    assert str(report) == "weights from 'model.state_dict'; not taken: 'ema_state_dict' (`select_weights` chooses)"
     assert _same(model, state)
 
 
@@ -274,7 +275,8 @@ def test_wrong_number_of_classes_is_said_plainly_of_any_head():
 def test_wrong_number_of_classes_is_said_plainly():
     weights = create_model("small-cnn", num_classes=100, width=4).state_dict()
     with pytest.raises(
-        ModelError, match=r"weights have 100 outputs, the model has 10\. Build the model with num_classes=100"
+        ModelError,
+        match=r"weights have 100 outputs, the model has 10, .*\. Choose data of 100 classes, or weights for 10",
     ):
         load_weights(create_model("small-cnn", width=4), weights)
 
@@ -362,3 +364,136 @@ def test_paths_that_are_no_file(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="holds a list"):
         read_weight_file(tmp_path / "list.pt")
+
+
+NETWORK_PREFIXES = ["model.", "student.", "model.module.", "trainer.net._orig_mod.", "a.b.c."]
+
+
+@pytest.mark.parametrize("prefix", NETWORK_PREFIXES)
+@pytest.mark.parametrize("branch", ["state_dict", "whatever"])
+def test_keys_beside_the_network_are_left_out_and_said(model, prefix, branch):
+    state = _other(model)
+    beside = {"criterion.weight": torch.ones(10), "val_acc.tp": torch.zeros(10), "loss.scale": torch.tensor(2.0)}
+    report = load_weights(model, {branch: {**beside, **_prefixed(state, prefix)}, "epoch": 3})
+    assert _same(model, state)
+    assert (report.branch, report.prefix, report.unused) == (branch, prefix, tuple(beside))
+    assert f"prefix {prefix!r} removed; unused keys: criterion.weight, val_acc.tp, loss.scale" in str(report)
+
+
+def test_public_names_under_a_prefix_of_any_kind_are_read_too():
+    public = scramble(PublicPreActResNet18(width=4), seed=4)
+    ours = create_model("preact-resnet18", width=4, normalise="none")
+    report = load_weights(ours, _prefixed(public.state_dict(), "classifier_net.") | {"ce.weight": torch.ones(10)})
+    _assert_same_logits(ours, public)
+    assert (report.prefix, report.naming, report.unused) == ("classifier_net.", "public", ("ce.weight",))
+
+
+@pytest.mark.parametrize("prefix", ["", *NETWORK_PREFIXES])
+def test_keys_of_the_network_itself_are_never_left_out(model, prefix):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = _prefixed(_other(model), prefix)
+    with pytest.raises(ModelError, match=rf"hold the unknown {prefix}fc2.weight\. Build .* or save the file without"):
+        load_weights(model, {**state, f"{prefix}fc2.weight": torch.zeros(3)})
+    del state[f"{prefix}conv2.weight"]
+    with pytest.raises(ModelError, match=r"they lack conv2.weight\. Build the architecture they were saved from$"):
+        load_weights(model, state)
+    assert _same(model, before)
+
+
+def test_other_parts_of_a_sequential_are_not_left_out(model):
+    state = _prefixed(_other(model), "1.")
+    for beside in ("0.weight", "2.scale"):
+        with pytest.raises(ModelError, match=f"hold the unknown {beside}"):
+            load_weights(model, {**state, beside: torch.ones(1)})
+    load_weights(model, {**state, "ema_decay.value": torch.ones(1)})
+
+
+def _sets(model, *names):
+    return {name: {key: value + place for key, value in _other(model).items()} for place, name in enumerate(names)}
+
+
+def _nested(sets):
+    """Sets of weights by dotted names, as nested dicts."""
+    found = {}
+    for name, state in sets.items():
+        *path, last = name.split(".")
+        inner = found
+        for word in path:
+            inner = inner.setdefault(word, {})
+        inner[last] = state
+    return found
+
+
+@pytest.mark.parametrize("names", [("best", "last"), ("runs.one", "runs.two", "runs.three"), ("state_dict.a", "b")])
+@pytest.mark.parametrize("flat", [False, True])
+def test_several_sets_are_listed_and_one_can_be_chosen(model, names, flat):
+    sets = _sets(model, *names)
+    content = _nested(sets)
+    if flat:
+        content = {f"{name}.{key}": value for name, state in sets.items() for key, value in state.items()}
+    with pytest.raises(ModelError, match=f"several sets of weights, {', '.join(names)}. Name .* with `select_weights`"):
+        load_weights(model, content)
+    for name, state in sets.items():
+        for word in (name, name.split(".")[-1]):
+            report = load_weights(model, content, select_weights=word)
+            assert _same(model, state)
+            assert report.other_branches == tuple(other for other in names if other != name)
+    with pytest.raises(UnknownNameError, match=f"unknown set of weights 'zzzz': known: {', '.join(sorted(names))}"):
+        load_weights(model, content, select_weights="zzzz")
+
+
+@pytest.mark.parametrize(
+    ("taken", "other"),
+    [("model", "model_ema"), ("state_dict", "ema_state_dict"), ("net", "ema"), ("state_dict", "best_state_dict")],
+)
+def test_raw_weights_come_before_averaged_ones_which_can_be_chosen(model, taken, other):
+    sets = _sets(model, taken, other)
+    report = load_weights(model, dict(reversed(sets.items())))
+    assert _same(model, sets[taken])
+    assert f"not taken: {other!r} (`select_weights` chooses)" in str(report)
+    report = load_weights(model, sets, select_weights=other)
+    assert _same(model, sets[other])
+    assert (report.branch, report.other_branches) == (other, (taken,))
+
+
+def test_averaged_weights_beside_the_raw_ones_in_one_state_dict(model):
+    raw, averaged = _sets(model, "model", "model_ema.module").values()
+    content = {"state_dict": _prefixed(raw, "model.") | _prefixed(averaged, "model_ema.module.")}
+    report = load_weights(model, content)
+    assert _same(model, raw)
+    assert report.other_branches == ("state_dict.model_ema",)
+    load_weights(model, content, select_weights="model_ema")
+    assert _same(model, averaged)
+    report = load_weights(model, raw | _prefixed(averaged, "ema."))
+    assert _same(model, raw)
+    assert report.other_branches == ("ema",)
+    load_weights(model, raw | _prefixed(averaged, "ema."), select_weights="ema")
+    assert _same(model, averaged)
+
+
+def test_what_fits_decides_among_networks_of_one_file(model):
+    state = _other(model)
+    wider = create_model("small-cnn", width=8).state_dict()
+    report = load_weights(model, {"teacher": wider, "student": state, "loss": {"w": torch.ones(1)}})
+    assert _same(model, state)
+    assert (report.branch, report.other_branches) == ("student", ("teacher",))
+    load_weights(model, _prefixed(wider, "teacher.") | _prefixed(state, "student."))
+    assert _same(model, state)
+    with pytest.raises(ModelError, match=r"conv1.weight \(8, 3, 3, 3\) for \(4, 3, 3, 3\)"):
+        load_weights(model, {"teacher": wider, "student": state}, select_weights="teacher")
+
+
+def test_members_of_an_ensemble_are_several_sets(model):
+    sets = _sets(model, "models.0", "models.1")
+    content = {f"{name}.{key}": value for name, state in sets.items() for key, value in state.items()}
+    with pytest.raises(ModelError, match=r"several sets of weights, models.0, models.1"):
+        load_weights(model, content)
+    load_weights(model, content, select_weights="models.1")
+    assert _same(model, sets["models.1"])
+
+
+def test_objects_that_were_not_read_are_said(tmp_path, model):
+    torch.save({"net": model.state_dict(), "args": argparse.Namespace(lr=1), "acc": np.float64(1)}, tmp_path / "w")
+    report = load_weights(model, read_weight_file(tmp_path / "w"))
+    assert report.not_read[0] == "args (argparse.Namespace)"
+    assert "Python objects not read: args (argparse.Namespace), acc (numpy." in str(report)

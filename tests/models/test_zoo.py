@@ -77,8 +77,8 @@ def test_statistics_of_the_users_choice_and_of_other_channels() -> None:
 @pytest.mark.usefixtures("timm_stand_in")
 def test_another_image_size_is_a_note_and_one_that_it_refuses_an_error() -> None:
     (note,) = timm_model("net18", image_size=(12, 8)).notes
-    assert "is made for images of 16x16, these are 12x8 and used as they are; --image-size 16 resizes them" in note
-    with pytest.raises(ModelError, match=r"timm:net18 takes images of 16x16, these are 4x4 pixels: --image-size 16"):
+    assert "is made for images of 16x16, these are 12x8 and used as they are; `image_size=16` resizes them" in note
+    with pytest.raises(ModelError, match=r"timm:net18 takes images of 16x16, these are 4x4 pixels: `image_size=16`"):
         timm_model("net18", image_size=(4, 4))
 
 
@@ -99,7 +99,7 @@ def test_a_network_that_timm_cannot_build_is_said_in_one_line(name: str, message
 
 @pytest.mark.usefixtures("timm_stand_in")
 def test_the_target_needs_its_weights_and_reads_them(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"^timm:net18: nothing is downloaded here, add --weights with its"):
+    with pytest.raises(ModelError, match=r"^timm:net18: nothing is downloaded here, add `weights` with its"):
         load_target("timm:net18", num_classes=5)
     torch.manual_seed(0)
     source = StandIn(5)
@@ -111,12 +111,12 @@ def test_the_target_needs_its_weights_and_reads_them(tmp_path: Path) -> None:
     size, report, statistics = target.notes
     assert "made for images of 16x16" in size
     assert "prefix 'network.' added" in report
-    assert "mean 0.1, 0.2, 0.3 and std 0.4, 0.5, 0.6 (--normalise sets another)" in statistics
+    assert "mean 0.1, 0.2, 0.3 and std 0.4, 0.5, 0.6 (`normalise` sets another)" in statistics
     same = load_target(weights, arch="timm:net18", num_classes=5)
     assert torch.equal(same.model.network.fc.weight, source.fc.weight)
     with pytest.raises(ModelError, match="weights have 5 outputs, the model has 10"):
         load_target("timm:net18", weights=weights, num_classes=10)
-    with pytest.raises(ModelError, match="--width is for architectures of ours"):
+    with pytest.raises(ModelError, match="`width` is for architectures of ours"):
         load_target(weights, arch="timm:net18", width=4)
 
 
@@ -224,7 +224,7 @@ def test_imagenet_checkpoints_in_robustbench_form_load_into_timms_resnet() -> No
 
 def test_timm_networks_of_one_size_refuse_others_in_one_line() -> None:
     import_timm()
-    with pytest.raises(ModelError, match=r"takes images of 224x224, these are 32x32 pixels: --image-size 224"):
+    with pytest.raises(ModelError, match=r"takes images of 224x224, these are 32x32 pixels: `image_size=224`"):
         timm_model("vit_tiny_patch16_224", image_size=(32, 32))
     with pytest.raises(ModelError, match=r"timm has no model 'resnet500': did you mean resnet50"):
         timm_model("resnet500")

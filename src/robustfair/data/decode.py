@@ -91,7 +91,7 @@ def share_shape(owner: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.nda
     sizes = {images.shape[2:] for images in parts.values()}
     if len(sizes) > 1:
         text = ", ".join(f"{role} {images.shape[2]}x{images.shape[3]}" for role, images in parts.items())
-        raise DataError(f"{owner}: parts differ in size ({text}); pass image_size=... to bring all to one size")
+        raise DataError(f"{owner}: parts differ in size ({text}); pass `image_size` to bring all to one size")
     channels = max(images.shape[1] for images in parts.values())
     return {role: _widen(images, channels) for role, images in parts.items()}
 
@@ -147,7 +147,7 @@ class _Canvas:
             got, first = (f"{height}x{width}" for height, width in (array.shape[1:], self.images.shape[2:]))
             raise DataError(
                 f"{self._owner}: {where} is {got} pixels and the first image {first}; "
-                "pass image_size=... to bring all to one size"
+                "pass `image_size` to bring all to one size"
             )
         if array.shape[0] > self.images.shape[1]:
             self.images = _widen(self.images, array.shape[0])

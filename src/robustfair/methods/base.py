@@ -204,7 +204,7 @@ def compose(
             if other != method.name and claim not in allow:
                 raise ConflictError(
                     f"{other} and {method.name} both set {claim} ({CLAIM_TEXT.get(claim, 'one field, two owners')}): "
-                    f"keep one, or pass allow={{'{claim}'}} to apply both in list order"
+                    f"keep one, or pass `allow={{'{claim}'}}` to apply both in list order"
                 )
         lacking = _lacking(method, objective)
         if lacking:

@@ -1,7 +1,8 @@
-"""Read weights of any common origin into a network: our files, nested checkpoints, wrapped modules, public names.
+"""Load weights of any common origin into a network: our files, nested checkpoints, wrapped modules, public names.
 
-A file is read as tensors only: safetensors, or torch's format with `weights_only=True`. What was taken is never left
-unsaid: the report names the branch of a nested checkpoint, the prefix removed, the naming, and every key not used.
+Which set of weights in a file, and which prefix of its keys, is the network's is decided by what fits. What was taken
+is never left unsaid: the report names the branch of a nested checkpoint, the prefix removed, the naming, and what was
+not used.
 
 Sources of the public names: the WideResNet file shared by TRADES, MART, AWP and FAAL; the PreActResNet file shared by
 "Overfitting in adversarially robust deep learning", AWP, CFA and FAIR-TAT; the ResNet files of CIFAR codes and of
@@ -12,17 +13,18 @@ torchvision; DeepMind's WideResNet. Prefixes and branches: RobustBench; statisti
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from robustfair.errors import CheckpointError, ModelError
+from robustfair.errors import ModelError, UnknownNameError
 from robustfair.models.head import unwrap
+from robustfair.models.weight_file import holds_weights, read_weight_file, stand_ins
+
+__all__ = ["LoadReport", "load_weights", "read_weight_file"]
 
 BRANCHES = (
     "state_dict",
@@ -47,6 +49,8 @@ PREFIXES = (
     "backbone.",
     "1.",  # nn.Sequential(normalisation, network)
 )
+_WRAPPERS = ("module", "_orig_mod")
+_UNKNOWN = len(BRANCHES)
 
 _STATISTIC = re.compile(
     r"(?:(?:0|normali[sz]er?|normali[sz]ation|norm_layer|preprocess|input_norm)\.)?(?:new_)?(?:(mean|mu)|std|sigma)"
@@ -82,12 +86,13 @@ class LoadReport:
 
     Attributes:
         branch: keys that led to the weights in a nested checkpoint, "" for a flat one.
-        other_branches: further sets of weights in the checkpoint, not taken.
+        other_branches: names of further sets of weights in the checkpoint, not taken.
         prefix: what was removed from the front of the keys, "" for nothing.
         added: what was put there instead, for a model that wraps its network; "" for nothing.
         naming: "own" keys, or "public" ones that were translated.
-        unused: keys of the file that went nowhere.
+        unused: keys beside the taken ones that went nowhere.
         missing: entries of the model that the file does not have; they keep their value.
+        not_read: Python objects in the file, each with its kind.
     """
 
     branch: str
@@ -97,11 +102,13 @@ class LoadReport:
     naming: str
     unused: tuple[str, ...]
     missing: tuple[str, ...]
+    not_read: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"weights from {self.branch!r}" if self.branch else "weights from the top level"]
         if self.other_branches:
-            parts.append(f"not taken: {', '.join(map(repr, self.other_branches))}")
+            names = ", ".join(map(repr, self.other_branches))
+            parts.append(f"not taken: {names} (`select_weights` chooses)")
         if self.prefix:
             parts.append(f"prefix {self.prefix!r} removed")
         if self.added:
@@ -109,146 +116,264 @@ class LoadReport:
         if self.naming == "public":
             parts.append("names of a public repository translated")
         if self.unused:
-            parts.append(f"unused keys: {', '.join(self.unused)}")
+            parts.append(f"unused keys: {_some(self.unused)}")
         if self.missing:
-            parts.append(f"kept from the model: {', '.join(self.missing)}")
+            parts.append(f"kept from the model: {_some(self.missing)}")
+        if self.not_read:
+            parts.append(f"Python objects not read: {_some(self.not_read)}")
         return "; ".join(parts)
 
 
-def read_weight_file(path: str | Path) -> dict[str, Any]:
-    """The content of a `.safetensors` file, or of a `torch.save` file that holds nothing but tensors and plain values.
-
-    Raises:
-        CheckpointError: no such file, cut or foreign, or it would have to run code to be read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: {'is a folder' if path.is_dir() else 'no such file'}, a weight file was expected"
-        )
-    try:
-        content = _read(path)
-    except Exception as error:  # the readers raise whatever the bytes lead them to
-        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise CheckpointError(
-                f"{path}: holds the Python object {refused[1]}, and a file that can run code is never read. "
-                "Save only its state_dict, best as safetensors"
-            ) from error
-        raise CheckpointError(
-            f"{path}: cut, corrupt or not a weight file ({type(error).__name__}). Fetch or save it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, a state dict was expected")
-    return content
-
-
-def load_weights(model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool = True) -> LoadReport:
+def load_weights(
+    model: nn.Module, state_dict: Mapping[str, Any], *, select_weights: str | None = None, strict: bool = True
+) -> LoadReport:
     """Copy the weights in `state_dict`, flat or nested, into `model`, which changes only if all of them fit.
 
     Keys may bear wrapper prefixes and the names that public repositories use for our architectures; where the model is
-    a network behind an input normalisation, they may be those of the bare network. Unused copies in public files (of
-    the first stage, of the network inside an attacker) are skipped; input statistics that a file lacks stay as they
-    are.
+    a network behind an input normalisation, they may be those of the bare network. The network's own prefix is the one
+    under which most of the model is found: keys beside it (a loss, a metric, another network) are left out, and so are
+    unused copies in public files; input statistics that a file lacks stay as they are.
 
     Args:
         model: one of ours or any module; compile and parallel wrappers are looked through.
         state_dict: what `read_weight_file` returns.
-        strict: refuse other missing or unexpected keys; a wrong shape is refused always.
+        select_weights: which set of weights is meant where there are several, such as "ema": its name, or a part of it
+            that no other has. None takes the only one that fits, or among several the one that comes first in
+            `BRANCHES` and `PREFIXES`.
+        strict: refuse other missing or unexpected keys of the network; a wrong shape is refused always.
 
     Raises:
-        ModelError: no weights found, shapes or keys that do not fit (up to five are named).
+        ModelError: no weights found, several sets of them, shapes or keys that do not fit (up to five are named).
+        UnknownNameError: no set of weights is named so.
     """
     bare = unwrap(model)
-    branch, flat, others = _branch(state_dict)
     target = bare.state_dict()
-    reading = max(_readings(flat, target), key=lambda reading: len(target.keys() & reading.names.values()))
-    if reading.naming == "public":
-        _check_twin(bare, flat)
-    sources = {name: key for key, name in reading.names.items() if name in target}
-    unexpected = tuple(key for key, name in reading.names.items() if sources.get(name) != key)
-    missing = tuple(name for name in target if name not in sources)
-    if not sources:
+    reading, others = _choose(_readings(state_dict, target), select_weights)
+    name = type(bare).__name__
+    if not reading.sources:
         raise ModelError(
-            f"no key fits {type(bare).__name__}: it has {_some(target)}; the weights have {_some(flat)}. "
+            f"no key fits {name}: it has {_some(target)}; the weights have {_some(reading.flat)}. "
             "Build the architecture that the weights were saved from"
         )
+    if reading.naming == "public":
+        _check_twin(bare, reading.flat)
     if strict:
-        _check_keys(bare, [key for key in unexpected if not _DEAD_COPY.search(reading.names[key])], missing)
-    entries = {name: _in_shape(name, flat[key], target[name]) for name, key in sources.items()}
+        _check_keys(name, reading)
+    entries = {name: _in_shape(name, reading.flat[key], target[name]) for name, key in reading.sources.items()}
     _check_shapes(bare, entries, target)
     bare.load_state_dict(entries, strict=False)
     return LoadReport(
-        branch=branch,
+        branch=".".join(reading.branch),
         other_branches=others,
         prefix=reading.prefix,
         added=reading.added,
         naming=reading.naming,
-        unused=unexpected + tuple(key for key in flat if key not in reading.names),
-        missing=missing,
+        unused=reading.unused,
+        missing=reading.missing,
+        not_read=tuple(f"{where} ({what})" for where, what in stand_ins(state_dict)),
     )
 
 
-class _Reading(NamedTuple):
-    """One way to read the keys of a flat state dict: `names` maps each key of the file to a name of the model."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Reading:
+    """One way to read a file: a set of weights in it, and what each of its keys means.
+
+    Attributes:
+        branch: keys that lead to `flat` in a nested checkpoint.
+        prefix: in front of the keys of the network.
+        sources: for a name of the model, the key of the file with its value.
+        missing: names of the model without one.
+        unexpected: keys of the network that the model has no place for.
+        fits: whether all of it has its place, in the right shape.
+    """
+
+    branch: tuple[str, ...]
+    flat: Mapping[str, Any]
+    prefix: str
+    added: str
+    naming: str
+    sources: Mapping[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    fits: bool
+
+    @property
+    def name(self) -> str:
+        """What a user may call this set of weights; "" for one that stands alone at the top level."""
+        words = (*self.branch, *self.prefix.split("."))
+        return ".".join(word for word in words if word not in ("", *_WRAPPERS))
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """The order among sets that fit; begins with `_UNKNOWN` where a word does not tell whose weights they are."""
+        words = [f"{word}." for word in self.prefix.split(".") if word]
+        places = [BRANCHES.index(word) if word in BRANCHES else _UNKNOWN for word in self.branch]
+        places += [1 if word[:-1].isdigit() else 0 if word in PREFIXES else _UNKNOWN for word in words]
+        return (max(places, default=0), *places)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Keys of the set that go nowhere."""
+        taken = set(self.sources.values())
+        return tuple(key for key in self.flat if key not in taken)
+
+
+def _choose(readings: Sequence[_Reading], selected: str | None) -> tuple[_Reading, tuple[str, ...]]:
+    """The set of weights to load, and the names of further ones.
+
+    Raises:
+        ModelError: several may be meant.
+        UnknownNameError: none is `selected`.
+    """
+    names = [reading.name for reading in readings]
+    if selected is not None:
+        words = ".".join(word for word in selected.split(".") if word not in ("", *_WRAPPERS))
+        exact = [reading for reading in readings if reading.name == words]
+        inside = [reading for reading in readings if f".{words}." in f".{reading.name}."]
+        meant = exact or inside or [reading for reading in readings if words and words in reading.name]
+        if not meant:
+            raise UnknownNameError("set of weights", selected, [name or "the top level" for name in names])
+    else:
+        meant = list(readings)
+    fitting = [reading for reading in meant if reading.fits] or meant
+    best = min(fitting, key=lambda reading: reading.rank)
+    equal = [reading for reading in fitting if reading.rank == best.rank]
+    if len(equal) > 1 or (len(fitting) > 1 and best.rank[0] == _UNKNOWN):
+        raise ModelError(
+            f"the file holds several sets of weights, {_some(reading.name for reading in fitting)}. "
+            "Name the one that is meant with `select_weights`"
+        )
+    others = [reading for reading in readings if reading.sources or set(reading.branch) & set(BRANCHES)]
+    return best, tuple(dict.fromkeys(reading.name for reading in others if reading is not best))
+
+
+def _readings(checkpoint: Mapping[str, Any], target: Mapping[str, Tensor]) -> list[_Reading]:
+    """The sets of weights in a file, each read as it fits best. One that does not fit stands only for its branch."""
+    found = []
+    for branch, flat in _branches(checkpoint):
+        readings = _prefixed_readings(branch, flat, target)
+        found += [reading for reading in readings if reading.fits] or readings[:1]
+    return found
+
+
+def _branches(
+    checkpoint: Mapping[str, Any], branch: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Where weights stand: the keys that lead there, and the flat state dict."""
+    checkpoint = {key: value for key, value in checkpoint.items() if isinstance(key, str)}
+    nested = [key for key, value in checkpoint.items() if holds_weights(value)]
+    is_flat = any(isinstance(value, Tensor) and ("." in key or not nested) for key, value in checkpoint.items())
+    if is_flat and not any(key in BRANCHES for key in nested):
+        yield branch, checkpoint
+        return
+    if not nested:
+        raise ModelError(f"the checkpoint holds no weights; its keys are {_some(checkpoint)}")
+    for key in nested:
+        yield from _branches(checkpoint[key], (*branch, key))
+
+
+def _prefixed_readings(
+    branch: tuple[str, ...], flat: Mapping[str, Any], target: Mapping[str, Tensor]
+) -> list[_Reading]:
+    """A flat state dict read with each prefix that its keys may have, as own and as public names; the best first."""
+    keys = [key for key, value in flat.items() if isinstance(value, Tensor)]
+    wrapper = _wrapper(target)
+    statistics = {bool(match[1]): name for name in target if (match := _STATISTIC.fullmatch(name))}
+    ways = [(added, way) for added in dict.fromkeys(("", wrapper)) for way in ("own", "public")]
+    tried = []
+    for prefix in _prefixes(keys, target, wrapper):
+        named = [_Way(prefix, added, way, _names(keys, prefix, added, way, statistics)) for added, way in ways]
+        tried.append(max(named, key=lambda way: len(way.placed(target))))
+    tried.sort(key=lambda way: -len(way.placed(target)))
+    found: list[tuple[_Way, set[str]]] = []
+    for way in tried:
+        own = {key for key, name in way.names.items() if name in target and not _STATISTIC.fullmatch(name)}
+        if not any(own <= other for _, other in found):
+            found.append((way, own))
+    whole = [(way, own) for way, own in found if not _lacking(target.keys() - way.placed(target))]
+    readings = []
+    for way, own in found:
+        copies = [copy for copy, other in whole if not own & other]
+        aside = {key for copy in copies for key, name in copy.names.items() if name in target}
+        others = tuple(copy.prefix for copy in copies if not way.prefix.startswith(copy.prefix))
+        readings.append(_reading(branch, flat, target, way, aside | {key for key in keys if key.startswith(others)}))
+    return sorted(readings, key=lambda reading: (not reading.fits, len(reading.missing)))
+
+
+class _Way(NamedTuple):
+    """A way to read the keys of a flat state dict: `names` has the model's name for each that is the network's."""
 
     prefix: str
     added: str
     naming: str
     names: dict[str, str]
 
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+    def placed(self, target: Mapping[str, Tensor]) -> set[str]:
+        """The names of the model that it finds."""
+        return target.keys() & set(self.names.values())
 
 
-def _branch(checkpoint: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
-    """Where the weights stand: the keys that lead there, the flat state dict, and other sets of weights left aside."""
-    checkpoint = {key: value for key, value in checkpoint.items() if isinstance(key, str)}
-    nested = [key for key, value in checkpoint.items() if _holds_weights(value)]
-    known = [key for key in BRANCHES if key in nested]
-    is_flat = any(isinstance(value, Tensor) and ("." in key or not nested) for key, value in checkpoint.items())
-    if is_flat and not known:
-        return "", checkpoint, ()
-    taken = known or nested
-    if not taken:
-        raise ModelError(f"the checkpoint holds no weights; its keys are {_some(checkpoint)}")
-    if not known and len(nested) > 1:
-        raise ModelError(f"the checkpoint holds several sets of weights, {_some(nested)}. Pass the one that is meant")
-    inner, flat, others = _branch(checkpoint[taken[0]])
-    left = tuple(key for key in nested if key != taken[0])
-    return f"{taken[0]}.{inner}" if inner else taken[0], flat, left + others
+def _prefixes(keys: Iterable[str], target: Mapping[str, Tensor], wrapper: str) -> list[str]:
+    """What stands in front of a name of the model in any of the keys, and "".
+
+    >>> _prefixes(["model.fc.bias", "loss.weight"], {"fc.bias": Tensor()}, "")
+    ['', 'model.']
+    """
+    found = {"": None}
+    for key in keys:
+        for cut in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+            names = (key[cut:], _own_name(key[cut:]))
+            if any(name in target or wrapper + name in target for name in names):
+                found[key[:cut]] = None
+    return list(found)
 
 
-def _holds_weights(value: object) -> bool:
-    """Whether `value` is a state dict or leads to one; the state of an optimiser is keyed by numbers and is none."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        return False
-    return any(isinstance(entry, Tensor) or _holds_weights(entry) for entry in value.values())
+def _names(keys: Iterable[str], prefix: str, added: str, naming: str, statistics: Mapping[bool, str]) -> dict[str, str]:
+    """The model's names for the keys under `prefix`, and for input statistics wherever they stand."""
+    bare = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    names = {key: added + (_own_name(name) if naming == "public" else name) for key, name in bare.items()}
+    if naming == "public" or added:
+        names |= _statistics(bare, statistics)
+        beside = {key: _bare(key) for key in keys if key not in bare}
+        names |= {key: name for key, name in _statistics(beside, statistics).items() if name not in names.values()}
+    return names
 
 
-def _readings(flat: Mapping[str, Any], target: Iterable[str]) -> Iterator[_Reading]:
-    """The keys as they are, then with one wrapper prefix after the other removed, each as own and as public names."""
-    names = {key: key for key, value in flat.items() if isinstance(value, Tensor)}
-    removed, wrapper = "", _wrapper(target)
-    statistics = {bool(match[1]): name for name in target if (match := _STATISTIC.fullmatch(name))}
-    while True:
-        for added in ("", wrapper) if wrapper else ("",):
-            for naming, translate in (("own", str), ("public", _own_name)):
-                translated = {key: added + translate(name) for key, name in names.items()}
-                if naming == "public" or added:
-                    translated |= _statistics(names, statistics)
-                yield _Reading(removed, added, naming, translated)
-        prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names.values())), None)
-        if prefix is None:
-            return
-        names = {key: name.removeprefix(prefix) for key, name in names.items()}
-        removed += prefix
+def _reading(
+    branch: tuple[str, ...],
+    flat: Mapping[str, Any],
+    target: Mapping[str, Tensor],
+    way: _Way,
+    aside: set[str],
+) -> _Reading:
+    """What a way to read a state dict comes to, where the keys in `aside` are those of other whole networks in it."""
+    names = {key: name for key, name in way.names.items() if name in target or key not in aside}
+    sources = {name: key for key, name in names.items() if name in target}
+    unexpected = [key for key, name in names.items() if sources.get(name) != key and not _DEAD_COPY.search(name)]
+    beside = [key for key, value in flat.items() if isinstance(value, Tensor) and key not in names and key not in aside]
+    unexpected += [key for key in beside if _STATISTIC.fullmatch(_bare(key))]
+    # In nn.Sequential the other parts act on the images or the logits.
+    if place := re.fullmatch(r"(.*\.)?\d+\.", way.prefix):
+        sibling = re.compile(re.escape(place[1] or "") + r"\d+\.")
+        unexpected += [key for key in beside if sibling.match(key)]
+    missing = tuple(name for name in target if name not in sources)
+    shapes = all(_in_shape(name, flat[key], target[name]).shape == target[name].shape for name, key in sources.items())
+    return _Reading(
+        branch=branch,
+        flat=flat,
+        prefix=way.prefix,
+        added=way.added,
+        naming=way.naming,
+        sources=sources,
+        missing=missing,
+        unexpected=tuple(dict.fromkeys(unexpected)),
+        fits=shapes and not unexpected and not _lacking(missing),
+    )
+
+
+def _lacking(missing: Iterable[str]) -> list[str]:
+    """What of it a file must have: all but input statistics and counters of batches."""
+    return [name for name in missing if not _STATISTIC.fullmatch(name) and not name.endswith("num_batches_tracked")]
 
 
 def _wrapper(target: Iterable[str]) -> str:
@@ -267,6 +392,7 @@ def _statistics(names: Mapping[str, str], known: Mapping[bool, str]) -> dict[str
     return {key: known[bool(match[1])] for key, match in found.items() if bool(match[1]) in known}
 
 
+@cache
 def _own_name(name: str) -> str:
     """Our name for an entry of a public file of one of our architectures; a name of none of them stays.
 
@@ -292,9 +418,8 @@ def _in_shape(name: str, value: Tensor, target: Tensor) -> Tensor:
     return value.reshape(target.shape) if is_statistic else value
 
 
-def _check_keys(model: nn.Module, unexpected: Sequence[str], missing: Sequence[str]) -> None:
-    name = type(model).__name__
-    lost = [name for name in missing if not _STATISTIC.fullmatch(name) and not name.endswith("num_batches_tracked")]
+def _check_keys(name: str, reading: _Reading) -> None:
+    lost, unexpected = _lacking(reading.missing), reading.unexpected
     if not lost and unexpected and all(_STATISTIC.fullmatch(_bare(key)) for key in unexpected):
         raise ModelError(
             f"the weights bring input statistics ({_some(unexpected)}), and {name} has no place for them: "
@@ -303,9 +428,10 @@ def _check_keys(model: nn.Module, unexpected: Sequence[str], missing: Sequence[s
     problems = [f"lack {_some(lost)}"] if lost else []
     problems += [f"hold the unknown {_some(unexpected)}"] if unexpected else []
     if problems:
+        aside = ", or save the file without what is no part of the network" if unexpected else ""
         raise ModelError(
             f"the weights do not fit {name}: they {' and '.join(problems)}. "
-            "Build the architecture they were saved from, or pass strict=False to load what fits"
+            f"Build the architecture they were saved from{aside}"
         )
 
 
@@ -327,13 +453,13 @@ def _check_shapes(model: nn.Module, entries: Mapping[str, Tensor], target: Mappi
     if set(wrong) == {bias, bias.removesuffix("bias") + "weight"} and entries[bias].ndim == target[bias].ndim == 1:
         outputs = len(entries[bias])
         raise ModelError(
-            f"the weights have {outputs} outputs, the model has {len(target[bias])}. "
-            f"Build the model with num_classes={outputs}, or load weights for its classes"
+            f"the weights have {outputs} outputs, the model has {len(target[bias])}, as many as the data has classes. "
+            f"Choose data of {outputs} classes, or weights for {len(target[bias])}"
         )
     shapes = [f"{name} {tuple(entries[name].shape)} for {tuple(target[name].shape)}" for name in wrong]
     raise ModelError(
         f"the weights have other shapes than {type(model).__name__}: {_some(shapes)}. "
-        "Build the model with the width, channels and classes they were saved with"
+        "Build the model with the `width`, channels and classes they were saved with"
     )
 
 

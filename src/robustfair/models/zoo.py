@@ -62,7 +62,7 @@ def timm_model(
     if image_size is None or image_size == made_for:
         return Found(model, ())
     given, wanted = ("x".join(map(str, size)) for size in (image_size, made_for))
-    resize = f"--image-size {made_for[0]} resizes them"
+    resize = f"`image_size={made_for[0]}` resizes them"
     if not _accepts(model, (in_channels, *image_size)):
         raise ModelError(f"timm:{name} takes images of {wanted}, these are {given} pixels: {resize}")
     note = f"timm:{name} is made for images of {wanted}, these are {given} and used as they are; {resize}"
@@ -95,7 +95,7 @@ def robustbench_model(name: str, *, num_classes: int | None = None) -> nn.Module
     except Exception as error:  # a foreign loader, with downloads in it
         raise ModelError(
             f"robustbench:{name}: its loader failed ({_reason(error)}). "
-            "Fetch the weight file elsewhere, and audit it with --arch"
+            "Fetch the weight file elsewhere, and audit it with `arch`"
         ) from error
 
 
