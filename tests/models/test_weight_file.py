@@ -120,6 +120,23 @@ def test_plain_values_stay_what_they_are(tmp_path: Path) -> None:
         assert all(torch.equal(read[name], value) for name, value in parameters.items())
 
 
+def test_tensors_with_attributes_are_tensors(tmp_path: Path) -> None:
+    tensor, parameter = torch.arange(3.0), nn.Parameter(torch.ones(2))
+    tensor.tag = parameter.tag = argparse.Namespace()  # type: ignore[attr-defined]
+    torch.save({"tensor": tensor, "parameter": parameter}, tmp_path / "w")
+    read = read_weight_file(tmp_path / "w")
+    assert torch.equal(read["tensor"], tensor)
+    assert torch.equal(read["parameter"], parameter)
+
+
+def test_content_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"args": argparse.Namespace()}
+    content["self"] = content
+    torch.save(content, tmp_path / "w")
+    with pytest.raises(CheckpointError, match="cut, corrupt or not a weight file"):
+        read_weight_file(tmp_path / "w")
+
+
 @pytest.mark.parametrize("name", ["namespace", "module", "numpy array"])
 def test_objects_in_place_of_weights_are_named(tmp_path: Path, name: str) -> None:
     for content in (PLAIN[name], {"model": PLAIN[name], "epoch": 3}, [PLAIN[name]]):

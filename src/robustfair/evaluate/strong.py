@@ -204,7 +204,7 @@ def require_reference(attack: StrongAttack, classes: int) -> None:
     for member in attack.members:
         warning = member.warning(classes)
         if warning:
-            hint = "Use engine=native, which puts the cross-entropy in its place"
+            hint = "Use `engine=native`, which puts the cross-entropy in its place"
             raise ConfigError(member.kind, "engine", allowed="native", got="reference", hint=f"{warning}. {hint}")
         if member.per_image_windows:
             raise ConfigError(member.kind, "per_image_windows", allowed="false with engine=reference", got=True)

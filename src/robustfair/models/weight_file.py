@@ -53,12 +53,13 @@ def read_weight_file(path: str | Path) -> dict[str, Any]:
     read = _reader(path)
     try:
         content = read(path)
+        foreign = [name for _, name in stand_ins(content)]
+        empty = not holds_weights(content)
     except Exception as error:  # the readers raise whatever the bytes lead them to
         if isinstance(error, _RunsProgramError):
             raise CheckpointError(f"{path}: {error}. Do not use it; fetch it from a source that you trust") from error
         raise _damaged(path, type(error).__name__) from error
-    foreign = [name for _, name in stand_ins(content)]
-    if foreign and not holds_weights(content):
+    if foreign and empty:
         raise CheckpointError(
             f"{path}: holds the Python object {foreign[0]} where weights were expected, and a file that can run code "
             "is never read. Save only its state_dict, best as safetensors"
@@ -267,6 +268,8 @@ class _Unpickler(pickle.Unpickler):
             return dtype
         if path == "_codecs.encode":  # how old pickles write bytes
             return lambda text, encoding: text.encode("latin1") if encoding == "latin1" else b""
+        if path == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes, which are left aside
+            return lambda rebuild, kind, args, state: rebuild(*args)
         if path == "builtins.getattr":  # how they name a class within a class, or a member of an enum
             return lambda owner, inner: _stand_in(f"{getattr(owner, 'path', '?')}.{inner}")
         if module == "torch._utils" and name in _REBUILDERS:
