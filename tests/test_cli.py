@@ -305,7 +305,6 @@ UNKNOWN_NAMES = [
     case(training(model="smal-cnn"), "unknown model 'smal-cnn'", "small-cnn"),
     case(training(data="digit"), "unknown data set 'digit'", "digits"),
     case(training(augment="crop-flop"), "unknown augmentation 'crop-flop'", "crop-flip"),
-    case(training(repair="hwnb"), "unknown repair 'hwnb'", "hwnwb"),
     case("train demmo/x --data digits --out new", "unknown recipe 'demmo/x'", "demo"),
     case("train unknown.yaml --out new", "unknown key of recipe 'momentun'", "momentum"),
     case("audit run --attacks clean,pdg-20", "unknown attack 'pdg-20'", "pgd-20"),
@@ -329,7 +328,6 @@ COMPOSITIONS = [
     case(training("pgd-at + ccr"), "ccr needs the loss term 'consistency'", "pgd-at"),
     case(training("standard + ccm", eps=None, steps=None), "ccm sets attack.eps", "standard trains without an attack"),
     case(["explain", "pgd-at + ccr"], "ccr needs the loss term 'consistency'"),
-    case(training(repair="hwnwb + hwnwb"), "names 2 repairs"),
     case(training("trades + ema(decay=2)"), "ema: decay must be in [0, 1], got 2"),
 ]
 

@@ -38,6 +38,7 @@ ORDER = (
     "progress",
     "listing",
     "workflows",
+    "stages",
     "cli",
 )
 """Left to right; a module may import its own package too."""

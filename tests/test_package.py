@@ -24,7 +24,7 @@ from robustfair.models.build import create_model
 from robustfair.objectives.base import Objective
 from robustfair.recipe import read_recipe, shipped_recipes
 from robustfair.registry import METHODS, OBJECTIVES
-from robustfair.runner import plan_of, read_repair
+from robustfair.runner import plan_of
 from robustfair.training.schedule import Schedule
 
 ROOT = Path(robustfair.__file__).parent
@@ -154,8 +154,6 @@ def test_shipped_recipes_compose_and_name_what_there_is(name: str) -> None:
     fields = {name: getattr(recipe, name) for name in ("epochs", "lr", "batch_size", "milestones", "gamma", "warmup")}
     Schedule(kind=recipe.schedule, momentum=recipe.momentum, nesterov=recipe.nesterov, **fields)
     parse_augmentation(recipe.augment or CATALOG[recipe.data].augment)
-    if recipe.repair is not None:
-        read_repair(recipe.repair)
     assert recipe.validation > 0 or recipe.select == "last"
 
 

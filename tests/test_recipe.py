@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from robustfair.config import FAST_SCHEDULE, RobustFairWarning
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
-from robustfair.recipe import SCHEMA, Recipe, read_recipe, shipped_recipes
+from robustfair.recipe import SCHEMA, Recipe, Stage, read_recipe, shipped_recipes
 
 
 def write(folder: Path, text: str) -> str:
@@ -121,7 +121,8 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     return st.sampled_from(choices) if isinstance(choices[0], str) else st.one_of([values_of(one) for one in choices])
 
 
-RECIPES = st.fixed_dictionaries({key: values_of(hint) for key, hint in get_type_hints(Recipe).items()}).map(
+KEYS = {key: hint for key, hint in get_type_hints(Recipe).items() if key != "stages"}
+RECIPES = st.fixed_dictionaries({key: values_of(hint) for key, hint in KEYS.items()}).map(
     lambda values: Recipe(
         **values
         | {"compile": values["compile"] and not values["deterministic"]}
@@ -140,7 +141,7 @@ def test_every_recipe_reads_back_from_its_yaml(tmp_path: Path, recipe: Recipe) -
 def test_yaml_holds_every_key_under_its_schema() -> None:
     recipe = Recipe(train="trades", data="digits", eps=8 / 255, step_size=0.1, allow=("attack.eps",))
     written = yaml.safe_load(recipe.to_yaml())
-    assert list(written) == ["schema", *(field.name for field in dataclasses.fields(Recipe))]
+    assert list(written) == ["schema", *(field.name for field in dataclasses.fields(Recipe) if field.name != "stages")]
     assert written["schema"] == SCHEMA
     assert (written["eps"], written["allow"], written["milestones"]) == ("8/255", ["attack.eps"], [0.5, 0.75])
     assert written == {"schema": SCHEMA, **recipe.values()}
@@ -176,6 +177,90 @@ def test_yaml_holds_every_key_under_its_schema() -> None:
 def test_what_is_no_recipe_is_refused_by_name(tmp_path: Path, text: str, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         read_recipe(write(tmp_path, text), {})
+
+
+STAGES = """
+data: digits
+epochs: 5
+step-size: 0.1
+stages:
+- train: trades(beta=6)
+- edit: upweight(times=5)
+  seed: 3
+- Train: pgd-at + ccm
+  Batch-Size: 16
+  alpha: 0.05
+  schedule: fast
+  only: [head]
+- repair: hwnwb
+  start: runs/at
+"""
+
+
+def test_stages_are_read_each_with_keys_of_its_own(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, STAGES), {"seed": 7})
+    assert [(stage.does, stage.what) for stage in recipe.stages] == [
+        ("train", "trades(beta=6)"),
+        ("edit", "upweight(times=5)"),
+        ("train", "pgd-at + ccm"),
+        ("repair", "hwnwb"),
+    ]
+    first, third = recipe.of_stage(0), recipe.of_stage(2, start="runs/x")
+    assert first == Recipe(train="trades(beta=6)", data="digits", epochs=5, step_size=0.1, seed=7)
+    assert third.epochs == FAST_SCHEDULE["epochs"]
+    assert (third.batch_size, third.step_size, third.only, third.start) == (16, 0.05, ("head",), "runs/x")
+    assert third.seed == 7
+    assert recipe.stages[1].keys == {"seed": 3}
+    assert read_recipe(write(tmp_path, recipe.to_yaml()), {}) == recipe
+    assert read_recipe(write(tmp_path, recipe.up_to(1).to_yaml()), {}).stages == recipe.stages[:2]
+
+
+def test_a_repair_after_a_run_is_a_stage(tmp_path: Path) -> None:
+    """Also as earlier versions wrote it: a key beside `train`, null where there was none."""
+    plain = read_recipe("trades", {"data": "digits"})
+    repaired = plain.then(Stage(does="repair", what="hwnwb"))
+    assert read_recipe(write(tmp_path, "train: trades\ndata: digits\nrepair: null\n"), {}) == plain
+    assert read_recipe(write(tmp_path, "train: trades\ndata: digits\nrepair: hwnwb\n"), {}) == repaired
+    assert repaired.then(Stage(does="repair", what="hwnwb")).stages[1:] == repaired.stages[1:] * 2
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("pgd-at", "stages is 'pgd-at': write a list of stages"),
+        ("[]", "write a list of stages"),
+        ("[trades]", "stage 1 is 'trades': write train, repair or edit"),
+        ("[{epochs: 3}]", "stage 1 needs one of train, repair and edit, as text; it has none of them"),
+        ("[{train: trades, repair: hwnwb}]", "it has train and repair"),
+        ("[{train: [trades]}]", "stage 1 needs one of train, repair and edit, as text"),
+        (
+            "[{train: trades}, {train: trades, data: cifar10}]",
+            r"stage 2 \(train\) has data: it takes no data, image_size",
+        ),
+        ("[{train: trades, validation: 0.5}]", r"has validation: it takes no"),
+        ("[{repair: hwnwb, epochs: 3}]", r"stage 1 \(repair\) has epochs: it takes only start"),
+        ("[{edit: add, start: x}]", r"stage 1 \(edit\) has start: it takes only seed"),
+    ],
+)
+def test_what_is_no_stage_is_refused_by_its_number(tmp_path: Path, stages: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(write(tmp_path, f"data: digits\nstages: {stages}\n"), {})
+
+
+def test_a_stage_has_known_keys_and_good_values_only(tmp_path: Path) -> None:
+    recipe = read_recipe(
+        write(tmp_path, "data: digits\nstages:\n- train: trades\n  epoch: 3\n- train: a\n  epochs: x\n"), {}
+    )
+    with pytest.raises(UnknownNameError, match="unknown key of stage 1 'epoch': did you mean epochs"):
+        recipe.of_stage(0)
+    with pytest.raises(ConfigError, match="stage 2: epochs must be"):
+        recipe.of_stage(1)
+
+
+@pytest.mark.parametrize("text", ["train: trades\nstages: [{train: trades}]", "train: trades\nstart: previous"])
+def test_a_run_is_of_stages_or_not(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"recipe: (train|start)"):
+        read_recipe(write(tmp_path, f"data: digits\n{text}\n"), {})
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from robustfair.evaluate.columns import Sweeper
 from robustfair.evaluate.finding import Finding
 from robustfair.loading import Target, load_target
 from robustfair.models import head_norms
-from robustfair.recipe import read_recipe
+from robustfair.recipe import Stage, read_recipe
 from robustfair.rundir import RunFolder
 from robustfair.runner import train
 from robustfair.workflows import (
@@ -389,7 +389,8 @@ def test_a_repaired_run_is_a_run_of_its_own(run: Path, tmp_path: Path) -> None:
     assert (manifest["status"], manifest["repair"]) == ("complete", "hwnwb")
     for key in ("model", "class_names", "data", "recipe", "threat", "seed"):
         assert manifest[key] == RunFolder(run).manifest()[key]
-    assert read_recipe(str(folder.recipe), {}) == replace(read_recipe(str(run / "recipe.yaml"), {}), repair="hwnwb")
+    stage = Stage(does="repair", what="hwnwb")
+    assert read_recipe(str(folder.recipe), {}) == read_recipe(str(run / "recipe.yaml"), {}).then(stage)
 
 
 def test_the_repair_of_a_repair_names_the_run_it_came_from(run: Path, tmp_path: Path) -> None:
@@ -484,7 +485,7 @@ def test_the_demo_is_train_repair_and_two_audits(tmp_path: Path, monkeypatch: py
         assert Path(out, "repaired", "report.html") in wrote
         assert all(path.is_file() for path in wrote)
         recipe = read_recipe(f"{out}/trained/recipe.yaml", {})
-        assert (recipe.seed, recipe.epochs, recipe.repair) == (1, 2, None)
+        assert (recipe.seed, recipe.epochs, recipe.stages) == (1, 2, ())
         assert json.loads(Path(out, "repaired", "manifest.json").read_text())["repair"] == "hwnwb"
         before, after = (load_audit(next(Path(out, name, "audit").glob("*.json"))) for name in ("trained", "repaired"))
         assert before.attacks == after.attacks == ("clean", "pgd-2", "cw-3(restarts=2)")

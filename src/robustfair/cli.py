@@ -35,7 +35,7 @@ def _recipe_flags() -> type:
     hints = typing.get_type_hints(Recipe, include_extras=True)
     fields = []
     for field in dataclasses.fields(Recipe):
-        if field.name == "train":
+        if field.name in ("train", "stages"):
             continue
         hint, about = typing.get_args(hints[field.name])
         if field.default not in (None, dataclasses.MISSING, ()):
@@ -146,6 +146,8 @@ def train(
         folder.require_training()
         recipe = str(folder.recipe)
     resolved = read_recipe(recipe, given)
+    if resolved.stages:
+        return _train_stages(resolved, out, resume=resume, quiet=quiet, json_=json_)
     with TrainingProgress(quiet=quiet) as progress:
         fitted = run_recipe(
             resolved,
@@ -161,6 +163,29 @@ def train(
         print(json.dumps(result))
     else:
         print(f"{out}: {fitted.state.epoch} epochs; the model is '{chosen.candidate}' of epoch {chosen.epoch}")
+        print(f'next: robustfair audit {out} --attacks "clean,pgd-20,cw-50(restarts=5)"')
+    return 0
+
+
+def _train_stages(recipe: Recipe, out: Path, *, resume: bool, quiet: bool, json_: bool) -> int:
+    """`train` a recipe of stages, with a bar for each that trains; a line for each that is over."""
+    from robustfair.progress import TrainingProgress
+    from robustfair.stages import run_stages
+
+    with TrainingProgress(quiet=quiet) as progress:
+        done = run_stages(
+            recipe,
+            out,
+            resume=resume,
+            on_stage=lambda stage: print(stage.text, file=sys.stderr if json_ else sys.stdout),
+            on_start=progress.start,
+            on_step=progress.step,
+            on_epoch=progress.epoch,
+        )
+    if json_:
+        print(json.dumps({"out": str(out), "model": str(done.path)}))
+    else:
+        print(f"{out}: {len(recipe.stages)} stages; the model is that of {done.path}")
         print(f'next: robustfair audit {out} --attacks "clean,pgd-20,cw-50(restarts=5)"')
     return 0
 

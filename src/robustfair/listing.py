@@ -8,7 +8,7 @@ from robustfair.attacks.named import list_attacks
 from robustfair.data import AUGMENTATIONS, CATALOG
 from robustfair.errors import UnknownNameError
 from robustfair.recipe import read_recipe, shipped_recipes
-from robustfair.registry import METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
+from robustfair.registry import EDITS, METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
 from robustfair.report.explain import summary
 
 
@@ -16,7 +16,7 @@ def listing(kind: str) -> list[tuple[str, str]]:
     """(name, what it is) of every entry.
 
     Args:
-        kind: recipes, objectives, methods, augmentations, models, datasets, attacks or repairs.
+        kind: recipes, objectives, methods, augmentations, models, datasets, attacks, repairs or edits.
 
     Raises:
         UnknownNameError: another word.
@@ -30,6 +30,7 @@ def listing(kind: str) -> list[tuple[str, str]]:
         "datasets": lambda: [(name, entry.summary) for name, entry in sorted(CATALOG.items())],
         "attacks": list_attacks,
         "repairs": lambda: _registered(REPAIRS),
+        "edits": lambda: _registered(EDITS),
     }
     if canonical(kind) not in kinds:
         raise UnknownNameError("kind of entry", kind, kinds)
@@ -63,5 +64,6 @@ def _recipes() -> list[tuple[str, str]]:
     found = []
     for name in shipped_recipes():
         recipe = read_recipe(name, {"data": "digits"})
-        found.append((name, f"{recipe.train}, {recipe.model}, {recipe.epochs} epochs"))
+        what = recipe.train or ", then ".join(stage.what for stage in recipe.stages)
+        found.append((name, f"{what}, {recipe.model}, {recipe.epochs} epochs"))
     return found

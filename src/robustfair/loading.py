@@ -123,10 +123,12 @@ class _Images(NamedTuple):
 
 
 def _from_run(path: Path, checkpoint: str | None) -> Target:
-    folder = RunFolder(path)
+    folder = RunFolder(path).model_folder()
     model, found, name = folder.read(checkpoint)
     about = f"{found.meta['candidate']}, epoch {found.meta['epoch']}"
-    return Target(model=model, label=f"{path} ({name}: {about})", folder=folder, checkpoint=name, meta=dict(found.meta))
+    return Target(
+        model=model, label=f"{folder.path} ({name}: {about})", folder=folder, checkpoint=name, meta=dict(found.meta)
+    )
 
 
 def _network(arch: str, width: int | None, normalise: str, images: _Images) -> Found:

@@ -60,8 +60,7 @@ class TrainingProgress(_Bar):
 
     def start(self, ready: Prepared, state: TrainState | None) -> None:
         """Say what runs; open the bar, at the epoch where a resumed run goes on."""
-        kept = len(ready.train) * (1 - ready.recipe.validation)
-        self._steps = round(kept / ready.schedule.batch_size)
+        self._steps = round(len(ready.train) / ready.schedule.batch_size)
         done, epochs = state.epoch if state else 0, ready.schedule.epochs
         self._task = self.bar.add_task("training", total=epochs * self._steps, completed=done * self._steps)
         parameters = sum(parameter.numel() for parameter in ready.model.parameters())

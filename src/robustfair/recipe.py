@@ -1,18 +1,33 @@
 """Recipes: everything a training run depends on, as data. A flag of the command line is a key of the recipe.
 
-A recipe is a composition string plus keys, or a YAML file with the same keys (`recipes/` ships some). Reading is
-strict: an unknown key shows the nearest one, and everything is checked and built before a folder or a step is made.
+A recipe is a composition string plus keys, or a YAML file with the same keys (`recipes/` ships some). In place of
+`train` a file may have `stages`, a list of things to do one after another, each with keys of its own:
+
+    data: cifar10
+    epochs: 100
+    stages:
+    - train: trades(beta=6)
+    - edit: upweight(times=5)
+    - train: trades(beta=6) + ccr
+      start: scratch
+    - train: pgd-at
+      only: [head]
+      epochs: 2
+    - repair: hwnwb
+
+A stage that trains starts from the model before it unless it says otherwise. Reading is strict: an unknown key shows
+the nearest one, and everything is checked and built before a folder or a step is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
@@ -33,11 +48,61 @@ from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 SCHEMA = "robustfair.recipe/1"
 
 
+Does = Literal["train", "repair", "edit"]
+SCRATCH, PREVIOUS = "scratch", "previous"
+SHARED = ("data", "image_size", "limit_per_class", "validation", "device")
+"""Keys that hold for all stages: one data set, one validation split, taken out before any edit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One thing of several that a recipe does.
+
+    Attributes:
+        does: "train", "repair" or "edit".
+        what: a composition, a repair such as hwnwb(target_norm=mean), or an edit such as long-tail(factor=100).
+        keys: of the recipe, where a stage that trains has other values; a repair takes `start` alone, an edit `seed`.
+    """
+
+    does: Does
+    what: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(entry: object, number: int) -> Stage:
+        """A stage from the entry of a YAML file; `number` counts from 1, for messages.
+
+        Raises:
+            RecipeError: it does nothing, or two things, or has a key that stages cannot have.
+        """
+        if not isinstance(entry, Mapping):
+            raise RecipeError(f"recipe: stage {number} is {entry!r}: write train, repair or edit and what, as keys")
+        keys = {canonical_key(str(key)): value for key, value in entry.items()}
+        does = [kind for kind in get_args(Does) if kind in keys]
+        if len(does) != 1 or not isinstance(keys[does[0]], str):
+            found = " and ".join(does) or "none of them"
+            raise RecipeError(f"recipe: stage {number} needs one of train, repair and edit, as text; it has {found}")
+        what = keys.pop(does[0])
+        refused = set(keys) & {*SHARED, "images", "stages"} if does == ["train"] else set(keys) - OWN[does[0]]
+        if refused:
+            named = ", ".join(sorted(refused))
+            allowed = f"only {', '.join(OWN[does[0]])}" if does != ["train"] else f"no {', '.join(SHARED)}"
+            raise RecipeError(f"recipe: stage {number} ({does[0]}) has {named}: it takes {allowed}")
+        return Stage(does=does[0], what=what, keys=keys)
+
+    def entry(self) -> dict[str, Any]:
+        """As a YAML file has it."""
+        return {self.does: self.what, **self.keys}
+
+
+OWN = {"repair": {"start"}, "edit": {"seed"}}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run, resolved: reading its YAML back repeats it. `robustfair train --help` tells each key."""
 
-    train: Annotated[str, "Composition of an objective and methods."]
+    train: Annotated[str, "Composition of an objective and methods."] = ""
     data: Annotated[str, "Name of a data set, or a path to images."]
     image_size: Annotated[int | None, "Resize images to squares of this side."] = None
     limit_per_class: Annotated[int | None, "Train on the first N images of each class only."] = None
@@ -75,9 +140,23 @@ class Recipe:
     deterministic: Annotated[bool, "The reference path: uncompiled, no TF32, every algorithm repeats exactly."] = False
     device: Annotated[str, "cpu, cuda, or auto."] = "auto"
     allow: Annotated[tuple[str, ...], "Claims that several methods may share, such as attack.eps."] = ()
-    repair: Annotated[str | None, "Repair of the final weights after training, such as hwnwb."] = None
+    start: Annotated[str, "Weights to begin with: scratch, a run folder, or a weight file."] = SCRATCH
+    only: Annotated[tuple[str, ...], "Train these parameters alone: head, head.weight, head.bias, or their names."] = ()
+    images: Annotated[str | None, "Edit of the training images, as a stage wrote it: its images.safetensors."] = None
+    stages: Annotated[tuple[Stage, ...], "Things to do one after another; in a file."] = ()
 
     def __post_init__(self) -> None:
+        both = "beside stages" if self.stages else "without stages"
+        require(
+            bool(self.train) != bool(self.stages), "recipe", "train", allowed=f"not {both}", got=self.train or "none"
+        )
+        require(
+            self.start != PREVIOUS or bool(self.stages),
+            "recipe",
+            "start",
+            allowed="previous only in a stage",
+            got=PREVIOUS,
+        )
         hint = "read_recipe turns it into the keys it stands for"
         require(self.schedule != "fast", "recipe", "schedule", allowed="a curve", got=self.schedule, hint=hint)
         require_one_way("recipe", compile=self.compile, deterministic=self.deterministic)
@@ -93,6 +172,10 @@ class Recipe:
     def values(self) -> dict[str, Any]:
         """Keys and values, as a YAML file has them: lists for tuples, radii as fractions of 255 where they are."""
         values = dataclasses.asdict(self)
+        values["stages"] = [stage.entry() for stage in self.stages]
+        for name in ("train", "stages"):
+            if not values[name]:
+                del values[name]
         for name, value in values.items():
             if isinstance(value, tuple):
                 values[name] = list(value)
@@ -103,6 +186,25 @@ class Recipe:
     def to_yaml(self) -> str:
         """YAML that reads back as this recipe."""
         return yaml.dump({"schema": SCHEMA, **self.values()}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+    def of_stage(self, number: int, **resolved: Any) -> Recipe:
+        """The recipe of the 0-based stage that trains: the common keys, its own, and those that a run resolved."""
+        stage = self.stages[number]
+        assert stage.does == "train", "only a stage that trains has a recipe of its own"
+        common = {key: value for key, value in self.values().items() if key != "stages"}
+        own = _with_fast(stage.keys)
+        replaced = {canonical_key(key) for key in own} | ({"step_size"} if "alpha" in own else set())
+        values = {key: value for key, value in common.items() if key not in replaced} | own
+        return build(Recipe, {**values, "train": stage.what, **resolved}, owner=f"stage {number + 1}")
+
+    def then(self, stage: Stage) -> Recipe:
+        """This recipe with one stage more."""
+        stages = self.stages or (Stage(does="train", what=self.train),)
+        return dataclasses.replace(self, train="", stages=(*stages, stage))
+
+    def up_to(self, number: int) -> Recipe:
+        """The recipe that ends with the 0-based stage."""
+        return dataclasses.replace(self, stages=self.stages[: number + 1])
 
 
 def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
@@ -131,11 +233,26 @@ def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
     values, overrides = _with_fast(values), _with_fast(overrides)
     replaced = {canonical_key(key) for key in overrides} | ({"alpha"} if "step_size" in overrides else set())
     values = {key: value for key, value in values.items() if canonical_key(key) not in replaced} | dict(overrides)
-    if "train" not in values:
+    values = _with_stages(values)
+    if "train" not in values and "stages" not in values:
         raise RecipeError(f"recipe {what}: train is missing: add a composition such as 'trades + ccm'")
     if "data" not in values:
         raise RecipeError("recipe: data is missing: add --data with a name (cifar10, digits, ...) or a path")
     return build(Recipe, values, owner="recipe")
+
+
+def _with_stages(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with stages read, and the key `repair` of earlier recipes as the stage that it was."""
+    read = dict(values)
+    repair, entries = read.pop("repair", None), read.get("stages")
+    if repair is not None:
+        require("train" in read and not entries, "recipe", "repair", allowed="a stage beside others", got=repair)
+        entries = [{"train": read.pop("train")}, {"repair": repair}]
+    if entries is None:
+        return read
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise RecipeError(f"recipe: stages is {entries!r}: write a list of stages")
+    return {**read, "stages": tuple(Stage.read(entry, number) for number, entry in enumerate(entries, 1))}
 
 
 def _with_fast(values: Mapping[str, Any]) -> dict[str, Any]:

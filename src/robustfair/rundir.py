@@ -46,7 +46,8 @@ SCHEMA = "robustfair.run/1"
 RECIPE, MANIFEST, HISTORY, CHECKPOINTS = "recipe.yaml", "manifest.json", "history.jsonl", "checkpoints"
 LOCK, NEW = ".lock", ".new"
 """What a process that is killed leaves in the folder: its lock, and the run that it was putting together."""
-FILLED = (RECIPE, HISTORY, CHECKPOINTS)
+IMAGES, STAGES = "images.safetensors", "stages"
+FILLED = (RECIPE, HISTORY, CHECKPOINTS, IMAGES)
 """What is brought into the folder before the manifest."""
 
 
@@ -71,6 +72,29 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         return self.path / RECIPE
+
+    @property
+    def images(self) -> Path:
+        """Of a stage that edited the training images: what it decided."""
+        return self.path / IMAGES
+
+    def stage(self, name: str) -> RunFolder:
+        """The folder of one of the stages of this run."""
+        return RunFolder(self.path / STAGES / name)
+
+    def model_folder(self) -> RunFolder:
+        """Where the model of this run is: here, or in its last stage that left one.
+
+        Raises:
+            CheckpointError: no stage has left one yet.
+        """
+        names = self.manifest().get("stages") if self.exists() else None
+        if names is None:
+            return self
+        left = [stage for stage in map(self.stage, names) if stage.exists() and stage.available()]
+        if not left:
+            raise CheckpointError(f"{self.path}: no stage has left a model yet; go on with it by train --resume")
+        return left[-1]
 
     def exists(self) -> bool:
         """Whether a run was begun here."""
@@ -124,7 +148,7 @@ class RunFolder:
     def _or_go_on(self) -> str:
         """How to go on with the run that is here, after "choose another folder"."""
         known = self.manifest()
-        if "repaired_from" not in known:
+        if "edit" not in known and "repaired_from" not in known:
             return ", or --resume to go on with it"
         return "" if known.get("status") == "complete" else ", or repeat the repair that was begun here"
 

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.checkpoint import Checkpoint, write_checkpoint
 from robustfair.config import RobustFairWarning, Term, build, format_value, parse_composition, parse_norm
 from robustfair.data import ImageDataset, Splits, load_dataset, split_hash
 from robustfair.data.augment import Augmentation, parse_augmentation
+from robustfair.data.edits import Edited
 from robustfair.devices import resolve_device
 from robustfair.errors import DivergedError, ModelError, RecipeError, UnknownNameError
 from robustfair.methods.base import Method, Plan, compose
 from robustfair.models.build import create_model, describe_model
+from robustfair.models.weights import load_weights, read_weight_file
 from robustfair.objectives.base import AdversarialObjective, Objective
-from robustfair.recipe import Recipe, read_recipe
+from robustfair.recipe import SCRATCH, Recipe, read_recipe
 from robustfair.registry import METHODS, OBJECTIVES, REPAIRS
 from robustfair.repairs import Repair
 from robustfair.rundir import RunFolder, environment
@@ -59,6 +60,19 @@ def plan_of(what: str, allow: Iterable[str]) -> Plan:
     return _plan(recipe)
 
 
+def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset | None, Tensor | None]:
+    """All parts of the data, what is left to train on once the validation images are out, these images, their rows."""
+    require_validation(recipe.validation, recipe.select)
+    splits = load_dataset(recipe.data, image_size=recipe.image_size)
+    train = splits.train
+    if recipe.limit_per_class is not None:
+        train = train.limit_per_class(recipe.limit_per_class)
+    if recipe.validation == 0:
+        return splits, train, None, None
+    kept, held = held_out(train.labels, recipe.validation)
+    return splits, train.subset(kept), train.subset(held), held
+
+
 def _plan(recipe: Recipe) -> Plan:
     given = {"norm": recipe.norm, "eps": recipe.eps, "step_size": recipe.step_size, "steps": recipe.steps}
     chosen = {key: value for key, value in given.items() if value is not None}
@@ -66,7 +80,7 @@ def _plan(recipe: Recipe) -> Plan:
     if chosen and not isinstance(objective, AdversarialObjective):
         ignored = ", ".join(chosen)
         warnings.warn(f"{objective.name} trains without an attack: {ignored} will not act", RobustFairWarning, 2)
-    return compose(objective, methods, allow=frozenset(recipe.allow))
+    return compose(objective, methods, allow=frozenset(recipe.allow), validation=recipe.validation != 0)
 
 
 def _build_objective(term: Term, defaults: Mapping[str, Any]) -> Objective:
@@ -92,18 +106,24 @@ def read_repair(text: str) -> Repair:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with everything it names built and checked, nothing written."""
+    """A recipe with everything it names built and checked, nothing written.
+
+    Attributes:
+        train: the images to train on, edited where the recipe says so.
+        validation: the images held out before any edit, None where there are none.
+        held: (V,) their rows.
+    """
 
     recipe: Recipe
     plan: Plan
     splits: Splits
     train: ImageDataset
+    validation: ImageDataset | None
     held: Tensor | None
     model: nn.Module
     schedule: Schedule
     augment: Augmentation
     device: str
-    repair: Repair | None
 
     @property
     def remarks(self) -> list[str]:
@@ -115,15 +135,14 @@ class Prepared:
 def prepare(recipe: Recipe) -> Prepared:
     """Read data, build model, objective, methods and schedule; raises whatever is wrong with any of them."""
     plan = _plan(recipe)
-    names = {field.name for field in dataclasses.fields(Schedule)} - {"kind", "only"}
+    names = {field.name for field in dataclasses.fields(Schedule)} - {"kind"}
     schedule = Schedule(kind=recipe.curve, **{name: getattr(recipe, name) for name in names})
     device = resolve_device(recipe.device)
     if recipe.compile:
         require_compiler(torch.device(device).type)
-    splits = load_dataset(recipe.data, image_size=recipe.image_size)
-    train = splits.train
-    if recipe.limit_per_class is not None:
-        train = train.limit_per_class(recipe.limit_per_class)
+    splits, train, validation, held = training_images(recipe)
+    if recipe.images is not None:
+        train = Edited.read(Path(recipe.images)).apply(train)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "init"))
         classes, channels = train.num_classes, train.images.shape[1]
@@ -134,10 +153,31 @@ def prepare(recipe: Recipe) -> Prepared:
     recipe = _resolved(recipe, plan.objective, describe_model(model)["width"], train.augment)
     augment = parse_augmentation(str(recipe.augment))
     augment(train.images[:1], torch.Generator().manual_seed(0))
-    require_validation(recipe.validation, recipe.select)
-    held = None if recipe.validation == 0 else held_out(train.labels, recipe.validation)[1]
-    repair = None if recipe.repair is None else read_repair(recipe.repair)
-    return Prepared(recipe, plan, splits, train, held, model, schedule, augment, device, repair)
+    schedule.trainable(model)  # before anything is written: are the parameters there that alone shall train?
+    return Prepared(recipe, plan, splits, train, validation, held, model, schedule, augment, device)
+
+
+def begin_from(start: str, ready: Prepared) -> None:
+    """Put the weights that the recipe starts with into the model; "scratch" leaves it as it was drawn.
+
+    Raises:
+        ModelError: they do not fit the model of the recipe.
+        CheckpointError: there is nothing to read, or it is damaged.
+    """
+    if start == SCRATCH:
+        return
+    path = Path(start)
+    if path.is_dir():
+        weights = RunFolder(path).model_folder().read()[0].state_dict()
+        try:
+            ready.model.load_state_dict(weights)
+        except RuntimeError:
+            raise ModelError(
+                f"--start {start}: its weights do not fit {ready.recipe.model} of width {ready.recipe.width} with "
+                f"{ready.train.num_classes} classes: give --model and --width as they are there"
+            ) from None
+    else:
+        load_weights(ready.model, read_weight_file(path))
 
 
 RESOLVED = ("norm", "eps", "step_size", "steps", "width", "augment")
@@ -188,7 +228,7 @@ def _train(
     """`train` into a folder that this process owns."""
     state = None
     if resume:
-        recipe = _begun(recipe, folder)
+        recipe = begun_recipe(recipe, folder)
     else:
         folder.require_free()
     ready = prepare(recipe)
@@ -216,7 +256,9 @@ def _train(
         _require_unchanged(folder, about | {"seed": recipe.seed})
         state = folder.resume_state()
         folder.update_manifest(status="running")
-    else:
+    if state is None:
+        begin_from(recipe.start, ready)
+    if not resume:
         folder.create(recipe.to_yaml(), environment() | about | {"seed": recipe.seed, "status": "running"})
     if on_start is not None:
         on_start(ready, state)
@@ -237,7 +279,7 @@ def _train(
             methods=ready.plan.methods,
             schedule=ready.schedule,
             seed=recipe.seed,
-            validation=recipe.validation,
+            validation=0 if ready.validation is None else ready.validation,
             select=recipe.select,
             augment=ready.augment,
             precision=recipe.precision,
@@ -252,11 +294,6 @@ def _train(
     except DivergedError as error:
         folder.record_divergence(error)
         raise
-    if ready.repair is not None:
-        repaired = ready.repair(fitted.model)
-        chosen_from = {"epoch": fitted.chosen.epoch, "candidate": fitted.chosen.candidate, "repair": recipe.repair}
-        meta = about | chosen_from
-        write_checkpoint(folder.checkpoints / "repaired", Checkpoint(repaired.state_dict(), {}, meta))
     chosen = fitted.chosen
     selected = {"candidate": chosen.candidate, "epoch": chosen.epoch, "rule": recipe.select}
     speed = [record["images_per_second"] for record in fitted.history]
@@ -269,7 +306,7 @@ def _train(
     return fitted
 
 
-def _begun(recipe: Recipe, folder: RunFolder) -> Recipe:
+def begun_recipe(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe that the run in `folder` was begun with; refuses a key that is given and differs."""
     begun = read_recipe(str(folder.recipe), {})
     for field in dataclasses.fields(Recipe):

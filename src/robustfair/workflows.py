@@ -16,7 +16,7 @@ import torch
 
 from robustfair.attacks.named import parse_attacks
 from robustfair.checkpoint import Checkpoint, write_checkpoint, write_text
-from robustfair.config import RobustFairWarning, build, format_eps, parse_norm, require
+from robustfair.config import RobustFairWarning, format_eps, parse_norm, require
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import CheckpointError, DataError, ModelError, RobustFairError
 from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Audit, audit, threat
@@ -31,7 +31,7 @@ from robustfair.evaluate.sanity import compare_findings, findings
 from robustfair.loading import Target, load_target
 from robustfair.models.head import head_norms
 from robustfair.progress import AuditProgress, TrainingProgress
-from robustfair.recipe import Recipe, read_recipe
+from robustfair.recipe import Stage, read_recipe
 from robustfair.repairs import Repair
 from robustfair.report.compare import comparison_tables, group_table
 from robustfair.report.corruptions import write_corruption_report
@@ -414,7 +414,7 @@ def _repair(before: Target, fix: Repair, method: str, folder: RunFolder) -> tupl
     """Repair `before` into `folder`, where a call of the same repair may have come before and not to its end."""
     assert before.folder is not None
     source, repaired = before.folder, fix(before.model)
-    recipe = build(Recipe, read_recipe(str(source.recipe), {}).values() | {"repair": method}, owner="recipe")
+    recipe = read_recipe(str(source.recipe), {}).then(Stage(does="repair", what=method))
     about = {key: value for key, value in before.meta.items() if key not in ("schema", "files", "methods")}
     made = {"repair": method, "repaired_from": {"run": str(source.path), "checkpoint": before.checkpoint}}
     known = source.manifest()

@@ -106,6 +106,10 @@ class ImageDataset:
         Raises:
             ConfigError: `n` is below 1.
         """
+        return self.subset(self.first_per_class(n))
+
+    def first_per_class(self, n: int) -> Tensor:
+        """Rows of the first `n` images of every class, ascending, on the CPU; raises as `limit_per_class`."""
         if n < 1:
             raise ConfigError("data", "limit_per_class", allowed="at least 1", got=n)
         labels = self.labels.cpu()
@@ -113,7 +117,7 @@ class ImageDataset:
         counts = torch.bincount(labels, minlength=self.num_classes)
         starts = counts.cumsum(0) - counts
         rank = torch.arange(len(labels)) - starts[labels[by_class]]
-        return self.subset(by_class[rank < n].sort().values)
+        return by_class[rank < n].sort().values
 
     def class_counts(self) -> Tensor:
         """(C,) int64 images per class."""

@@ -52,7 +52,7 @@ def _candidates(path: Path) -> list[StoredAudit]:
     """The audits that a name may mean, the newest first."""
     if not path.is_dir():
         return [StoredAudit(path, load_audit(path))]
-    run = RunFolder(path)
+    run = RunFolder(path).model_folder()
     folder = run.audits if run.exists() or run.audits.is_dir() else path
     found, failed = [], None
     for file in sorted(folder.glob("*.json")):

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustfair.data import ImageDataset, edits
+from robustfair.data.edits import Add, Edited, LongTail, PseudoLabel, Upweight, profile
+from robustfair.errors import DataError, RobustFairError
+
+Data = Callable[..., ImageDataset]
+
+
+def nobody(images: ImageDataset) -> Tensor:
+    raise AssertionError("this edit asks no model")
+
+
+def answers(labels: list[int], sure: float = 0.9) -> Callable[[ImageDataset], Tensor]:
+    """A model that gives image i the class labels[i], with probability `sure`."""
+    return lambda images: torch.full((len(labels), 3), (1 - sure) / 2).scatter(1, torch.tensor(labels)[:, None], sure)
+
+
+def test_the_profile_falls_by_the_factor() -> None:
+    for largest, classes, factor in ((5000, 10, 100), (500, 100, 10), (100, 2, 4)):
+        counts = profile(largest, classes, factor)
+        assert counts[0] == largest
+        assert counts == sorted(counts, reverse=True)
+        assert counts[-1] == pytest.approx(largest / factor, abs=1)
+        assert [counts[c + 1] / counts[c] for c in range(min(3, classes - 1))] == pytest.approx(
+            [factor ** (-1 / (classes - 1))] * min(3, classes - 1), abs=0.03
+        )
+    assert profile(3, 1, 100) == [3]
+    assert min(profile(10, 10, 1000)) == 1
+
+
+def test_a_long_tail_keeps_images_of_their_class_and_draws_by_seed(tiny_data: Data) -> None:
+    data = tiny_data((40, 32, 36))
+    one, again, other = (LongTail(factor=8)(data, nobody, seed) for seed in (0, 0, 1))
+    left = one.apply(data)
+    assert left.class_counts().tolist() == profile(32, 3, 8)
+    assert torch.equal(left.labels, data.labels[one.index])
+    assert torch.equal(one.index, again.index)
+    assert not torch.equal(one.index, other.index)
+    assert len(set(one.index.tolist())) == len(one.index)
+    whole = LongTail(factor=1)(tiny_data((9, 9, 9)), nobody, 0)
+    assert whole.index.tolist() == list(range(27))
+
+
+@pytest.mark.parametrize("times", [0, 1, 20])
+def test_images_that_are_wrong_come_once_and_so_often_again(tiny_data: Data, times: int) -> None:
+    data = tiny_data((3, 2, 2))
+    given = data.labels.tolist()
+    wrong = [(label + 1) % 3 if row in (1, 4) else label for row, label in enumerate(given)]
+    found = Upweight(times=times)(data, answers(wrong), 0)
+    seen = Counter(found.index.tolist())
+    assert [seen[row] for row in range(7)] == [1 + times if row in (1, 4) else 1 for row in range(7)]
+    edited = found.apply(data)
+    assert torch.equal(edited.labels, data.labels[found.index])
+    assert torch.equal(edited.images, data.images[found.index])
+
+
+@pytest.fixture
+def other(tiny_data: Data, monkeypatch: pytest.MonkeyPatch) -> ImageDataset:
+    more = tiny_data((4, 3, 2), seed=5)
+    monkeypatch.setattr(edits, "source_images", lambda name, images: more)
+    return more
+
+
+def test_added_images_follow_with_their_labels(tiny_data: Data, other: ImageDataset) -> None:
+    data = tiny_data((2, 2, 2))
+    whole = Add(data="more")(data, nobody, 0).apply(data)
+    assert torch.equal(whole.images, torch.cat([data.images, other.images]))
+    assert torch.equal(whole.labels, torch.cat([data.labels, other.labels]))
+    some = Add(data="more", limit_per_class=2)(data, nobody, 0).apply(data)
+    assert some.class_counts().tolist() == [4, 4, 4]
+
+
+def test_other_classes_are_not_added(tiny_data: Data, other: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = dataclasses.replace(other, class_names=("x", "y", "z"))
+    monkeypatch.setattr(edits, "source_images", lambda name, images: renamed)
+    with pytest.raises(DataError, match="its labels would not mean the same; add images without them by pseudo-label"):
+        Add(data="more")(tiny_data((2, 2, 2)), nobody, 0)
+    numbered = dataclasses.replace(other, class_names=("0", "1", "2"))
+    monkeypatch.setattr(edits, "source_images", lambda name, images: numbered)
+    assert len(Add(data="more")(tiny_data((2, 2, 2)), nobody, 0).index) == 15
+
+
+def test_images_are_labelled_by_the_model(tiny_data: Data, other: ImageDataset) -> None:
+    data, labels = tiny_data((2, 2, 2)), [2, 2, 1, 0, 0, 0, 1, 1, 2]
+    edited = PseudoLabel(data="more")(data, answers(labels), 0).apply(data)
+    assert edited.labels.tolist() == [*data.labels.tolist(), *labels]
+    with pytest.raises(RobustFairError, match="pseudo-label: confidence"):
+        PseudoLabel(data="more", confidence=0.95)(data, answers(labels), 0)
+
+
+def test_one_edit_after_another_is_one_edit(tiny_data: Data, other: ImageDataset) -> None:
+    """As rows and labels, and as pixels."""
+    data = tiny_data((12, 10, 11))
+    chain = [LongTail(factor=3), Add(data="more", limit_per_class=2), Upweight(times=2), Add(data="more")]
+    images, whole = data, None
+    for number, edit in enumerate(chain):
+        wrong = ((images.labels + (torch.arange(len(images)) % 4 == 0)) % 3).tolist()
+        found = edit(images, answers(wrong), number)
+        images, whole = found.apply(images), found if whole is None else found.after(whole)
+    assert whole is not None
+    assert whole.added == ("more", "more")
+    once = whole.apply(data)
+    assert torch.equal(once.images, images.images)
+    assert torch.equal(once.labels, images.labels)
+    assert once.class_names == data.class_names
+
+
+def test_an_edit_is_read_as_it_was_saved_and_refused_on_other_images(tiny_data: Data, tmp_path: Path) -> None:
+    data = tiny_data((12, 10, 11))
+    found = LongTail(factor=3)(data, nobody, 0)
+    found.save(tmp_path / "images.safetensors")
+    read = Edited.read(tmp_path / "images.safetensors")
+    assert torch.equal(read.index, found.index)
+    assert torch.equal(read.labels, found.labels)
+    assert (read.rows, read.added) == (33, ())
+    with pytest.raises(DataError, match="its images changed since an edit of 33, there are 32 now"):
+        read.apply(tiny_data((12, 10, 10)))
+    (tmp_path / "cut").write_bytes((tmp_path / "images.safetensors").read_bytes()[:60])
+    for name in ("cut", "missing"):
+        with pytest.raises(DataError, match="holds no edit of training images"):
+            Edited.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: LongTail(factor=0.5), lambda: Upweight(times=-1), lambda: PseudoLabel(data="x", confidence=2)]
+)
+def test_values_out_of_range_are_refused(wrong: Callable[[], object]) -> None:
+    with pytest.raises(RobustFairError):
+        wrong()
