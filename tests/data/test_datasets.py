@@ -15,6 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from reference.layouts import IMAGE, cells, class_label, pixels, write_images, write_parquet
+from robustfair.config import RobustFairWarning
 from robustfair.data import cache
 from robustfair.data.augment import AUGMENTATIONS
 from robustfair.data.catalog import CATALOG, CIFAR10_CLASSES
@@ -354,6 +355,21 @@ def test_a_name_that_is_not_local_comes_from_the_hub_once(root: Path, monkeypatc
         assert data.train.labels.tolist() == [label % 10 for label in range(300)]
         assert data.test.labels.tolist() == [5, 6]
     assert asked == [("uoft-cs/cifar10", None)]
+
+
+def test_a_hub_repository_whose_test_part_has_no_labels(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = {"train": [0, 1], "validation": [1, 2], "test": [-1, -1], "extra": [3, 3]}
+    parts = datasets.DatasetDict({split: hub_part(pixels(2), labels) for split, labels in loaded.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: parts)
+    for _ in range(2):
+        with pytest.warns(RobustFairWarning, match="cifar10: left out: the test part"):
+            data = load_dataset("cifar10")
+        assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 1], [1, 2])
+        assert data.notes == (
+            "left out: extra (its name means no split)",
+            "left out: the test part (no labels)",
+            "the validation part is the test part",
+        )
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

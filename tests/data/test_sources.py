@@ -6,10 +6,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from reference.layouts import IMAGE, cells, class_label, pixels, png, write_images, write_parquet
+from robustfair.config import RobustFairWarning
 from robustfair.data.datasets import load_dataset
 from robustfair.errors import ConfigError, DataError, UnknownNameError
 
@@ -101,6 +103,88 @@ def test_test_wins_over_validation_and_other_parts_are_left_out(folder: Path) ->
     assert (len(data.train), len(data.test)) == (1, 3)
 
 
+@pytest.mark.parametrize("labels", [[-1, -1], [None, None]])
+def test_a_test_part_without_labels_is_left_out_and_the_validation_part_takes_its_place(
+    folder: Path, labels: list[int | None]
+) -> None:
+    for part, held in (("train", [0, 1]), ("validation", [1, 0]), ("test", labels)):
+        columns = {"image": cells(pixels(2)), "label": pa.array(held, pa.int64())}
+        write_parquet(folder / f"{part}-00000-of-00001.parquet", columns, AB)
+    for _ in range(2):
+        with pytest.warns(RobustFairWarning):
+            data = load_dataset(folder)
+        assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 1], [1, 0])
+        assert data.notes == ("left out: the test part (no labels)", "the validation part is the test part")
+
+
+def test_a_test_part_without_labels_and_no_other_leaves_the_train_part(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", {"image": cells(pixels(2)), "label": [0, 1]}, AB)
+    write_parquet(folder / "test.parquet", {"image": cells(pixels(2)), "label": [-1, -1]}, AB)
+    for _ in range(2):
+        data = load_dataset(folder)
+        assert list(data.parts) == ["train"]
+        assert data.notes == ("left out: the test part (no labels)",)
+    write_parquet(folder / "test.parquet", {"image": cells(pixels(2))})
+    assert load_dataset(folder).notes == ("left out: the test part (no labels)",)
+    write_parquet(folder / "test.parquet", {"image": cells(pixels(2)), "label": [-1, 1]}, AB)
+    with pytest.raises(DataError, match="labels outside the range 0 to 1, the first is -1 at index 0"):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("a/train.parquet", "b/train.parquet"),
+        ("train.parquet", "train_old.parquet"),
+        ("train-00000-of-00001-aaa.parquet", "train-00000-of-00001-bbb.parquet"),
+        ("train-00000-of-00002.parquet", "train-00000-of-00003.parquet"),
+    ],
+)
+def test_files_that_may_be_versions_of_one_part_are_refused(folder: Path, files: tuple[str, str]) -> None:
+    for file in files:
+        write_parquet(folder / file, {"image": cells(pixels(1)), "label": [0]}, AB)
+    with pytest.raises(DataError, match="all bear the name of the train part: pieces of one part, or versions"):
+        load_dataset(folder)
+
+
+def test_missing_files_of_a_part_are_said(folder: Path) -> None:
+    for number in (0, 2):
+        write_parquet(folder / f"train-0000{number}-of-00005.parquet", {"image": cells(pixels(1)), "label": [0]}, AB)
+    data = load_dataset(folder)
+    assert len(data.only) == 2
+    assert data.notes == ("the train part is not whole: 3 of its 5 files are missing",)
+
+
+def test_tables_beside_image_folders_are_refused_as_two_fold(folder: Path) -> None:
+    write_images(folder, {"a": pixels(1), "b": pixels(1)})
+    write_parquet(folder / "metadata.parquet", {"image": cells(pixels(1)), "label": [0]}, AB)
+    with pytest.raises(DataError, match=r"parquet files \(metadata\.parquet\) and image folders \(a, b\), and either"):
+        load_dataset(folder)
+    assert len(load_dataset(folder / "metadata.parquet").only) == 1
+
+
+def test_files_beside_tables_are_left_out(folder: Path) -> None:
+    write_images(folder, {"assets": pixels(1)})
+    (folder / "README.md").write_text("about")
+    write_parquet(folder / "data" / "train.parquet", {"image": cells(pixels(1)), "label": [0]}, AB)
+    data = load_dataset(folder)
+    assert len(data.only) == 1
+    assert data.notes == ("left out: 1 .md, 1 .png (no tables)",)
+
+
+def test_labels_that_count_from_one_are_refused_as_two_fold(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", {"image": cells(pixels(2)), "label": [1, 2]})
+    with pytest.raises(
+        DataError, match=r"labels run from 1 to 2 and none is 0: they count from one, or class 0 has no"
+    ):
+        load_dataset(folder)
+    np.savez(folder / "made.npz", images=pixels(2), labels=np.array([1, 2]))
+    with pytest.raises(DataError, match=r"For the first store labels - 1; for the second name all classes"):
+        load_dataset(folder / "made.npz")
+    np.savez(folder / "made.npz", images=pixels(2), labels=np.array([1, 2]), class_names=np.array(["a", "b", "c"]))
+    assert load_dataset(folder / "made.npz").only.class_counts().tolist() == [0, 1, 1]
+
+
 def test_files_without_a_part_in_their_name_are_one_part_in_the_order_of_their_names(folder: Path) -> None:
     write_parquet(folder / "b.parquet", {"image": cells(pixels(1)), "label": [1]}, AB)
     write_parquet(folder / "a.parquet", {"image": cells(pixels(2)), "label": [0, 0]}, AB)
@@ -189,12 +273,12 @@ def test_corrupt_parquet(folder: Path) -> None:
 
 def test_image_folder_without_parts(folder: Path) -> None:
     cat, dog = pixels(2, seed=1), pixels(1, seed=2)
-    write_images(folder, {"dog": dog, "cat": cat, "empty": pixels(0)})
+    write_images(folder, {"dog": dog, "cat": cat})
     data = load_dataset(folder).only
-    assert data.class_names == ("cat", "dog", "empty")
+    assert data.class_names == ("cat", "dog")
     assert data.labels.tolist() == [0, 0, 1]
     np.testing.assert_array_equal(data.images.numpy(), np.concatenate([cat, dog]))
-    assert data.class_counts().tolist() == [2, 1, 0]
+    assert data.class_counts().tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("held", ["test", "val", "valid", "validation"])
@@ -208,8 +292,8 @@ def test_image_folder_with_parts_shares_its_classes(folder: Path, held: str) -> 
 
 
 def test_a_class_may_bear_the_name_of_a_part(folder: Path) -> None:
-    write_images(folder, {"test": pixels(1), "train": pixels(2)})
-    assert load_dataset(folder).only.class_names == ("test", "train")
+    write_images(folder, {"bus": pixels(1), "train": pixels(2)})
+    assert load_dataset(folder).only.class_names == ("bus", "train")
 
 
 def test_only_a_test_part(folder: Path) -> None:
@@ -285,13 +369,13 @@ def test_parts_without_a_common_class(folder: Path) -> None:
 
 
 def test_folders_without_images(folder: Path) -> None:
-    with pytest.raises(DataError, match="mine holds no images: expected <class>/<image>"):
+    with pytest.raises(DataError, match="mine holds no images that can be read: expected <class>/<image>"):
         load_dataset(folder)
     Image.new("RGB", (4, 4)).save(folder / "loose.png")
-    with pytest.raises(DataError, match="mine holds no images: expected <class>/<image>"):
+    with pytest.raises(DataError, match=r"expected <class>/<image>.* found 1 \.png in no class folder"):
         load_dataset(folder)
     (folder / "cat").mkdir()
-    with pytest.raises(DataError, match="no images in the train part"):
+    with pytest.raises(DataError, match=r"expected <class>/<image>.* found 1 \.png in no class folder"):
         load_dataset(folder)
 
 
@@ -324,6 +408,62 @@ def test_npz_with_parts_and_names(folder: Path) -> None:
     assert data.test.labels.tolist() == [3, 0]
     np.testing.assert_array_equal(data.train.images.numpy(), pixels(3, channels=1).repeat(3, axis=1))
     assert load_dataset(folder / "made.npz", image_size=5).test.images.shape == (2, 3, 5, 5)
+
+
+@pytest.mark.parametrize("keys", ["{part}_images {part}_labels", "x_{part} y_{part}", "{part}_image {part}_y"])
+def test_npz_with_three_parts_and_labels_in_a_column(folder: Path, keys: str) -> None:
+    arrays = {}
+    for count, part in enumerate(("train", "val", "test"), start=2):
+        image, label = keys.format(part=part).split()
+        arrays[image] = pixels(count, channels=1)[:, 0]
+        arrays[label] = (np.arange(count) % 2).astype(np.uint8)[:, None]
+    np.savez(folder / "med.npz", **arrays)
+    with pytest.warns(RobustFairWarning, match="med: left out: the validation part"):
+        data = load_dataset(folder / "med.npz")
+    assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 1], [0, 1, 0, 1])
+    np.testing.assert_array_equal(data.test.images.numpy(), pixels(4, channels=1))
+
+
+@pytest.mark.parametrize("labels", [{"test_labels": np.array([-1, -1])}, {}])
+def test_npz_with_a_test_part_without_labels(folder: Path, labels: dict) -> None:
+    arrays = {f"{part}_{key}": value for part in ("train", "valid") for key, value in (("x", pixels(2)), ("y", [0, 1]))}
+    np.savez(folder / "made.npz", **arrays, test_images=pixels(3), **labels, ids=np.arange(3))
+    data = load_dataset(folder / "made.npz")
+    assert (len(data.train), len(data.test)) == (2, 2)
+    assert data.notes == (
+        "left out: the arrays ids (neither images nor labels of a part)",
+        "left out: the test part (no labels)",
+        "the validation part is the test part",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"images": pixels(2), "labels": np.array([[0, 1, 1], [0, 0, 0]])},
+            r"labels must be whole numbers \(N,\), got int64 \(2, 3\): several labels an image \(multi-label\)",
+        ),
+        (
+            {"images": pixels(2), "labels": np.eye(2)},
+            r"got float64 \(2, 2\): one-hot rows, or .*: for the first store labels\.argmax\(1\)",
+        ),
+        (
+            {
+                "images": pixels(2),
+                "labels": np.array([0, 1]),
+                "test_images": pixels(2),
+                "test_labels": np.array([0, 1]),
+            },
+            "images, labels beside test_images, test_labels: a part of its own or the whole",
+        ),
+        ({"val_x": pixels(2), "valid_x": pixels(2)}, "val_x and valid_x both are the images of one part: keep one"),
+    ],
+)
+def test_npz_that_can_be_read_in_two_ways(folder: Path, arrays: dict, message: str) -> None:
+    np.savez(folder / "made.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        load_dataset(folder / "made.npz")
 
 
 @pytest.mark.parametrize(

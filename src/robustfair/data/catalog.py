@@ -51,7 +51,15 @@ class CatalogEntry:
     @property
     def folder_names(self) -> frozenset[str]:
         """Canonical names of the folders that may hold this data set."""
-        return frozenset(canonical(name) for name in (self.name, self.hub.rpartition("/")[2], *self.folders) if name)
+        return frozenset(self._folder_names)
+
+    def rank(self, folder: str) -> int:
+        """Place of a folder among those that may hold this data set: the first of them is read."""
+        return self._folder_names.index(canonical(folder))
+
+    @property
+    def _folder_names(self) -> list[str]:
+        return [canonical(name) for name in (self.name, self.hub.rpartition("/")[2], *self.folders) if name]
 
 
 _ENTRIES = (
@@ -62,6 +70,7 @@ _ENTRIES = (
         num_classes=10,
         hub="uoft-cs/cifar10",
         image="img",
+        folders=("cifar-10-batches-py", "cifar-10-batches-bin"),
         class_names=CIFAR10_CLASSES,
     ),
     CatalogEntry(
@@ -72,6 +81,7 @@ _ENTRIES = (
         image="img",
         label="fine_label",
         coarse="coarse_label",
+        folders=("cifar-100-python", "cifar-100-binary"),
     ),
     CatalogEntry(name="stl10", summary="13,000 colour 96x96 photographs", num_classes=10, hub="tanganke/stl10"),
     CatalogEntry(
@@ -87,6 +97,7 @@ _ENTRIES = (
         summary="70,000 grey 28x28 pieces of clothing",
         num_classes=10,
         hub="zalando-datasets/fashion_mnist",
+        folders=("FashionMNIST",),
         augment="crop",
     ),
     CatalogEntry(
@@ -94,6 +105,7 @@ _ENTRIES = (
         summary="110,000 colour 64x64 photographs; the validation part is the test part",
         num_classes=200,
         hub="zh-plus/tiny-imagenet",
+        folders=("tiny-imagenet-200",),
     ),
     CatalogEntry(
         name="office-home",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustfair.config import RobustFairWarning
 from robustfair.data import cache
 from robustfair.data.decode import bytes_hint, fingerprint
+from robustfair.data.parts import listed
 from robustfair.data.sources import Source, find_source, hold_out
 from robustfair.errors import ConfigError, DataError
 
@@ -123,6 +126,27 @@ class ImageDataset:
         """(C,) int64 images per class."""
         return torch.bincount(self.labels, minlength=self.num_classes)
 
+    def count_line(self, part: str) -> str:
+        """Images per class in words: of each of ten classes or fewer, else the range; classes without are named.
+
+        >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+        >>> data = ImageDataset(images=images, labels=torch.tensor([0, 2, 0]), class_names=("a", "b", "c"))
+        >>> data.count_line("train")
+        'images, train part: 3 images of 3 classes (a: 2, b: 0, c: 1), none of b'
+        """
+        counts = self.class_counts().tolist()
+        if len(set(counts)) == 1:
+            each = f"{counts[0]:,} each"
+        elif len(counts) <= 10:
+            each = ", ".join(f"{name}: {count:,}" for name, count in zip(self.class_names, counts, strict=True))
+        else:
+            each = f"{min(counts):,} to {max(counts):,} each"
+        absent = [name for name, count in zip(self.class_names, counts, strict=True) if count == 0]
+        without = f", none of {listed(absent)}" if absent else ""
+        images = f"{len(self):,} image{'s' if len(self) != 1 else ''}"
+        classes = f"{self.num_classes:,} class{'es' if self.num_classes != 1 else ''}"
+        return f"{self.name}, {part} part: {images} of {classes} ({each}){without}"
+
 
 @dataclass(frozen=True, init=False, eq=False)
 class Splits:
@@ -133,8 +157,12 @@ class Splits:
     """
 
     parts: Mapping[str, ImageDataset]
+    notes: tuple[str, ...]
+    """What loading left out and converted, and how it read the names of files and folders, a line each."""
 
-    def __init__(self, *, train: ImageDataset | None = None, test: ImageDataset | None = None) -> None:
+    def __init__(
+        self, *, train: ImageDataset | None = None, test: ImageDataset | None = None, notes: Sequence[str] = ()
+    ) -> None:
         given = {"train": train, "test": test}
         parts = {part: data for part, data in given.items() if data is not None}
         if not parts:
@@ -144,6 +172,17 @@ class Splits:
                 f"{' and '.join(data.name for data in parts.values())}: class names differ between the parts"
             )
         object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "notes", tuple(notes))
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """Images per class, a line a part."""
+        return tuple(data.count_line(part) for part, data in self.parts.items())
+
+    @property
+    def report(self) -> tuple[str, ...]:
+        """All that loading has to say: images per class of every part, and the notes."""
+        return (*self.counts, *self.notes)
 
     @property
     def train(self) -> ImageDataset:
@@ -182,8 +221,10 @@ def load_dataset(
 
     A name is looked up as a folder under `ROBUSTFAIR_DATA`, then on the Hugging Face hub. A path is a folder saved by
     `datasets`, a folder of parquet files, an image folder (`<class>/...` or `<split>/<class>/...`), an `.npz`, or the
-    parts that `robustfair data pack` wrote (their folder, or one of them), which come before all else in a folder. A
-    validation part is the test part of sources that have no other; a source without splits is all train part.
+    parts that `robustfair data pack` wrote (their folder, or one of them), which come before all else in a folder; or
+    the original files of CIFAR, MNIST and its kin, or Tiny-ImageNet. A validation part is the test part of sources that
+    have no other with labels; a source without splits is all train part. What is left out, converted or guessed is
+    warned of, a line each, and stands in `Splits.notes`; `Splits.report` has the images per class too.
 
     Args:
         name_or_path: "cifar10", "cifar10-c/gaussian_noise/3", "./my_images", ... A `Path` is never taken for a name.
@@ -194,25 +235,39 @@ def load_dataset(
 
     Raises:
         UnknownNameError: no such name; shows the nearest ones.
-        DataError: the source is missing, empty, corrupt, or its images differ in size and `image_size` is None.
+        DataError: the source is missing, empty, corrupt, or can be read in two ways; its images differ in size and
+            `image_size` is None.
         ConfigError: `image_size` is below 1.
     """
     if image_size is not None and image_size < 1:
         raise ConfigError("data", "image_size", allowed="at least 1", got=image_size)
     source = find_source(name_or_path)
     size = source.entry.image_size if image_size is None and source.entry is not None else image_size
-    if source.identity is None:
-        return Splits(**_decode(source, size))
+    parts, notes = _decode(source, size) if source.identity is None else _cached(source, size, cache_dir)
+    notes = (*source.notes, *notes)
+    for note in notes:
+        warnings.warn(f"{source.name}: {note}", RobustFairWarning, stacklevel=2)
+    return Splits(**parts, notes=notes)
+
+
+Loaded = tuple[dict[str, ImageDataset], tuple[str, ...]]
+"""The parts, and what decoding them left out or converted."""
+
+
+def _cached(source: Source, size: int | None, cache_dir: Path | str | None) -> Loaded:
+    """The source from its cache files, which are written if they are not whole."""
     root = Path(cache_dir).expanduser() if cache_dir is not None else cache.cache_root()
     identity = [source.entry.name if source.entry is not None else None, source.identity, size]
     paths = {part: cache.cache_path(root, source.name, part, identity) for part in _part_names(source)}
-    stored = {part: _read(path, source) for part, path in paths.items()}
-    parts = {part: data for part, data in stored.items() if data is not None}
-    if len(parts) < len(paths):
-        parts = _decode(source, size)
-        for part, data in parts.items():
-            _write(paths[part], data)
-    return Splits(**parts)
+    stored = {part: found for part, path in paths.items() if (found := _read(path, source)) is not None}
+    if stored:
+        _, names, notes = next(iter(stored.values()))
+        if set(names) == set(stored):
+            return {part: data for part, (data, _, _) in stored.items()}, notes
+    parts, notes = _decode(source, size)
+    for part, data in parts.items():
+        _write(paths[part], data, tuple(parts), notes)
+    return parts, notes
 
 
 def _part_names(source: Source) -> tuple[str, ...]:
@@ -223,14 +278,15 @@ def _holds_out(source: Source) -> bool:
     return source.entry is not None and source.entry.holdout > 0 and source.parts == ("train",)
 
 
-def _decode(source: Source, image_size: int | None) -> dict[str, ImageDataset]:
+def _decode(source: Source, image_size: int | None) -> Loaded:
     decoded = source.decode(image_size)
     entry = source.entry
     if entry is not None and len(decoded.class_names) != entry.num_classes:
-        raise DataError(f"{source.name}: expected {entry.num_classes} classes, found {len(decoded.class_names)}")
+        read = "; ".join(("", *source.notes, *decoded.notes))
+        raise DataError(f"{source.name}: expected {entry.num_classes} classes, found {len(decoded.class_names)}{read}")
     if entry is not None and _holds_out(source):
         decoded = hold_out(decoded, entry.holdout)
-    return {
+    parts = {
         part: ImageDataset(
             images=torch.from_numpy(images),
             labels=torch.from_numpy(labels),
@@ -242,20 +298,24 @@ def _decode(source: Source, image_size: int | None) -> dict[str, ImageDataset]:
         )
         for part, (images, labels) in decoded.parts.items()
     }
+    return parts, decoded.notes
 
 
 def _default_augment(source: Source) -> str:
     return source.entry.augment if source.entry is not None else "crop-flip"
 
 
-def _write(path: Path, data: ImageDataset) -> None:
+def _write(path: Path, data: ImageDataset, parts: Sequence[str], notes: Sequence[str]) -> None:
     about = {"class_names": data.class_names, "groups": data.groups, "group_names": data.group_names}
-    header = {"about": json.dumps(about), "fingerprint": data.fingerprint}
+    header = {"about": json.dumps(about | {"parts": parts, "notes": notes}), "fingerprint": data.fingerprint}
     cache.write(path, {"images": data.images, "labels": data.labels}, header)
 
 
-def _read(path: Path, source: Source) -> ImageDataset | None:
-    """The part in a cache file; None unless the file is whole and its content still has its fingerprint."""
+def _read(path: Path, source: Source) -> tuple[ImageDataset, tuple[str, ...], tuple[str, ...]] | None:
+    """The part in a cache file, all parts that were decoded with it, and the notes of that.
+
+    None unless the file is whole and its content still has its fingerprint.
+    """
     found = cache.read(path)
     if found is None:
         return None
@@ -271,9 +331,10 @@ def _read(path: Path, source: Source) -> ImageDataset | None:
             groups=tuple(about["groups"]) if about["groups"] is not None else None,
             group_names=tuple(about["group_names"]),
         )
+        parts, notes = tuple(about["parts"]), tuple(about["notes"])
     except (DataError, KeyError, TypeError, ValueError):
         return None
-    return data if data.fingerprint == header.get("fingerprint") else None
+    return (data, parts, notes) if data.fingerprint == header.get("fingerprint") else None
 
 
 def _dtype(tensor: Tensor) -> str:

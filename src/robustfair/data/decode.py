@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _MAX_CLASSES = 100_000
+_ORIENTATION = 0x0112
+_MODES = {"1": "1-bit grey", "P": "palette"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +34,14 @@ class Decoded:
         class_names: (C,) names, shared by all parts.
         groups: (C,) super-class index per class, or None.
         group_names: names of the super-classes.
+        notes: what was left out or converted, a line each.
     """
 
     parts: Mapping[str, tuple[np.ndarray, np.ndarray]]
     class_names: tuple[str, ...]
     groups: tuple[int, ...] | None = None
     group_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Picture(NamedTuple):
@@ -46,10 +51,19 @@ class Picture(NamedTuple):
     content: bytes | Path
 
 
-def decode_pictures(owner: str, batches: Iterable[Sequence[Picture]], count: int, image_size: int | None) -> np.ndarray:
+def decode_pictures(
+    owner: str,
+    batches: Iterable[Sequence[Picture]],
+    count: int,
+    image_size: int | None,
+    converted: Counter[str] | None = None,
+) -> np.ndarray:
     """Decode `count` pictures.
 
     Grey pictures stay one channel while all of them are grey; every mode but grey and RGB becomes RGB.
+
+    Args:
+        converted: counts the pictures of every kind whose pixels are not kept as they are stored.
 
     Returns:
         uint8 (count, C, H, W).
@@ -61,9 +75,24 @@ def decode_pictures(owner: str, batches: Iterable[Sequence[Picture]], count: int
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for batch in batches:
             pixels = pool.map(lambda picture: _decode(picture, image_size), batch)
-            for picture, array in zip(batch, pixels, strict=True):
+            for picture, (array, changes) in zip(batch, pixels, strict=True):
                 canvas.add(picture.where, array)
+                if converted is not None:
+                    converted.update(changes)
+    if converted is not None and canvas.widened:
+        converted["grey, among colour: repeated to RGB"] += canvas.widened
     return canvas.images
+
+
+def conversion_notes(converted: Mapping[str, int]) -> tuple[str, ...]:
+    """What `decode_pictures` counted, a line each.
+
+    >>> conversion_notes({"CMYK to RGB": 2})
+    ('converted: 2 images (CMYK to RGB)',)
+    """
+    return tuple(
+        f"converted: {count:,} image{'s' if count > 1 else ''} ({kind})" for kind, count in sorted(converted.items())
+    )
 
 
 def resize_arrays(images: np.ndarray, image_size: int | None) -> np.ndarray:
@@ -100,14 +129,40 @@ def numbered_names(owner: str, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
     """Names "0" to the highest label, for sources without names.
 
     Raises:
-        DataError: the highest label cannot be a class index.
+        DataError: the highest label cannot be a class index, or the lowest is 1, which can mean two things.
     """
-    highest = max((int(part.max()) for part in labels if len(part)), default=-1)
+    held = [part for part in labels if len(part)]
+    lowest = min((int(part.min()) for part in held), default=0)
+    highest = max((int(part.max()) for part in held), default=-1)
     if highest >= _MAX_CLASSES:
         raise DataError(
             f"{owner}: labels outside the range, {highest} is no class index (at most {_MAX_CLASSES} classes)"
         )
+    if lowest == 1:
+        raise DataError(
+            f"{owner}: labels run from 1 to {highest} and none is 0: they count from one, or class 0 has no images. "
+            "For the first store labels - 1; for the second name all classes (an .npz: the array class_names; a table: "
+            "a ClassLabel column)"
+        )
     return tuple(str(label) for label in range(highest + 1))
+
+
+def super_classes(
+    owner: str, labels: Mapping[str, np.ndarray], coarse: Mapping[str, np.ndarray], num_classes: int
+) -> tuple[int, ...] | None:
+    """Super-class per class, read off the images of all parts; None unless every class has an image to read it off.
+
+    Raises:
+        DataError: two images of one class are of two super-classes.
+    """
+    found: dict[int, int] = {}
+    for part, classes in labels.items():
+        for label, group in np.unique(np.stack([classes, coarse[part]], axis=1), axis=0).tolist():
+            if found.setdefault(label, group) != group:
+                raise DataError(f"{owner}: class {label} has two super-classes, {found[label]} and {group}")
+    if set(found) != set(range(num_classes)):
+        return None
+    return tuple(found[label] for label in range(num_classes))
 
 
 def bytes_hint(lowest: float, highest: float) -> str:
@@ -137,7 +192,13 @@ class _Canvas:
 
     def __init__(self, owner: str, count: int) -> None:
         self._owner, self._count, self._filled = owner, count, 0
+        self._grey = 0
         self.images = np.empty((0, 1, 0, 0), dtype=np.uint8)
+
+    @property
+    def widened(self) -> int:
+        """Grey pictures that were repeated to RGB."""
+        return self._grey if self.images.shape[1] > 1 else 0
 
     def add(self, where: str, array: np.ndarray) -> None:
         """Append one picture, uint8 (C, H, W)."""
@@ -152,15 +213,18 @@ class _Canvas:
         if array.shape[0] > self.images.shape[1]:
             self.images = _widen(self.images, array.shape[0])
         self.images[self._filled] = array
+        self._grey += array.shape[0] == 1
         self._filled += 1
 
 
-def _decode(picture: Picture, image_size: int | None) -> np.ndarray:
+def _decode(picture: Picture, image_size: int | None) -> tuple[np.ndarray, list[str]]:
+    """One picture, uint8 (C, H, W), and in what its pixels differ from the stored ones."""
     from PIL import Image, ImageOps
 
     source = io.BytesIO(picture.content) if isinstance(picture.content, bytes) else picture.content
     try:
         with Image.open(source) as image:
+            changes = _changes(image)
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has {image.mode} pixels; save it with 8 bits a channel")
@@ -168,8 +232,32 @@ def _decode(picture: Picture, image_size: int | None) -> np.ndarray:
             array = np.asarray(plain if image_size is None else _fit(plain, image_size))
     except Exception as error:  # the decoders raise whatever their format stumbles on
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"image {picture.where} cannot be decoded: {reason}") from error
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        if (len(picture.content) if isinstance(picture.content, bytes) else _size(picture.content)) == 0:
+            reason = "it is empty (0 bytes)"
+        raise DataError(
+            f"image {picture.where} cannot be decoded: {reason}; replace it, or remove it to leave it out"
+        ) from error
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1), changes
+
+
+def _changes(image: Image.Image) -> list[str]:
+    """What decoding will change in a picture that is open and not yet read."""
+    changes = []
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        changes.append(f"{_MODES.get(image.mode, image.mode)} to RGB: transparency is dropped")
+    elif image.mode not in ("L", "RGB"):
+        changes.append(f"{_MODES.get(image.mode, image.mode)} to RGB")
+    if ";16" in str(getattr(image, "tile", "")):
+        changes.append("16 bits a channel to 8")
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        changes.append("several frames: the first is kept")
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        changes.append("turned as its EXIF orientation says")
+    return changes
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else -1
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,26 +25,24 @@ from robustfair.data.decode import (
     Decoded,
     Picture,
     bytes_hint,
+    conversion_notes,
     decode_pictures,
     numbered_names,
     resize_arrays,
     share_shape,
+    super_classes,
 )
+from robustfair.data.folders import Folder, kinds_of, list_images, scan
+from robustfair.data.originals import Files, find_originals
 from robustfair.data.pack import HEADER, Pack, find_pack, pack_stem, read_pack
+from robustfair.data.parts import as_parts, by_role, listed, role_of
 from robustfair.data.split import stratified_split
 from robustfair.errors import DataError, UnknownNameError
 from robustfair.registry import canonical
 
-T = TypeVar("T")
-
-_ROLES = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "eval", "evaluation"),
-    "validation": ("validation", "valid", "val", "dev"),
-}
-_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"})
 _IMAGE_KEYS = ("images", "x", "image")
 _LABEL_KEYS = ("labels", "y", "label")
+_ARCHIVES = frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"})
 _SEVERITIES = 5
 _BATCH = 256
 
@@ -57,6 +55,7 @@ class Source(Protocol):
         entry: its row of the catalogue, or what a pack says of itself; None for another path.
         parts: "train" and/or "test", known before anything is decoded.
         identity: what its pixels depend on, as JSON; None if decoding is no work and nothing is to be cached.
+        notes: what is left out of it, and how its names were read, a line each.
     """
 
     @property
@@ -71,8 +70,11 @@ class Source(Protocol):
     @property
     def identity(self) -> object | None: ...
 
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
     def decode(self, image_size: int | None) -> Decoded:
-        """All parts in memory, with shared names and one (C, H, W)."""
+        """All parts in memory, with shared names and one (C, H, W); a part whose images have no labels is left out."""
         ...
 
 
@@ -97,30 +99,6 @@ def find_source(name_or_path: str | Path) -> Source:
     raise DataError(f"data path {str(path)!r} does not exist")
 
 
-def by_role(items: Iterable[tuple[str, T]], parts: tuple[str, ...]) -> dict[str, list[T]]:
-    """Sort named pieces into "train" and "test" by the last word of their name that means a split.
-
-    Validation pieces are the test part where there is no test piece. Pieces of other splits (`extra`, `unlabeled`) are
-    left out; where no name means a split, all pieces are "train". If `parts` has one entry, all pieces are that part.
-
-    >>> by_role([("train-0", 1), ("extra-0", 2), ("valid/0", 3)], ("train", "test"))
-    {'train': [1], 'test': [3]}
-    """
-    items = list(items)
-    if len(parts) == 1:
-        return {parts[0]: [item for _, item in items]}
-    roles: dict[str, list[T]] = {}
-    for name, item in items:
-        if role := _role(name):
-            roles.setdefault(role, []).append(item)
-    validation = roles.pop("validation", None)
-    if validation and "test" not in roles:
-        roles["test"] = validation
-    if not roles:
-        return {"train": [item for _, item in items]}
-    return {part: roles[part] for part in ("train", "test") if part in roles}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Digits:
     """scikit-learn's digits: 1,797 grey 8x8 images with values 0 to 16, scaled to 0 to 255; part "train" alone."""
@@ -129,6 +107,7 @@ class Digits:
     name: str = "digits"
     parts: tuple[str, ...] = ("train",)
     identity: object | None = None
+    notes: tuple[str, ...] = ()
 
     def decode(self, image_size: int | None) -> Decoded:
         with needed("scikit-learn", "the digits data set"):
@@ -143,13 +122,15 @@ class Digits:
 
 @dataclass(frozen=True, kw_only=True)
 class Npz:
-    """An `.npz` of decoded images: keys `images`, `labels`, or the same behind `train_` and `test_`."""
+    """An `.npz` of decoded images: keys `images`, `labels`, or the same with a part, as in `val_images`, `x_train`."""
 
     path: Path
     name: str
-    parts: tuple[str, ...]
+    keys: Mapping[str, Mapping[str, str]]
+    """"train", "test", "validation" -> "images", "labels" -> key of the array."""
     entry: CatalogEntry | None = None
     identity: object | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path, name: str) -> Npz:
@@ -158,34 +139,79 @@ class Npz:
                 raise DataError(
                     f"{path} is a part of a packed data set: give it back its name, like cifar10.1-of-2.npz"
                 )
-            parts = tuple(part for part in ("train", "test") if any(f"{part}_{key}" in arrays for key in _IMAGE_KEYS))
-        return cls(path=path, name=name, parts=parts or ("train",))
+            keys, rest = _array_keys(path, list(arrays))
+        notes = (f"left out: the arrays {listed(rest)} (neither images nor labels of a part)",) if rest else ()
+        return cls(path=path, name=name, keys=keys, notes=notes)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(as_parts(self.keys)[0])
 
     def decode(self, image_size: int | None) -> Decoded:
-        images, labels = {}, {}
+        images = {}
         with _load_npz(self.path) as arrays:
             try:
                 names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else ()
-                for part in self.parts:
-                    prefixes = ("", f"{part}_") if len(self.parts) == 1 else (f"{part}_",)
-                    images[part] = resize_arrays(
-                        _channels_first(self.path, self._array(arrays, prefixes, _IMAGE_KEYS)), image_size
-                    )
-                    labels[part] = _class_indices(self.path, self._array(arrays, prefixes, _LABEL_KEYS))
+                held = {role: self._labels(arrays, role) for role in self.keys}
+                unlabelled = {role for role, labels in held.items() if len(held) > 1 and _is_unlabelled(labels)}
+                parts, notes = as_parts({role: (role, labels) for role, labels in held.items()}, unlabelled)
+                for part, (role, _) in parts.items():
+                    pixels = arrays[self._key(arrays, role, "images")]
+                    images[part] = resize_arrays(_channels_first(self.path, pixels), image_size)
             except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise DataError(f"{self.path} cannot be read: {_first_line(error)}") from error
         images = share_shape(self.name, images)
+        labels = {part: values for part, (_, values) in parts.items()}
         return Decoded(
-            parts={part: (images[part], labels[part]) for part in self.parts},
+            parts={part: (images[part], labels[part]) for part in parts},
             class_names=names or numbered_names(self.name, labels.values()),
+            notes=tuple(notes),
         )
 
-    def _array(self, arrays: Mapping[str, np.ndarray], prefixes: Sequence[str], keys: Sequence[str]) -> np.ndarray:
-        for key in (prefix + key for prefix in prefixes for key in keys):
-            if key in arrays:
-                return arrays[key]
-        allowed = ", ".join(prefixes[-1] + key for key in keys)
-        raise DataError(f"{self.path}: no array of {keys[0]} ({allowed}), it holds {', '.join(arrays) or 'none'}")
+    def _labels(self, arrays: Mapping[str, np.ndarray], role: str) -> np.ndarray:
+        """(N,) int64; empty for a part without an array of labels beside parts that have one."""
+        if "labels" not in self.keys[role] and any("labels" in keys for keys in self.keys.values()):
+            return np.empty(0, np.int64)
+        return _class_indices(self.path, arrays[self._key(arrays, role, "labels")])
+
+    def _key(self, arrays: Mapping[str, np.ndarray], role: str, what: str) -> str:
+        if what in self.keys[role]:
+            return self.keys[role][what]
+        allowed = ", ".join(f"{role}_{key}" for key in (_IMAGE_KEYS if what == "images" else _LABEL_KEYS))
+        raise DataError(f"{self.path}: no array of {what} ({allowed}), it holds {', '.join(arrays) or 'none'}")
+
+
+def _array_keys(path: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Part -> "images", "labels" -> name of the array; and the names of arrays that are neither."""
+    found: dict[str, dict[str, str]] = {}
+    rest = []
+    for name in names:
+        first, _, behind = name.partition("_")
+        before, _, last = name.rpartition("_")
+        for role, key in ((role_of(first), behind), (role_of(last), before), ("", name)):
+            what = "images" if key in _IMAGE_KEYS else "labels" if key in _LABEL_KEYS else None
+            if role is not None and what is not None:
+                other = found.setdefault(role, {}).setdefault(what, name)
+                if other != name:
+                    raise DataError(f"{path}: {other} and {name} both are the {what} of one part: keep one of them")
+                break
+        else:
+            rest += [] if name == "class_names" else [name]
+    plain = found.pop("", {})
+    if not any("images" in keys for keys in found.values()):
+        found = {"train": {**found.get("train", {}), **plain}}
+    elif len(found) == 1:
+        ((role, keys),) = found.items()
+        if "images" in plain or ("labels" in plain and "labels" in keys):
+            raise DataError(
+                f"{path}: {listed(list(plain.values()))} beside {listed(list(keys.values()))}: a part of its own or "
+                "the whole. Name the part of every array, as in train_images and test_images"
+            )
+        found = {role: {**plain, **keys}}
+    elif plain:
+        rest += plain.values()
+    order = [role for role in ("train", "test", "validation") if role in found]
+    return {role: found[role] for role in order}, rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +221,7 @@ class Packed:
     name: str
     entry: CatalogEntry
     pack: Pack
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, pack: Pack, name: str, entry: CatalogEntry | None) -> Packed:
@@ -229,6 +256,7 @@ class CorruptionFiles:
     entry: CatalogEntry
     parts: tuple[str, ...] = ("test",)
     identity: object | None = None
+    notes: tuple[str, ...] = ()
 
     def decode(self, image_size: int | None) -> Decoded:
         files = {canonical(path.stem): path for path in self.folder.glob("*.npy") if path.stem != "labels"}
@@ -258,21 +286,12 @@ class ImageFolder:
     files: Mapping[str, Sequence[tuple[int, Path]]]
     """Part -> (class index, file) per image, classes in order, files of a class sorted by path."""
 
+    notes: tuple[str, ...] = ()
+
     @classmethod
-    def open(cls, root: Path, name: str, entry: CatalogEntry | None) -> ImageFolder:
-        found = _class_folders(root, entry)
-        names = sorted({class_name for folders in found.values() for class_name in folders})
-        shared = set(names).intersection(*found.values())
-        if not shared and names:
-            raise DataError(f"{name}: the parts {', '.join(found)} of {root} have no class folder in common")
-        files = {
-            part: [(names.index(label), file) for label in sorted(folders) for file in _pictures(folders[label])]
-            for part, folders in found.items()
-        }
-        for part, listed in files.items():
-            if not listed:
-                raise DataError(f"{name}: no images in the {part} part of {root}; expected <class>/<image> below it")
-        return cls(name=name, entry=entry, class_names=tuple(names), files=files)
+    def open(cls, root: Folder, name: str, entry: CatalogEntry | None) -> ImageFolder:
+        found = list_images(name, root, entry.parts[0] if entry else None)
+        return cls(name=name, entry=entry, class_names=found.class_names, files=found.files, notes=found.notes)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -280,17 +299,22 @@ class ImageFolder:
 
     @property
     def identity(self) -> object:
-        stamps = {part: [(label, *_stamp(file)) for label, file in listed] for part, listed in self.files.items()}
+        stamps = {part: [(label, *_stamp(file)) for label, file in rows] for part, rows in self.files.items()}
         return [self.class_names, stamps]
 
     def decode(self, image_size: int | None) -> Decoded:
+        converted: Counter[str] = Counter()
         images = {
-            part: decode_pictures(self.name, _in_batches(listed), len(listed), image_size)
-            for part, listed in self.files.items()
+            part: decode_pictures(self.name, _in_batches(rows), len(rows), image_size, converted)
+            for part, rows in self.files.items()
         }
         images = share_shape(self.name, images)
-        labels = {part: np.array([label for label, _ in listed], np.int64) for part, listed in self.files.items()}
-        return Decoded(parts={part: (images[part], labels[part]) for part in images}, class_names=self.class_names)
+        labels = {part: np.array([label for label, _ in rows], np.int64) for part, rows in self.files.items()}
+        return Decoded(
+            parts={part: (images[part], labels[part]) for part in images},
+            class_names=self.class_names,
+            notes=conversion_notes(converted),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,21 +324,23 @@ class TableFiles:
     name: str
     entry: CatalogEntry | None
     files: Mapping[str, Sequence[Path]]
+    """"train", "test", "validation" -> its files."""
     wanted: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return tuple(self.files)
+        return tuple(as_parts(self.files)[0])
 
     @property
     def identity(self) -> object:
-        stamps = {part: [_stamp(file) for file in listed] for part, listed in self.files.items()}
+        stamps = {part: [_stamp(file) for file in files] for part, files in self.files.items()}
         return [stamps, dict(self.wanted)]
 
     def decode(self, image_size: int | None) -> Decoded:
         from robustfair.data.tables import Selection, decode_tables, open_file
 
-        shards = {part: [open_file(file) for file in listed] for part, listed in self.files.items()}
+        shards = {part: [open_file(file) for file in files] for part, files in self.files.items()}
         return decode_tables(
             self.name, shards, entry=self.entry, selection=Selection(self.wanted), image_size=image_size
         )
@@ -327,6 +353,7 @@ class Hub:
     name: str
     entry: CatalogEntry
     wanted: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -341,13 +368,52 @@ class Hub:
 
         splits = open_hub(self.entry)
         pieces = [(split, shard) for split, shards in splits.items() for shard in shards]
-        parts = by_role(pieces, self.parts)
-        if set(parts) != set(self.parts):
+        roles, notes = by_role(self.name, pieces, self.parts)
+        if set(as_parts(roles)[0]) != set(self.parts):
             raise DataError(
                 f"{self.name}: expected {' and '.join(self.parts)}, {self.entry.hub} has {', '.join(splits)}"
             )
-        return decode_tables(
-            self.name, parts, entry=self.entry, selection=Selection(self.wanted), image_size=image_size
+        decoded = decode_tables(
+            self.name, roles, entry=self.entry, selection=Selection(self.wanted), image_size=image_size
+        )
+        return replace(decoded, notes=(*notes, *decoded.notes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Originals:
+    """The files of a benchmark as its authors publish them."""
+
+    name: str
+    entry: CatalogEntry | None
+    files: Files
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.files.parts)
+
+    @property
+    def identity(self) -> object:
+        return [self.files.layout, [_stamp(file) for file in self.files.all]]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.files.notes
+
+    def decode(self, image_size: int | None) -> Decoded:
+        images, labels, coarse = {}, {}, {}
+        for part, paths in self.files.parts.items():
+            rows = list(self.files.read(paths))
+            images[part] = resize_arrays(np.concatenate([piece.images for piece in rows]), image_size)
+            labels[part] = np.concatenate([piece.labels for piece in rows])
+            coarse[part] = np.concatenate([piece.labels if piece.coarse is None else piece.coarse for piece in rows])
+        names, group_names = self.files.class_names()
+        names = names or (self.entry.class_names if self.entry else ()) or numbered_names(self.name, labels.values())
+        groups = super_classes(self.name, labels, coarse, len(names)) if group_names else None
+        return Decoded(
+            parts={part: (images[part], labels[part]) for part in images},
+            class_names=names,
+            groups=groups,
+            group_names=group_names if groups else (),
         )
 
 
@@ -356,7 +422,7 @@ def hold_out(decoded: Decoded, fraction: float) -> Decoded:
     images, labels = decoded.parts["train"]
     train, test = (index.numpy() for index in stratified_split(torch.from_numpy(labels), fraction))
     parts = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
-    return Decoded(parts=parts, class_names=decoded.class_names, groups=decoded.groups, group_names=decoded.group_names)
+    return replace(decoded, parts=parts)
 
 
 def _named(entry: CatalogEntry, values: Sequence[str]) -> Source:
@@ -389,10 +455,10 @@ def _local_folder(entry: CatalogEntry) -> Path | None:
     path = Path(root).expanduser()
     if not path.is_dir():
         raise DataError(f"ROBUSTFAIR_DATA is {root!r}, which is not a folder")
-    for folder in sorted(path.iterdir()):
-        if folder.is_dir() and canonical(folder.name) in entry.folder_names:
-            inner = folder / entry.config if entry.config else folder
-            return (inner if inner.is_dir() else folder).resolve()
+    found = [folder for folder in sorted(path.iterdir()) if canonical(folder.name) in entry.folder_names]
+    for folder in sorted((folder for folder in found if folder.is_dir()), key=lambda folder: entry.rank(folder.name)):
+        inner = folder / entry.config if entry.config else folder
+        return (inner if inner.is_dir() else folder).resolve()
     return None
 
 
@@ -406,15 +472,43 @@ def _at(path: Path, name: str, entry: CatalogEntry | None, wanted: Mapping[str, 
             return Npz.open(path, name)
         if path.suffix == ".parquet":
             return TableFiles(name=name, entry=entry, files={"train": [path]}, wanted=wanted)
-        raise DataError(f"{path} is a file of unknown kind; expected .npz, .parquet or a folder of images")
+        hint = "unpack it and name the folder" if path.suffix.lower() in _ARCHIVES else "name the folder it lies in"
+        raise DataError(f"{path} is a file of unknown kind; expected .npz, .parquet or a folder of images: {hint}")
     if entry is not None and entry.selectors and (path / "labels.npy").is_file():
         corruption, severity = wanted.values()
         return CorruptionFiles(folder=path, name=name, corruption=corruption, severity=int(severity), entry=entry)
     parts = entry.parts if entry is not None else ("train", "test")
-    tables = _saved_files(path) or [(str(file.relative_to(path)), file) for file in _walk(path, {".parquet"})]
+    if saved := _saved_files(path):
+        files, notes = by_role(name, saved, parts)
+        return TableFiles(name=name, entry=entry, files=files, wanted=wanted, notes=tuple(notes))
+    root = scan(path)
+    originals = find_originals(name, root)
+    tables = sorted(file for folder in root.walk() for file in folder.others if file.suffix.lower() == ".parquet")
+    _require_one_layout(name, root, originals, tables)
+    if originals is not None:
+        return Originals(name=name, entry=entry, files=originals)
     if tables:
-        return TableFiles(name=name, entry=entry, files=by_role(tables, parts), wanted=wanted)
-    return ImageFolder.open(path, name, entry)
+        files, notes = by_role(name, [(str(file.relative_to(path)), file) for file in tables], parts)
+        rest = [file for folder in root.walk() for file in (*folder.pictures, *folder.others) if file not in tables]
+        notes += [f"left out: {kinds_of(rest)} (no tables)"] if rest else []
+        return TableFiles(name=name, entry=entry, files=files, wanted=wanted, notes=tuple(notes))
+    return ImageFolder.open(root, name, entry)
+
+
+def _require_one_layout(name: str, root: Folder, originals: Files | None, tables: Sequence[Path]) -> None:
+    """Refuse a folder that is a data set in two ways."""
+    held = root.with_pictures()
+    found = {
+        "original files": [] if originals is None else [str(originals.all[0].relative_to(root.path))],
+        "parquet files": [str(file.relative_to(root.path)) for file in tables],
+        "image folders": list(held) if len(held) > 1 or any(map(role_of, held)) else [],
+    }
+    kinds = [f"{kind} ({listed(names)})" for kind, names in found.items() if names]
+    if len(kinds) > 1:
+        raise DataError(
+            f"{name}: {root.path} holds {' and '.join(kinds)}, and either can be the data set: move away what is not "
+            "meant, or name a folder or file that holds one of them alone"
+        )
 
 
 def _saved_files(root: Path) -> list[tuple[str, Path]]:
@@ -444,53 +538,14 @@ def _json(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _class_folders(root: Path, entry: CatalogEntry | None) -> dict[str, dict[str, Path]]:
-    """Part -> class name -> folder."""
-    top = _subfolders(root)
-    splits = [folder for folder in top if _role(folder.name) and _subfolders(folder)]
-    if splits:
-        parts = by_role([(folder.name, folder) for folder in splits], ("train", "test"))
-        return {part: {child.name: child for child in _subfolders(folders[0])} for part, folders in parts.items()}
-    if not top:
-        raise DataError(f"{root} holds no images: expected <class>/<image>, parquet files or a saved data set")
-    return {(entry.parts[0] if entry else "train"): {folder.name: folder for folder in top}}
-
-
-def _subfolders(root: Path) -> list[Path]:
-    return sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return _walk(folder, _PICTURES)
-
-
-def _walk(root: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Files below `root` with one of these suffixes, sorted; what lies in hidden folders is left out."""
-    found = []
-    for folder, inner, names in os.walk(root, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    wanted = frozenset(suffixes)
-    return sorted(file for file in found if file.suffix.lower() in wanted)
-
-
-def _role(name: str) -> str | None:
-    """The split that the last telling word of a path means: "data/train-00000-of-00005.parquet" is "train"."""
-    for word in reversed(re.split(r"[^a-z]+", name.lower())):
-        for role, words in _ROLES.items():
-            if word in words:
-                return role
-    return None
-
-
 def _stamp(file: Path) -> tuple[str, int, int]:
     status = file.stat()
     return str(file), status.st_size, status.st_mtime_ns
 
 
-def _in_batches(listed: Sequence[tuple[int, Path]]) -> Iterable[list[Picture]]:
-    for start in range(0, len(listed), _BATCH):
-        yield [Picture(str(file), file) for _, file in listed[start : start + _BATCH]]
+def _in_batches(rows: Sequence[tuple[int, Path]]) -> Iterable[list[Picture]]:
+    for start in range(0, len(rows), _BATCH):
+        yield [Picture(str(file), file) for _, file in rows[start : start + _BATCH]]
 
 
 def _load_npz(path: Path) -> np.lib.npyio.NpzFile:
@@ -526,7 +581,22 @@ def _channels_first(path: Path, images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images)
 
 
+def _is_unlabelled(labels: np.ndarray) -> bool:
+    return bool((labels == -1).all())
+
+
 def _class_indices(path: Path, labels: np.ndarray) -> np.ndarray:
+    """Whole numbers (N,) or (N, 1) as int64 (N,)."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        one = labels.dtype.kind in "biuf" and bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())
+        reason = (
+            "one-hot rows, or several labels an image that happen to be one: for the first store labels.argmax(1)"
+            if one
+            else "several labels an image (multi-label), where every image needs one class: store one number an image"
+        )
+        raise DataError(f"{path}: labels must be whole numbers (N,), got {labels.dtype} {labels.shape}: {reason}")
+    if labels.ndim == 2:
+        labels = labels[:, 0]
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{path}: labels must be whole numbers (N,), got {labels.dtype} {labels.shape}")
     return labels.astype(np.int64)

@@ -18,7 +18,16 @@ import numpy as np
 
 from robustfair.config import needed
 from robustfair.data.catalog import CatalogEntry
-from robustfair.data.decode import Decoded, Picture, decode_pictures, numbered_names, share_shape
+from robustfair.data.decode import (
+    Decoded,
+    Picture,
+    conversion_notes,
+    decode_pictures,
+    numbered_names,
+    share_shape,
+    super_classes,
+)
+from robustfair.data.parts import as_parts
 from robustfair.errors import DataError, UnknownNameError
 from robustfair.registry import canonical
 
@@ -121,31 +130,37 @@ def open_hub(entry: CatalogEntry) -> dict[str, list[Shard]]:
 
 def decode_tables(
     owner: str,
-    parts: Mapping[str, Sequence[Shard]],
+    roles: Mapping[str, Sequence[Shard]],
     *,
     entry: CatalogEntry | None,
     selection: Selection,
     image_size: int | None,
 ) -> Decoded:
-    """Read labels and decode images of every part ("train", "test").
+    """Read labels and decode images of the parts that have labels ("train", "test"; "validation" in its place).
 
     Raises:
         DataError: a column is missing, differs between files or holds no value; an image is corrupt or of another size.
     """
+    parts, notes = as_parts(roles, _unlabelled(owner, roles, entry))
     columns = _find_columns(owner, [shard for shards in parts.values() for shard in shards], entry)
     images, labels, coarse = {}, {}, {}
+    converted: Counter[str] = Counter()
     for part, shards in parts.items():
         table = _PartReader(owner, shards, columns, selection)
-        images[part] = decode_pictures(owner, table.pictures(), selection.count(owner, shards), image_size)
+        images[part] = decode_pictures(owner, table.pictures(), selection.count(owner, shards), image_size, converted)
         labels[part], coarse[part] = table.labels, table.coarse
     indices, names = _indexed(owner, labels, columns.names or (entry.class_names if entry else ()))
-    groups, group_names = _groups(owner, indices, coarse, columns, len(names))
+    groups, group_names = None, tuple[str, ...]()
+    if columns.coarse is not None:
+        of_images, group_names = _indexed(owner, coarse, columns.coarse_names or ())
+        groups = super_classes(owner, indices, of_images, len(names))
     images = share_shape(owner, images)
     return Decoded(
         parts={part: (images[part], indices[part]) for part in parts},
         class_names=names,
         groups=groups,
-        group_names=group_names,
+        group_names=group_names if groups is not None else (),
+        notes=(*notes, *conversion_notes(converted)),
     )
 
 
@@ -171,6 +186,25 @@ class _PartReader:
                     self.coarse += _filled(self._owner, chosen, columns.coarse, where)
                 yield [_picture(*cell) for cell in zip(where, chosen.column(columns.image).to_pylist(), strict=True)]
                 start += batch.num_rows
+
+
+def _unlabelled(owner: str, roles: Mapping[str, Sequence[Shard]], entry: CatalogEntry | None) -> set[str]:
+    """Parts beside the train part whose labels are all null or -1, or whose tables lack nothing but columns it has."""
+    if len(roles) < 2:
+        return set()
+    first = next(iter(roles.values()))[0]
+    label = _find(owner, first, "label", entry.label if entry else "", "ClassLabel", _LABEL_NAMES)
+    return {role for role, shards in roles.items() if role != "train" and _has_no_labels(shards, label, first)}
+
+
+def _has_no_labels(shards: Sequence[Shard], label: str, first: Shard) -> bool:
+    columns = [set(shard.schema.names) for shard in shards]
+    if not any(label in names for names in columns):
+        return all(names < set(first.schema.names) for names in columns)
+    if not all(label in names for names in columns):
+        return False
+    cells = {cell for shard in shards for batch in shard.read([label]) for cell in batch.column(label).to_pylist()}
+    return bool(cells) and cells <= {None, -1}
 
 
 def _find_columns(owner: str, shards: Sequence[Shard], entry: CatalogEntry | None) -> Columns:
@@ -253,27 +287,6 @@ def _indexed(
         return {part: np.array([index[cell] for cell in cells], np.int64) for part, cells in labels.items()}, known
     numbers = {part: np.array(cells, dtype=np.int64) for part, cells in labels.items()}
     return numbers, tuple(names) or numbered_names(owner, numbers.values())
-
-
-def _groups(
-    owner: str,
-    labels: Mapping[str, np.ndarray],
-    coarse: Mapping[str, Sequence[int | str]],
-    columns: Columns,
-    num_classes: int,
-) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """Super-class per class, read off the images; None unless every class has an image to read it off."""
-    if columns.coarse is None:
-        return None, ()
-    indices, names = _indexed(owner, coarse, columns.coarse_names or ())
-    found: dict[int, int] = {}
-    for part, classes in labels.items():
-        for pair in np.unique(np.stack([classes, indices[part]], axis=1), axis=0).tolist():
-            if found.setdefault(pair[0], pair[1]) != pair[1]:
-                raise DataError(f"{owner}: class {pair[0]} has two super-classes, {found[pair[0]]} and {pair[1]}")
-    if set(found) != set(range(num_classes)):
-        return None, ()
-    return tuple(found[label] for label in range(num_classes)), names
 
 
 def _describe(path: Path) -> tuple[pa.Schema, int]:
