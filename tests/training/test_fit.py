@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reference import training as reference
 from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
+from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset, Loader, evaluation_batches
 from robustfair.errors import ConfigError, ConflictError, DivergedError, ModelError
 from robustfair.methods import AWP, CCM, CCR, EMA, Method
@@ -433,6 +434,15 @@ def test_outputs_in_train_mode_are_met_before_any_step(tiny_data: Data, only: tu
     assert model.steps == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     fit(Auxiliary(alone=True), data, PGDAT(steps=1), schedule=schedule)
+
+
+def test_a_class_without_training_images_is_named_before_any_step(tiny_net: Net, tiny_data: Data) -> None:
+    steps: list[tuple[int, int]] = []
+    with pytest.warns(RobustFairWarning, match="tiny: no training image of class class 1: the model cannot learn"):
+        fit(tiny_net(), tiny_data((8, 0, 8)), Standard(), schedule=SHORT, on_step=lambda *step: steps.append(step))
+    assert steps
+    with pytest.warns(RobustFairWarning, match="class class 1"), pytest.raises(ModelError):
+        fit(tiny_net(classes=5), tiny_data((8, 0, 8)), Standard(), schedule=SHORT)
 
 
 def test_conflicts_come_before_any_step(tiny_net: Net, tiny_data: Data) -> None:

@@ -8,6 +8,7 @@ anew at each epoch. So a run that stops at an epoch boundary goes on exactly, fr
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from robustfair import metrics
-from robustfair.config import Precision, Select, require, require_one_way
+from robustfair.config import Precision, RobustFairWarning, Select, require, require_one_way
 from robustfair.data import ImageDataset
 from robustfair.data.augment import Augmentation, parse_augmentation
 from robustfair.data.loader import Loader, evaluation_batches
+from robustfair.data.parts import listed
 from robustfair.data.split import stratified_split
 from robustfair.errors import ConfigError, DataError, DivergedError, ModelError
 from robustfair.memory import kept_memory
@@ -111,6 +113,10 @@ def fit(
     require_one_way("fit", compile=compile, deterministic=deterministic)
     if len(train) == 0:
         raise DataError(f"{train.name}: no images to train on")
+    absent = [name for name, count in zip(train.class_names, train.class_counts().tolist(), strict=True) if count == 0]
+    if absent:
+        text = f"{train.name}: no training image of class {listed(absent)}: the model cannot learn what is not shown"
+        warnings.warn(text, RobustFairWarning, stacklevel=2)
     plan = compose(objective, methods, allow=allow, validation=validation != 0)
     device = torch.device(device)
     if deterministic:
