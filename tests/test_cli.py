@@ -701,9 +701,12 @@ def test_a_damaged_run_folder_is_refused_and_left_as_it_is(
 def test_train_says_on_stderr_what_runs_and_on_stdout_where_it_is(place: Path, command: Command) -> None:
     outcome = command(*training("trades + ema"))
     assert outcome.code == 0
-    first, *epochs = outcome.err.splitlines()
+    first, *images, one, two = outcome.err.splitlines()
     assert first.startswith("trades + ema on 200 images of digits, small-cnn with 1,674 parameters, 2 epochs")
-    assert [line.split()[:2] for line in epochs] == [["epoch", "1"], ["epoch", "2"]]
+    assert images[0] == "digits, train part: 200 images of 10 classes (20 each)"
+    assert images[1].startswith("digits, test part: 359 images of 10 classes (0: 36, 1: 36, 2: 35, ")
+    assert len(images) == 2
+    assert [line.split()[:2] for line in (one, two)] == [["epoch", "1"], ["epoch", "2"]]
     result, following = outcome.out.splitlines()
     assert result.startswith("new: 2 epochs; the model is '")
     assert following.startswith("next: robustfair audit new ")
@@ -969,6 +972,39 @@ def test_another_norm_does_not_take_the_radius_of_the_run(place: Path, command: 
 def test_training_images_are_not_recorded_as_test_images(place: Path, command: Command) -> None:
     assert command(*training(data="good.npz", limit_per_class=None, epochs=1)).code == 0
     assert command("audit", "new", "--attacks", "clean", "--json").json()["data"]["split"] == "train"
+
+
+def test_a_class_without_training_images_is_named_before_training(place: Path, command: Command) -> None:
+    images, labels = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 10
+    arrays = {"test_images": images, "test_labels": labels}
+    np.savez("gap.npz", train_images=images, train_labels=np.where(labels == 3, 4, labels), **arrays)
+    outcome = command(*training(data="gap.npz", limit_per_class=None, epochs=1))
+    assert outcome.code == 0
+    lines = outcome.err.splitlines()
+    (named,) = [number for number, line in enumerate(lines) if "gap: no training image of class 3: " in line]
+    assert lines[named].startswith("warning: ")
+    assert named < next(number for number, line in enumerate(lines) if line.startswith("epoch"))
+    assert any(line.startswith("gap, train part: 40 images of 10 classes (0: 4, ") for line in lines)
+    assert any(line.endswith("4, 9: 4), none of 3") for line in lines)
+    np.savez("gap.npz", train_images=images, train_labels=labels + 1, test_images=images, test_labels=labels + 1)
+    outcome = command(*training(data="gap.npz", limit_per_class=None, out="other"))
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "labels run from 1 to 10 and none is 0: they count from one, or class 0 has no images" in outcome.err
+    assert not Path("other").exists()
+
+
+def test_an_audit_says_what_was_left_out_and_counts_its_images(place: Path, command: Command) -> None:
+    for part in ("train", "val"):
+        write_images(Path("pictures", part), {"car": pixels(1, channels=1), "dog": pixels(1, channels=1, seed=1)})
+    Path("pictures/logs").mkdir()
+    assert command(*training(data="pictures", limit_per_class=None, epochs=1, validation=0, select="last")).code == 0
+    outcome = command("audit", "new", "--attacks", "clean", "--json")
+    assert outcome.code == 0
+    assert outcome.json()["data"]["split"] == "test"
+    lines = outcome.err.splitlines()
+    assert "warning: pictures: left out: logs/ (no image in it)" in lines
+    assert "warning: pictures: the validation part is the test part" in lines
+    assert "pictures, test part: 2 images of 2 classes (1 each)" in lines
 
 
 def test_images_that_changed_since_the_run_are_refused(place: Path, command: Command) -> None:
@@ -1307,7 +1343,8 @@ def test_control_c_in_an_audit_is_one_line_and_the_same_command_goes_on(
     finally:
         signal.signal(signal.SIGINT, before)
     assert (outcome.code, outcome.out) == (130, "")
-    *progress, last = outcome.err.splitlines()
+    images, *progress, last = outcome.err.splitlines()
+    assert images == "digits, test part: 20 images of 10 classes (2 each)"
     assert last == INTERRUPTED
     assert all(" images, " in line for line in progress)
     (left,) = (place / "run" / "audit").iterdir()

@@ -164,7 +164,7 @@ def test_progress_is_a_line_an_attack_where_stderr_is_no_terminal(
     found = audit_target(load_target(str(run)), QUICK)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert [line.partition(":")[0] for line in shown.err.splitlines()] == list(found.attacks)
+    assert [line.partition(":")[0] for line in shown.err.splitlines()] == ["digits, test part", *found.attacks]
     audit_target(load_target(str(run)), QUICK, quiet=True)
     assert capsys.readouterr() == ("", "")
 

@@ -49,6 +49,11 @@ class _Bar:
     ) -> None:
         self.bar.stop()
 
+    def say(self, *lines: str) -> None:
+        """Print lines as they are."""
+        for line in lines:
+            self.console.print(line, markup=False)
+
 
 class TrainingProgress(_Bar):
     """Follows `runner.train` through its three callbacks."""
@@ -59,7 +64,7 @@ class TrainingProgress(_Bar):
         self._steps = 0
 
     def start(self, ready: Prepared, state: TrainState | None) -> None:
-        """Say what runs; open the bar, at the epoch where a resumed run goes on."""
+        """Say what runs on which images; open the bar, at the epoch where a resumed run goes on."""
         self._steps = round(len(ready.train) / ready.schedule.batch_size)
         done, epochs = state.epoch if state else 0, ready.schedule.epochs
         self._task = self.bar.add_task("training", total=epochs * self._steps, completed=done * self._steps)
@@ -69,6 +74,8 @@ class TrainingProgress(_Bar):
             f"{ready.recipe.train} on {len(ready.train):,} images of {ready.recipe.data}, {ready.recipe.model} with "
             f"{parameters:,} parameters, {epochs} epochs{resumed}"
         )
+        parts = {**ready.splits.parts, "train": ready.train}
+        self.say(*(data.count_line(part) for part, data in parts.items()))
 
     def step(self, epoch: int, step: int) -> None:
         self.bar.update(self._task, completed=epoch * self._steps + min(step + 1, self._steps))
@@ -81,15 +88,20 @@ class AuditProgress(_Bar):
     """Follows `evaluate.audit` and `evaluate.corruptions`: a bar per attack, or lines where stderr is no terminal.
 
     Args:
+        images: a line on them, printed when the first attack is heard of: before, the request may yet be refused.
         clock: seconds since some moment.
     """
 
-    def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, quiet: bool = False, images: str = "", clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(quiet=quiet)
+        self._images = images
         self._tasks: dict[str, TaskID] = {}
         self._lines = _Lines(self.console, clock)
 
     def __call__(self, attack: str, done: int, total: int) -> None:
+        if self._images:
+            self.say(self._images)
+            self._images = ""
         if self.bar.disable:
             self._lines.tell(attack, done, total)
             return

@@ -156,7 +156,7 @@ def audit_target(
     limits = threat(norm, eps, request.step_size)
     if baseline is not None:
         _require_comparable(baseline, data, limits)
-    with AuditProgress(quiet=quiet) as progress:
+    with AuditProgress(quiet=quiet, images=data.count_line(part)) as progress:
         result = audit(
             target.model,
             data,
@@ -230,7 +230,7 @@ def corruptions_of(
 ) -> CorruptionAudit:
     """Audit a loaded model under common corruptions; arguments as for `audit_corruptions` and `audit_target`."""
     data, part = _images_for(target, request, images)
-    with AuditProgress(quiet=quiet) as progress:
+    with AuditProgress(quiet=quiet, images=data.count_line(part)) as progress:
         return audit_corruptions(
             target.model,
             data,
