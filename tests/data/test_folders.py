@@ -175,7 +175,7 @@ def test_a_test_part_without_labels_is_left_out(folder: Path, images: str) -> No
 
 def test_a_class_with_the_name_of_a_part_beside_others_is_refused_as_two_fold(folder: Path) -> None:
     place(folder, "bullet_train/side/0.png", *classes("bus car"))
-    with pytest.raises(DataError, match=r"bullet_train bears the name of a part .*: a part, .* or classes\. For the"):
+    with pytest.raises(DataError, match=r"bullet_train can be the name of a part, .*: a part, .* or classes\. For the"):
         load_dataset(folder)
     (folder / "class_names.txt").write_text("bus\ncar\nbullet_train\n")
     assert load_dataset(folder).only.class_counts().tolist() == [2, 2, 1]
@@ -251,6 +251,14 @@ def test_class_names_that_name_nothing(folder: Path, text: str, problem: str) ->
     place(folder, *classes("a b"))
     (folder / "class_names.txt").write_text(text)
     with pytest.raises(DataError, match=rf"class_names\.txt {problem}.*: write the name of a class folder a line"):
+        load_dataset(folder)
+
+
+def test_parts_below_the_classes_are_refused(folder: Path) -> None:
+    place(folder, *(f"{label}/{part}/0.png" for label in ("cat", "dog") for part in ("train", "test")))
+    with pytest.raises(
+        DataError, match="the parts test, train lie in the class folders cat, dog: only <split>/<class>"
+    ):
         load_dataset(folder)
 
 

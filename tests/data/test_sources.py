@@ -210,6 +210,14 @@ def test_text_labels_are_sorted_over_all_parts(folder: Path) -> None:
     assert data.train.class_names == ("bee", "cat", "dog")
     assert data.train.labels.tolist() == [2, 1]
     assert data.test.labels.tolist() == [0, 2]
+    write_parquet(folder / "train.parquet", {"image": cells(pixels(3)), "label": ["2", "10", "1"]})
+    write_parquet(folder / "validation.parquet", {"image": cells(pixels(1)), "label": ["2"]})
+    write_parquet(folder / "test.parquet", {"image": cells(pixels(1)), "label": [""]})
+    assert load_dataset(folder).notes == (
+        "left out: the test part (no labels)",
+        "the validation part is the test part",
+        "class names are sorted as text: class index 1 is 10",
+    )
 
 
 def test_super_classes_are_unknown_unless_every_class_has_images(folder: Path) -> None:
@@ -231,7 +239,8 @@ def test_super_classes_are_unknown_unless_every_class_has_images(folder: Path) -
         ({"image": [1.5], "label": [0]}, "row 0 holds no encoded image, got float"),
         ({"image": [{"bytes": b"broken", "path": None}], "label": [0]}, r"train\.parquet row 0 cannot be decoded"),
         ({"image": [], "label": []}, "mine: the train part holds no images"),
-        ({"image": cells(pixels(1)), "label": [-1]}, "labels outside the range"),
+        ({"image": cells(pixels(1)), "label": [-1]}, r"mine: no image has a label \(all are -1\)"),
+        ({"image": cells(pixels(2)), "label": [0, -1]}, "labels outside the range"),
         ({"image": cells(pixels(1)), "label": [10**9]}, "labels outside the range, 1000000000 is no class index"),
     ],
 )

@@ -129,7 +129,7 @@ def numbered_names(owner: str, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
     """Names "0" to the highest label, for sources without names.
 
     Raises:
-        DataError: the highest label cannot be a class index, or the lowest is 1, which can mean two things.
+        DataError: the highest label cannot be a class index, all are -1, or the lowest is 1, which can mean two things.
     """
     held = [part for part in labels if len(part)]
     lowest = min((int(part.min()) for part in held), default=0)
@@ -138,6 +138,8 @@ def numbered_names(owner: str, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
         raise DataError(
             f"{owner}: labels outside the range, {highest} is no class index (at most {_MAX_CLASSES} classes)"
         )
+    if held and highest == lowest == -1:
+        raise DataError(f"{owner}: no image has a label (all are -1): name a data set with labels")
     if lowest == 1:
         raise DataError(
             f"{owner}: labels run from 1 to {highest} and none is 0: they count from one, or class 0 has no images. "

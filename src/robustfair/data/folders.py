@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from robustfair.data.parts import as_parts, by_role, is_role, listed, role_of
+from robustfair.data.parts import as_parts, by_role, is_role, listed, role_of, text_order
 from robustfair.errors import DataError
 
 CLASS_NAMES = "class_names.txt"
@@ -177,9 +177,9 @@ class _Reader:
         doubtful = [name for name in splits if not is_role(name)]
         if doubtful and len(flat) < len(rest):
             raise DataError(
-                f"{self.owner}: {listed(doubtful)} bears the name of a part and holds folders, and beside it "
-                f"{listed([name for name in rest if name not in flat])} hold images: a part, beside which the others "
-                f"are left out, or classes. {self._choice(list(held))}, for the first move the others away"
+                f"{self.owner}: {listed(doubtful)} can be the name of a part, and images lie beside it in "
+                f"{listed([name for name in rest if name not in flat])}: a part, beside which the others are left "
+                f"out, or classes. {self._choice(list(held))}, for the first move the others away"
             )
         pieces, notes = by_role(self.owner, splits.items(), ("train", "test"))
         self.notes += notes
@@ -232,6 +232,11 @@ class _Reader:
             )
         inner = [set(folder.with_pictures()) for folder in held.values()]
         common = sorted(set.intersection(*inner))
+        if common and all(map(is_role, common)):
+            raise DataError(
+                f"{self.owner}: the parts {listed(common)} lie in the class folders {listed(list(held))}: only "
+                f"<split>/<class>/<image> is read, put the class folders into folders of the parts"
+            )
         if len(held) > 1 and len(common) > 1 and not any(folder.pictures for folder in held.values()):
             raise DataError(
                 f"{self.owner}: each of {listed(list(held))} holds the folders {listed(common)}: the classes are "
@@ -360,13 +365,8 @@ def _notes_on_classes(root: Folder, names: Sequence[str], chosen: bool) -> list[
     notes = []
     if chosen:
         notes.append(f"the classes are those in {CLASS_NAMES}, in its order")
-    elif all(name.isdecimal() for name in names):
-        moved = [index for index, name in enumerate(sorted(names, key=int)) if names[index] != name]
-        if moved:
-            notes.append(
-                f"class names are sorted as text: class index {moved[0]} is {names[moved[0]]}; another order can be "
-                f"given in {root.path / CLASS_NAMES}, a name a line"
-            )
+    elif order := text_order(names):
+        notes.append(f"{order}; another order can be given in {root.path / CLASS_NAMES}, a name a line")
     folded = Counter(name.strip().casefold() for name in names)
     alike = [name for name in names if folded[name.strip().casefold()] > 1]
     if alike:

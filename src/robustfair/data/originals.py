@@ -102,7 +102,7 @@ def _in_folder(owner: str, folder: Folder) -> list[Files]:
     if not at.keys().isdisjoint(batches):
         parts = {"train": batches, "test": ["test_batch"]}
         found.append(_cifar(owner, at, f"{python} CIFAR-10", parts, _read_pickles, names="batches.meta"))
-    if {"train", "meta"} <= at.keys() or {"train", "test"} <= at.keys():
+    if "meta" in at and not at.keys().isdisjoint(("train", "test")):
         parts = {"train": ["train"], "test": ["test"]}
         found.append(_cifar(owner, at, f"{python} CIFAR-100", parts, _read_pickles, names="meta"))
     if not at.keys().isdisjoint(f"{name}.bin" for name in batches):

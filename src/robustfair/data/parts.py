@@ -86,6 +86,18 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def text_order(names: Sequence[str]) -> str:
+    """What to say of numbers that are class names and sorted as text; empty where that is their order.
+
+    >>> text_order(["0", "1", "10", "2"]), text_order(["1", "2"])
+    ('class names are sorted as text: class index 2 is 10', '')
+    """
+    if not all(name.isdecimal() for name in names):
+        return ""
+    moved = [index for index, name in enumerate(sorted(names, key=int)) if names[index] != name]
+    return f"class names are sorted as text: class index {moved[0]} is {names[moved[0]]}" if moved else ""
+
+
 def _require_pieces(owner: str, role: str, names: Sequence[str]) -> list[str]:
     """Refuse names that may be versions of one part; say which were taken together, and which are missing."""
     told = sorted({_telling(name) for name in names})

@@ -489,7 +489,8 @@ def _at(path: Path, name: str, entry: CatalogEntry | None, wanted: Mapping[str, 
         return Originals(name=name, entry=entry, files=originals)
     if tables:
         files, notes = by_role(name, [(str(file.relative_to(path)), file) for file in tables], parts)
-        rest = [file for folder in root.walk() for file in (*folder.pictures, *folder.others) if file not in tables]
+        read = set(tables)
+        rest = [file for folder in root.walk() for file in (*folder.pictures, *folder.others) if file not in read]
         notes += [f"left out: {kinds_of(rest)} (no tables)"] if rest else []
         return TableFiles(name=name, entry=entry, files=files, wanted=wanted, notes=tuple(notes))
     return ImageFolder.open(root, name, entry)

@@ -27,7 +27,7 @@ from robustfair.data.decode import (
     share_shape,
     super_classes,
 )
-from robustfair.data.parts import as_parts
+from robustfair.data.parts import as_parts, text_order
 from robustfair.errors import DataError, UnknownNameError
 from robustfair.registry import canonical
 
@@ -154,13 +154,14 @@ def decode_tables(
     if columns.coarse is not None:
         of_images, group_names = _indexed(owner, coarse, columns.coarse_names or ())
         groups = super_classes(owner, indices, of_images, len(names))
+    order = text_order(names) if names != columns.names else ""
     images = share_shape(owner, images)
     return Decoded(
         parts={part: (images[part], indices[part]) for part in parts},
         class_names=names,
         groups=groups,
         group_names=group_names if groups is not None else (),
-        notes=(*notes, *conversion_notes(converted)),
+        notes=(*notes, *([order] if order else []), *conversion_notes(converted)),
     )
 
 
@@ -189,7 +190,7 @@ class _PartReader:
 
 
 def _unlabelled(owner: str, roles: Mapping[str, Sequence[Shard]], entry: CatalogEntry | None) -> set[str]:
-    """Parts beside the train part whose labels are all null or -1, or whose tables lack nothing but columns it has."""
+    """Parts beside the train part whose labels are all null, -1 or empty text, or whose tables lack nothing but columns it has."""
     if len(roles) < 2:
         return set()
     first = next(iter(roles.values()))[0]
@@ -204,7 +205,7 @@ def _has_no_labels(shards: Sequence[Shard], label: str, first: Shard) -> bool:
     if not all(label in names for names in columns):
         return False
     cells = {cell for shard in shards for batch in shard.read([label]) for cell in batch.column(label).to_pylist()}
-    return bool(cells) and cells <= {None, -1}
+    return bool(cells) and cells <= {None, -1, ""}
 
 
 def _find_columns(owner: str, shards: Sequence[Shard], entry: CatalogEntry | None) -> Columns:
