@@ -190,7 +190,7 @@ class _PartReader:
 
 
 def _unlabelled(owner: str, roles: Mapping[str, Sequence[Shard]], entry: CatalogEntry | None) -> set[str]:
-    """Parts beside the train part whose labels are all null, -1 or empty text, or whose tables lack nothing but columns it has."""
+    """Parts beside the train part whose labels are all null, -1 or empty, or whose columns are some of its columns."""
     if len(roles) < 2:
         return set()
     first = next(iter(roles.values()))[0]
