@@ -4,6 +4,7 @@ import contextlib
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -19,6 +20,7 @@ from robustfair.config import (
     parse_composition,
     parse_eps,
     parse_norm,
+    read_path,
     read_value,
 )
 from robustfair.data.idbh import IDBH
@@ -128,6 +130,40 @@ def test_the_almost_8_over_255_is_warned_about() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parse_eps("8/255"), parse_eps("0.2"), parse_eps("1.5", norm="l2")
+        parse_eps("0.03", norm="l2"), parse_eps("0.03", field="step_size")
+
+
+@pytest.mark.parametrize("value", ["2", "3", "5", 3, 3.0, "8.0", "128.0"])
+def test_radii_above_one_are_usual_under_l2(value: Any) -> None:
+    assert parse_eps(value, norm="l2") == float(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "norm", "hint"),
+    [
+        ("8", "linf", "Did you mean 8/255? Lengths above 1 are for norm l2"),
+        (8.0, "linf", "Did you mean 8/255? Lengths above 1 are for norm l2"),
+        ("300", "linf", "Lengths above 1 are for norm l2"),
+        ("128", "l2", "Did you mean 128/255? Under l2, 128.0 is taken as it is"),
+        ("300", "l2", "Under l2, 300.0 is taken as it is"),
+        ("3", "any", "Did you mean 3/255? Under l2, 3.0 is taken as it is"),
+        ("1.5", "linf", None),
+        ("nan", "l2", None),
+    ],
+)
+def test_the_hint_on_a_radius_fits_the_norm(value: Any, norm: str, hint: str | None) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_eps(value, norm=norm)
+    assert str(refused.value).endswith(f". {hint}" if hint else f"got {value!r}")
+    assert ("128/255 or" in str(refused.value)) == (norm == "l2")
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("USERPROFILE", "/home/ada")
+    assert read_path("~/runs/x") == read_path(Path("~/runs/x")) == Path("/home/ada/runs/x")
+    for kept in ("runs/~", "runs/x~", "~no such user/x", "./a b"):
+        assert read_path(kept) == Path(kept)
 
 
 @pytest.mark.parametrize(("text", "norm"), [("Linf", "linf"), ("l_inf", "linf"), ("L-inf", "linf"), ("L2", "l2")])

@@ -6,6 +6,7 @@ A string is parsed, never evaluated. An unknown key is an error that shows the n
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -34,6 +36,8 @@ FAST_SCHEDULE: Mapping[str, Any] = {
     "weight_decay": 5e-4,
 }
 """What `schedule: fast` stands for, by recipe key: adversarial training in the fewest epochs, see recipes/fast/."""
+LARGEST_WHOLE_L2 = 5
+"""The largest radius that a whole number means under l2: 2 and 3 are usual for images of 224 pixels, 8 is 8/255."""
 
 
 class RobustFairWarning(UserWarning):
@@ -170,29 +174,55 @@ def format_eps(eps: float) -> str:
 def parse_eps(value: str | float, *, norm: str = "linf", owner: str = "attack", field: str = "eps") -> float:
     """A radius in pixel units ([0, 1] images) from `8/255`, `0.2` or a number.
 
-    >>> parse_eps("8/255") == 8 / 255
-    True
+    Args:
+        norm: "linf" or "l2"; "any" where it is not known yet: then a length above one must be written as a decimal.
+
+    >>> parse_eps("8/255") == 8 / 255, parse_eps("3", norm="l2")
+    (True, 3.0)
 
     Raises:
-        ConfigError: not a number, negative, or a whole number above one (`8` is almost always meant as `8/255`).
+        ConfigError: not a number, negative, above one under linf, or a whole number that is almost always meant in
+            grey levels (`8` for `8/255`): above one, under l2 above five.
     """
-    allowed = "a fraction like 8/255 or a decimal, in units of pixels scaled to [0, 1]"
+    usual = "128/255" if norm == "l2" else "8/255"
+    allowed = f"a fraction like {usual} or a decimal, in units of pixels scaled to [0, 1]"
     text = str(value).strip()
     try:
         eps = float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError):
         raise ConfigError(owner, field, allowed=allowed, got=value) from None
     inside = 0 <= eps <= 1 if norm == "linf" else 0 <= eps < float("inf")
-    if not inside or (eps > 1 and re.fullmatch(r"\d+", text)):
-        hint = f"Did you mean {text}/255?" if re.fullmatch(r"\d{1,3}", text) else ""
-        raise ConfigError(owner, field, allowed=allowed, got=value, hint=hint)
-    if isinstance(value, str) and text in ("0.031", "0.0314", "0.03", "0.0313"):
+    whole = re.fullmatch(r"\d+", text) is not None
+    if not inside or (whole and eps > (LARGEST_WHOLE_L2 if norm == "l2" else 1)):
+        raise ConfigError(owner, field, allowed=allowed, got=value, hint=_eps_hint(eps, norm))
+    close = norm != "l2" and field == "eps" and text in ("0.031", "0.0314", "0.03", "0.0313")
+    if close and isinstance(value, str):
         warnings.warn(
             f"{owner}: {field} {text} is {eps * 255:.2f}/255, not 8/255; numbers at the two are not comparable",
             RobustFairWarning,
             stacklevel=2,
         )
     return eps
+
+
+def _eps_hint(eps: float, norm: str) -> str:
+    """What a length that was refused may have meant."""
+    if not (1 < eps < float("inf") and eps.is_integer()):
+        return ""
+    grey_levels = f"Did you mean {eps:.0f}/255? " if eps <= 255 else ""
+    return grey_levels + ("Lengths above 1 are for norm l2" if norm == "linf" else f"Under l2, {eps} is taken as it is")
+
+
+def read_path(path: str | Path) -> Path:
+    """A path as a user wrote it, with a leading `~` or `~name` as the home folder it stands for.
+
+    A shell leaves the tilde of `--out=~/runs` alone, and so do YAML and a program that starts another. As in a shell,
+    the name of no user stays as it is.
+
+    >>> read_path("runs/x").as_posix(), read_path("~") == Path.home()
+    ('runs/x', True)
+    """
+    return Path(os.path.expanduser(path))
 
 
 def parse_norm(value: str, *, owner: str = "attack") -> str:
@@ -258,7 +288,7 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
         values["norm"] = parse_norm(values["norm"], owner=owner)
     for key in ("eps", "step_size"):
         if values.get(key) is not None:
-            norm = values.get("norm") or ("l2" if key == "step_size" and "norm" not in known else "linf")
+            norm = values.get("norm") or getattr(cls, "norm", None) or "any"
             values[key] = parse_eps(values[key], norm=norm, owner=owner, field=key)
     types = get_type_hints(cls)
     return cls(**{key: _read(value, types[key], owner, key) for key, value in values.items()})

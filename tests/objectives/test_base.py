@@ -68,7 +68,7 @@ def test_norms_are_read_in_any_spelling(spelling: str) -> None:
 
 def test_a_radius_beyond_the_image_is_refused_under_linf_only() -> None:
     for cls in (PGDAT, Trades):
-        with pytest.raises(ConfigError, match="Write 8/255, not 8"):
+        with pytest.raises(ConfigError, match="Did you mean 8/255"):
             cls(eps=8.0)
         assert cls(norm="l2", eps=2.0).eps == 2.0
 

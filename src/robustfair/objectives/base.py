@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustfair.config import Norm, parse_eps, parse_norm, require, require_at_least, require_literals, require_whole
+from robustfair.config import Norm, parse_eps, parse_norm, require_at_least, require_literals, require_whole
 from robustfair.losses import MaximiseCE, cross_entropy, soft_cross_entropy
 from robustfair.values import Attack, Batch, Forward, Goal, Loss, Mode, Model, default_eps, default_step
 
@@ -88,13 +88,9 @@ class AdversarialObjective(Objective):
         object.__setattr__(self, "norm", parse_norm(self.norm, owner=self.name))
         require_literals(self)
         eps = default_eps(self.norm) if self.eps is None else self.eps
-        read = parse_eps(eps, norm=self.norm, owner=self.name) if isinstance(eps, str) else eps
-        object.__setattr__(self, "eps", read)
-        require_at_least(0, self.name, "eps", self.radius)
-        inside = self.norm == "l2" or self.radius <= 1
-        require(inside, self.name, "eps", allowed="at most 1 under linf", got=self.eps, hint="Write 8/255, not 8")
+        object.__setattr__(self, "eps", parse_eps(eps, norm=self.norm, owner=self.name))
         if isinstance(self.step_size, str):
-            step_size = parse_eps(self.step_size, norm="l2", owner=self.name, field="step_size")
+            step_size = parse_eps(self.step_size, norm="l2" if self.norm == "l2" else "any", owner=self.name, field="step_size")
             object.__setattr__(self, "step_size", step_size)
         require_at_least(0, self.name, "step_size", 0 if self.step_size is None else self.step_size)
         require_whole(0, self.name, "steps", self.steps)
