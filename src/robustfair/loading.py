@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from robustfair.config import read_path
 from robustfair.errors import ModelError, RobustFairError
 from robustfair.models.build import create_model
 from robustfair.models.normalise import Normalise, Normalised, named_statistics
@@ -78,7 +79,7 @@ def load_target(
     Raises:
         RobustFairError: nothing of that name, or it does not fit; says what was looked for.
     """
-    path = Path(what)
+    path = read_path(what)
     if path.is_dir():
         if arch or weights or width or select_weights:
             given = "`arch`, `weights`, `select_weights` and `width`"

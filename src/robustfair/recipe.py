@@ -26,7 +26,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -40,6 +39,7 @@ from robustfair.config import (
     build,
     canonical_key,
     format_value,
+    read_path,
     require,
     require_one_way,
 )
@@ -219,7 +219,7 @@ def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
     if what in shipped:
         values = _from_yaml(shipped[what].read_text(encoding="utf-8"), f"recipe {what}")
     elif what.endswith((".yaml", ".yml")):
-        path = Path(what)
+        path = read_path(what)
         if not path.is_file():
             raise RecipeError(f"recipe {what} does not exist: give a YAML file or a composition such as 'trades + ccm'")
         try:

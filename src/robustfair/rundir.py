@@ -37,6 +37,7 @@ from robustfair.checkpoint import (
     write_state,
     write_text,
 )
+from robustfair.config import read_path
 from robustfair.errors import CheckpointError, DivergedError, UnknownNameError
 from robustfair.lock import owned
 from robustfair.models.build import build_model
@@ -56,6 +57,9 @@ class RunFolder:
     """The folder of one run."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", read_path(self.path))
 
     @property
     def checkpoints(self) -> Path:

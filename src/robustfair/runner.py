@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import RobustFairWarning, Term, build, format_value, parse_composition, parse_norm
+from robustfair.config import RobustFairWarning, Term, build, format_value, parse_composition, parse_norm, read_path
 from robustfair.data import ImageDataset, Splits, load_dataset, split_hash
 from robustfair.data.augment import Augmentation, parse_augmentation
 from robustfair.data.edits import Edited
@@ -142,7 +142,7 @@ def prepare(recipe: Recipe) -> Prepared:
         require_compiler(torch.device(device).type)
     splits, train, validation, held = training_images(recipe)
     if recipe.images is not None:
-        train = Edited.read(Path(recipe.images)).apply(train)
+        train = Edited.read(read_path(recipe.images)).apply(train)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "init"))
         classes, channels = train.num_classes, train.images.shape[1]
@@ -166,7 +166,7 @@ def begin_from(start: str, ready: Prepared) -> None:
     """
     if start == SCRATCH:
         return
-    path = Path(start)
+    path = read_path(start)
     if path.is_dir():
         weights = RunFolder(path).model_folder().read()[0].state_dict()
         try:
@@ -333,7 +333,7 @@ def _require_unchanged(folder: RunFolder, about: Mapping[str, Any]) -> None:
 
 def _from_anywhere(data: str) -> str:
     """The name of a data set, or the absolute form of a path, which holds in another working folder too."""
-    path = Path(data)
+    path = read_path(data)
     return str(path.resolve()) if path.exists() else data
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from robustfair.config import read_path
+
 VERSION = 1
 """Part of every key: raise it when decoding gives other pixels for the same source."""
 
@@ -24,9 +26,9 @@ VERSION = 1
 def cache_root() -> Path:
     """`ROBUSTFAIR_CACHE`, else `$XDG_CACHE_HOME/robustfair`, else `~/.cache/robustfair`."""
     if own := os.environ.get("ROBUSTFAIR_CACHE"):
-        return Path(own).expanduser()
+        return read_path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "robustfair"
+    return (read_path(shared) if shared else Path.home() / ".cache") / "robustfair"
 
 
 def cache_path(root: Path, name: str, part: str, identity: object) -> Path:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustfair.config import canonical_key, require
+from robustfair.config import canonical_key, read_path, require
 from robustfair.data.augment import to_unit
 from robustfair.data.filters import (
     bend,
@@ -517,7 +517,7 @@ def _box_mean(x: Tensor) -> Tensor:
 
 def _pictures(folder: Path | str) -> list[Path]:
     """The pictures of a folder by name. The generator ships six photographs and draws from the first five."""
-    folder = Path(folder).expanduser()
+    folder = read_path(folder)
     if not folder.is_dir():
         raise DataError(f"frost: {str(folder)!r} is not a folder: give one with pictures of frost, or none")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)

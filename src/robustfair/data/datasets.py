@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustfair.config import RobustFairWarning
+from robustfair.config import RobustFairWarning, read_path
 from robustfair.data import cache
 from robustfair.data.decode import bytes_hint, fingerprint
 from robustfair.data.parts import listed
@@ -256,7 +256,7 @@ Loaded = tuple[dict[str, ImageDataset], tuple[str, ...]]
 
 def _cached(source: Source, size: int | None, cache_dir: Path | str | None) -> Loaded:
     """The source from its cache files, which are written if they are not whole."""
-    root = Path(cache_dir).expanduser() if cache_dir is not None else cache.cache_root()
+    root = read_path(cache_dir) if cache_dir is not None else cache.cache_root()
     identity = [source.entry.name if source.entry is not None else None, source.identity, size]
     paths = {part: cache.cache_path(root, source.name, part, identity) for part in _part_names(source)}
     stored = {part: found for part, path in paths.items() if (found := _read(path, source)) is not None}

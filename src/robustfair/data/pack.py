@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from robustfair.config import read_path
 from robustfair.data.decode import Decoded, fingerprint
 from robustfair.errors import ConfigError, DataError
 from robustfair.registry import canonical
@@ -109,7 +110,7 @@ def write_pack(data: Splits, folder: Path | str, *, parts: int = 2) -> list[Path
         ConfigError: fewer parts than one, or more than images.
         DataError: `folder` is a file or holds a pack of that name, or images have no pixels.
     """
-    folder = Path(folder).expanduser()
+    folder = read_path(folder)
     one = next(iter(data.parts.values()))
     stem = pack_stem(one.name)
     _require_free(folder, stem)

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from robustfair.config import needed
+from robustfair.config import needed, read_path
 from robustfair.data.catalog import CATALOG, CatalogEntry
 from robustfair.data.decode import (
     Decoded,
@@ -91,7 +91,7 @@ def find_source(name_or_path: str | Path) -> Source:
     entry = CATALOG.get(canonical(head)) if isinstance(name_or_path, str) else None
     if entry is not None and (not rest or (entry.selectors and rest != [""])):
         return _named(entry, rest)
-    path = Path(name_or_path).expanduser()
+    path = read_path(name_or_path)
     if path.exists():
         return _at(path.resolve(), path.resolve().stem if path.is_file() else path.resolve().name, None, {})
     if isinstance(name_or_path, str) and not rest and not path.suffix:
@@ -452,7 +452,7 @@ def _local_folder(entry: CatalogEntry) -> Path | None:
     root = os.environ.get("ROBUSTFAIR_DATA")
     if not root:
         return None
-    path = Path(root).expanduser()
+    path = read_path(root)
     if not path.is_dir():
         raise DataError(f"ROBUSTFAIR_DATA is {root!r}, which is not a folder")
     found = [folder for folder in sorted(path.iterdir()) if canonical(folder.name) in entry.folder_names]

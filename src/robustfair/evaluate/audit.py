@@ -29,7 +29,7 @@ from robustfair.attacks.named import AnyAttack, NamedAttack, parse_attacks
 from robustfair.attacks.pgd import attacking
 from robustfair.attacks.strong import Engine, StrongAttack
 from robustfair.checkpoint import write_json
-from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, require
+from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, read_path, require
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.devices import resolve_device
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
@@ -288,7 +288,7 @@ class Audit:
         Returns:
             The paths, JSON first.
         """
-        json_path, npz_path = paths(Path(folder) / stem.replace("/", "-"))
+        json_path, npz_path = paths(read_path(folder) / stem.replace("/", "-"))
         json_path.parent.mkdir(parents=True, exist_ok=True)
         broken_by = {f"{name}{BROKEN_BY}": column for name, column in self.broken_by.items()}
         write_arrays(npz_path, {"index": self.index, "labels": self.labels, **self.predictions, **broken_by})
@@ -412,7 +412,7 @@ def audit(
     precision: SearchPrecision = "auto",
     engine: Engine = "native",
     max_minutes: float | None = None,
-    journal: Path | None = None,
+    journal: Path | str | None = None,
     keep_journal: bool = False,
     keep_points: bool = False,
     checks: bool = True,
@@ -516,7 +516,7 @@ def audit(
         "engine": engine,
         "points": keep_points,
     }
-    kept = None if journal is None else Journal(Path(journal), identity)
+    kept = None if journal is None else Journal(read_path(journal), identity)
     owning = nullcontext() if kept is None else kept.owned()
     with owning, kept_memory(device), full_float32(), attacking(model, "eval"):
         found = sweeper.run(suite, kept, keep_journal=keep_journal)
@@ -578,7 +578,7 @@ def load_audit(path: Path | str) -> Audit:
     Raises:
         CheckpointError: a file is missing, cut or foreign, or the counts of the two disagree.
     """
-    json_path, npz_path = paths(Path(path))
+    json_path, npz_path = paths(read_path(path))
     about, columns = read_pair(json_path, npz_path, SCHEMA)
     try:
         found = Audit(

@@ -23,7 +23,7 @@ from robustfair import metrics
 from robustfair.attacks.pgd import attacking
 from robustfair.attacks.sweep import predict
 from robustfair.checkpoint import write_json
-from robustfair.config import canonical_key, require
+from robustfair.config import canonical_key, read_path, require
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.data.corruptions import (
     CORRUPTIONS,
@@ -237,7 +237,7 @@ class CorruptionAudit:
         Returns:
             The two paths, JSON first.
         """
-        json_path, npz_path = paths(Path(folder) / stem.replace("/", "-"))
+        json_path, npz_path = paths(read_path(folder) / stem.replace("/", "-"))
         json_path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(npz_path, {"index": self.index, "labels": self.labels, CLEAN: self.clean, **self.predictions})
         write_json(json_path, self.to_dict())
@@ -399,7 +399,7 @@ def load_corruption_audit(path: Path | str) -> CorruptionAudit:
     Raises:
         CheckpointError: a file is missing, cut or foreign, or the counts of the two disagree.
     """
-    json_path, npz_path = paths(Path(path))
+    json_path, npz_path = paths(read_path(path))
     about, columns = read_pair(json_path, npz_path, SCHEMA)
     try:
         found = CorruptionAudit(
@@ -455,7 +455,7 @@ def open_published(folder: Path | str, corruptions: Sequence[str], dataset: Imag
     Raises:
         DataError: a file is missing or damaged, or its shape or labels are not those of the data set.
     """
-    folder = Path(folder).expanduser()
+    folder = read_path(folder)
     if not folder.is_dir():
         raise DataError(f"published corruptions: {str(folder)!r} is not a folder")
     files = {canonical_key(path.stem): path for path in sorted(folder.glob("*.npy"))}

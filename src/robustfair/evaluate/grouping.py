@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from robustfair import metrics
-from robustfair.config import require
+from robustfair.config import read_path, require
 from robustfair.data import ImageDataset
 from robustfair.errors import DataError, UnknownNameError
 from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, WorstClass, find_attack
@@ -227,7 +227,7 @@ def read_groups(by: str | Path, images: ImageDataset | Audit) -> Groups:
     """
     if canonical(str(by)).replace("-", "") == SUPERCLASS:
         return _superclasses(images)
-    path = Path(by)
+    path = read_path(by)
     if not path.is_file():
         why = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {why}: group by {SUPERCLASS}, or by a CSV file with the header class,group")

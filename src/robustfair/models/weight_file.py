@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from robustfair.config import read_path
 from robustfair.errors import CheckpointError
 
 
@@ -45,7 +46,7 @@ def read_weight_file(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, cut, of another format, without tensors, or made to run a program.
     """
-    path = Path(path)
+    path = read_path(path)
     if not path.is_file():
         raise CheckpointError(
             f"{path}: {'is a folder' if path.is_dir() else 'no such file'}, a weight file was expected"
@@ -75,7 +76,7 @@ def require_weight_file(path: str | Path) -> None:
     Raises:
         CheckpointError: says what it is instead, and what to do.
     """
-    _reader(Path(path))
+    _reader(read_path(path))
 
 
 def holds_weights(value: object) -> bool:

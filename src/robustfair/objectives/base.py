@@ -90,7 +90,8 @@ class AdversarialObjective(Objective):
         eps = default_eps(self.norm) if self.eps is None else self.eps
         object.__setattr__(self, "eps", parse_eps(eps, norm=self.norm, owner=self.name))
         if isinstance(self.step_size, str):
-            step_size = parse_eps(self.step_size, norm="l2" if self.norm == "l2" else "any", owner=self.name, field="step_size")
+            norm = "l2" if self.norm == "l2" else "any"
+            step_size = parse_eps(self.step_size, norm=norm, owner=self.name, field="step_size")
             object.__setattr__(self, "step_size", step_size)
         require_at_least(0, self.name, "step_size", 0 if self.step_size is None else self.step_size)
         require_whole(0, self.name, "steps", self.steps)
