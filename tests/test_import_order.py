@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "registry",
     "config",
+    "console",
     "devices",
     "lock",
     "values",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import shlex
 import sys
 import typing
 import warnings
@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 import cyclopts
 from cyclopts import App, Parameter
 
+from robustfair.config import read_path
+from robustfair.console import PipedConsole, Screen, results, results_apart, say, screen
 from robustfair.errors import DivergedError, RecipeError, RobustFairError, as_flags
 from robustfair.recipe import Recipe, read_recipe
 
@@ -104,6 +106,7 @@ class TargetFlags:
 
 
 NO_TARGET_FLAGS = TargetFlags()
+PathFlag = Annotated[Path, Parameter(converter=lambda hint, tokens: read_path(tokens[0].value))]
 ATTACKS = "clean,pgd-20"
 
 
@@ -112,7 +115,7 @@ def train(
     recipe: str | None = None,
     /,
     *,
-    out: Path,
+    out: PathFlag,
     resume: Annotated[bool, Parameter(negative=())] = False,
     quiet: Annotated[bool, Parameter(negative=())] = False,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -160,10 +163,10 @@ def train(
     chosen = fitted.chosen
     if json_:
         result = {"out": str(out), "candidate": chosen.candidate, "epoch": chosen.epoch, "epochs": fitted.state.epoch}
-        print(json.dumps(result))
+        say(json.dumps(result))
     else:
-        print(f"{out}: {fitted.state.epoch} epochs; the model is '{chosen.candidate}' of epoch {chosen.epoch}")
-        print(f'next: robustfair audit {out} --attacks "clean,pgd-20,cw-50(restarts=5)"')
+        say(f"{out}: {fitted.state.epoch} epochs; the model is '{chosen.candidate}' of epoch {chosen.epoch}")
+        say(_audit_next(out))
     return 0
 
 
@@ -177,16 +180,16 @@ def _train_stages(recipe: Recipe, out: Path, *, resume: bool, quiet: bool, json_
             recipe,
             out,
             resume=resume,
-            on_stage=lambda stage: print(stage.text, file=sys.stderr if json_ else sys.stdout),
+            on_stage=lambda stage: print(stage.text, file=sys.stderr) if json_ else say(stage.text),
             on_start=progress.start,
             on_step=progress.step,
             on_epoch=progress.epoch,
         )
     if json_:
-        print(json.dumps({"out": str(out), "model": str(done.path)}))
+        say(json.dumps({"out": str(out), "model": str(done.path)}))
     else:
-        print(f"{out}: {len(recipe.stages)} stages; the model is that of {done.path}")
-        print(f'next: robustfair audit {out} --attacks "clean,pgd-20,cw-50(restarts=5)"')
+        say(f"{out}: {len(recipe.stages)} stages; the model is that of {done.path}")
+        say(_audit_next(out))
     return 0
 
 
@@ -206,9 +209,9 @@ def audit(
     checks: Annotated[bool, Parameter(negative=())] = False,
     fail_under: Annotated[list[str] | None, Parameter(negative=())] = None,
     group_by: str | None = None,
-    baseline: Path | None = None,
-    out: Path | None = None,
-    report: Path | None = None,
+    baseline: PathFlag | None = None,
+    out: PathFlag | None = None,
+    report: PathFlag | None = None,
     quiet: Annotated[bool, Parameter(negative=())] = False,
     format_: Annotated[Literal["table", "json", "markdown", "latex"], Parameter(name="--format")] = "table",
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -298,7 +301,7 @@ def audit(
         stored = load_audit(target)
         rates, checked = _judged(stored, gates, read_groups(group_by, stored) if group_by else None)
         return _show(stored, form, rates, checked, baseline=before, report=report)
-    images = None if Path(target).is_dir() else request.images()
+    images = None if read_path(target).is_dir() else request.images()
     found = flags.load(target, images)
     require_outputs(found, out=out, report=report, points=points)
     if images is None and (gates or group_by):
@@ -332,21 +335,21 @@ def _show(
     *,
     baseline: Any = None,
     written: Sequence[Path] = (),
-    report: Path | None = None,
+    report: PathFlag | None = None,
 ) -> int:
     """Print an audit, its groups and its gates, and write a report that is not `written` yet; the exit code."""
     from robustfair.report.html import write_report
     from robustfair.workflows import audit_text
 
-    text = audit_text(result, form, baseline=baseline, rates=rates, checked=checked, width=_width())
+    text = audit_text(result, form, baseline=baseline, rates=rates, checked=checked, screen=screen())
     if report is not None:
         written = [*written, write_report(report, result, baseline=baseline, rates=rates, gates=checked)]
-    print(text)
+    say(text)
     lines = [gate.line for gate in checked]
     if form == "table":
-        lines = [*(f"wrote {path}" for path in written), *lines]
-    if lines:
-        print(*lines, sep="\n", file=sys.stdout if form == "table" else sys.stderr)
+        say(*(f"wrote {path}" for path in written), *lines)
+    elif lines:
+        print(*lines, sep="\n", file=sys.stderr)
     return 0 if all(gate.passed for gate in checked) else 1
 
 
@@ -357,11 +360,11 @@ def corruptions(
     *,
     which: str = "all",
     severities: Annotated[list[int] | None, Parameter(negative=())] = None,
-    frost: Path | None = None,
-    published: Path | None = None,
+    frost: PathFlag | None = None,
+    published: PathFlag | None = None,
     precision: str = "fp32",
-    out: Path | None = None,
-    report: Path | None = None,
+    out: PathFlag | None = None,
+    report: PathFlag | None = None,
     quiet: Annotated[bool, Parameter(negative=())] = False,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
     flags: Annotated[TargetFlags, Parameter(name="*")] = NO_TARGET_FLAGS,
@@ -393,11 +396,11 @@ def corruptions(
     """
     from robustfair.data.corruptions import SEVERITIES
     from robustfair.report.corruptions import corruption_table, summary_lines
-    from robustfair.report.table import render
+    from robustfair.report.layout import render
     from robustfair.workflows import AuditRequest, corruptions_of, require_outputs, write_corruptions
 
     request = AuditRequest(attacks="clean", precision=precision, **flags.asked())
-    images = None if Path(target).is_dir() else request.images()
+    images = None if read_path(target).is_dir() else request.images()
     found = flags.load(target, images)
     require_outputs(found, out=out, report=report)
     result = corruptions_of(
@@ -412,10 +415,11 @@ def corruptions(
     )
     written = write_corruptions(found, result, out=out, report=report)
     if json_:
-        print(json.dumps(result.to_dict(), allow_nan=False))
+        say(json.dumps(result.to_dict(), allow_nan=False))
         return 0
-    table = render(corruption_table(result, width=_width()), _width())
-    print(table, *summary_lines(result), *(f"wrote {path}" for path in written), sep="\n")
+    shown = screen()
+    say(render(corruption_table(result), shown), *map(shown.fold, summary_lines(result)))
+    say(*(f"wrote {path}" for path in written))
     return 0
 
 
@@ -426,7 +430,7 @@ def compare(
     paired: Annotated[bool, Parameter(negative=())] = False,
     format_: Annotated[Literal["table", "json", "markdown", "latex"], Parameter(name="--format")] = "table",
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
-    out: Path | None = None,
+    out: PathFlag | None = None,
 ) -> int:
     """Compare stored audits on the same images, class by class; attacks nothing.
 
@@ -463,18 +467,18 @@ def compare(
     named = [name for name in _OUTER_COMMA.split(attacks) if canonical(name) != ROBUST] if attacks else []
     wanted = [attack.name for attack in parse_attacks(named)] if named else []
     stored = comparable_audits(targets, wanted)
-    audits, width = [audit for _, audit in stored], None if out else _width()
+    audits, shown = [audit for _, audit in stored], Screen() if out else screen()
     compared = compare_many(audits, attacks=attacks)
     for path, _ in stored:
         print(f"note: {path}", file=sys.stderr)
     if paired or attacks or form != "table":
-        text = comparison_text(compared, form, width)
+        text = comparison_text(compared, form, shown)
     else:
-        text = "\n".join(line for later in audits[1:] for line in before_after_lines(audits[0], later, width))
+        text = "\n".join(line for later in audits[1:] for line in before_after_lines(audits[0], later, shown))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, text + "\n")
-    print(text if out is None else f"wrote {out}")
+    say(text if out is None else f"wrote {out}")
     return 0
 
 
@@ -483,7 +487,7 @@ def repair(
     target: str,
     /,
     *,
-    out: Path,
+    out: PathFlag,
     method: str = "hwnwb",
     checkpoint: str | None = None,
     attacks: str | None = None,
@@ -527,8 +531,8 @@ def repair(
     from robustfair.workflows import AuditRequest, before_after_lines, repair_run, repair_with_audits
 
     if attacks is None:
-        print(repair_run(target, method, out, checkpoint)[-1])
-        print(f'next: robustfair audit {out} --attacks "clean,pgd-20,cw-50(restarts=5)"')
+        say(repair_run(target, method, out, checkpoint)[-1])
+        say(_audit_next(out))
         return 0
     request = AuditRequest(
         attacks=attacks,
@@ -540,8 +544,8 @@ def repair(
         device=device,
     )
     done = repair_with_audits(target, method, out, request, checkpoint=checkpoint, quiet=quiet)
-    shown = before_after_lines(done.first, done.second, _width())
-    print(done.text, *shown, *(f"wrote {path}" for path in done.written), sep="\n")
+    shown = before_after_lines(done.first, done.second, screen())
+    say(done.text, *shown, *(f"wrote {path}" for path in done.written))
     return 0
 
 
@@ -567,7 +571,7 @@ def explain(
     from robustfair.report.explain import explain_plan
     from robustfair.runner import plan_of
 
-    print(explain_plan(plan_of(composition, allow or ()), epochs))
+    say(explain_plan(plan_of(composition, allow or ()), epochs))
     return 0
 
 
@@ -586,18 +590,18 @@ def list_(kind: str, /, *, json_: Annotated[bool, Parameter(name="--json", negat
 
     entries = listing(kind)
     if json_:
-        print(json.dumps(dict(entries)))
+        say(json.dumps(dict(entries)))
         return 0
     width = max(len(name) for name, _ in entries)
     for name, text in entries:
-        print(f"{name:<{width}}  {text}")
+        say(f"{name:<{width}}  {text}")
     return 0
 
 
 @app.command
 def demo(
     *,
-    out: Path | None = None,
+    out: PathFlag | None = None,
     seed: int = 0,
     epochs: int | None = None,
     quiet: Annotated[bool, Parameter(negative=())] = False,
@@ -617,8 +621,8 @@ def demo(
     """
     from robustfair.workflows import run_demo
 
-    for line in run_demo(out, seed, epochs, quiet=quiet, width=_width()):
-        print(line)
+    for line in run_demo(out, seed, epochs, quiet=quiet, screen=screen()):
+        say(line)
     return 0
 
 
@@ -627,7 +631,7 @@ app.command(data_commands)
 
 
 @data_commands.command
-def pack(name: str, /, *, out: Path, parts: int = 2) -> int:
+def pack(name: str, /, *, out: PathFlag, parts: int = 2) -> int:
     """Pack a data set losslessly into a few small .npz files, which load where only torch and numpy are installed.
 
     Parameters
@@ -643,21 +647,22 @@ def pack(name: str, /, *, out: Path, parts: int = 2) -> int:
     from robustfair.data.pack import write_pack
 
     for file in write_pack(load_dataset(name), out, parts=parts):
-        print(f"wrote {file} ({file.stat().st_size / 1e3:,.0f} kB)")
+        say(f"wrote {file} ({file.stat().st_size / 1e3:,.0f} kB)")
     return 0
 
 
-def _width() -> int | None:
-    """Columns of the terminal that stdout is; None where it is none and lines may be as long as they are."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+def _audit_next(run: Path) -> str:
+    """The command that audits a run, as a shell takes it."""
+    return f'next: robustfair audit {shlex.quote(str(run))} --attacks "clean,pgd-20,cw-50(restarts=5)"'
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: run a command and turn every error that a user caused into one line and an exit code."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), results_apart(for_good=argv is None):
         _show_warnings_as_lines()
         try:
-            result = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+            how = {"console": PipedConsole(file=results()), "result_action": "return_value"}
+            result = app(argv, exit_on_error=False, print_error=False, **how)
         except cyclopts.CycloptsError as error:
             return _fail(_one_line(str(error)), 2)
         except DivergedError as error:

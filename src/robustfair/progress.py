@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
+from robustfair.console import PipedConsole
 from robustfair.runner import Prepared
 from robustfair.training.state import TrainState
 
@@ -28,7 +29,7 @@ class _Bar:
     """A bar that a context manager always takes down again; silent where stderr is not a terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self.console = PipedConsole(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         silent = quiet or not self.console.is_terminal
         self.bar = Progress(

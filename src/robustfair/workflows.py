@@ -16,7 +16,8 @@ import torch
 
 from robustfair.attacks.named import parse_attacks
 from robustfair.checkpoint import Checkpoint, write_checkpoint, write_text
-from robustfair.config import RobustFairWarning, format_eps, parse_norm, require
+from robustfair.config import RobustFairWarning, format_eps, parse_norm, read_path, require
+from robustfair.console import Screen
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import CheckpointError, DataError, ModelError, RobustFairError
 from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Audit, audit, threat
@@ -33,16 +34,11 @@ from robustfair.models.head import head_norms
 from robustfair.progress import AuditProgress, TrainingProgress
 from robustfair.recipe import Stage, read_recipe
 from robustfair.repairs import Repair
-from robustfair.report.compare import comparison_tables, group_table
+from robustfair.report.compare import comparison_table, group_table
 from robustfair.report.corruptions import write_corruption_report
 from robustfair.report.html import write_report
-from robustfair.report.table import (
-    before_after_table,
-    class_table,
-    member_lines,
-    render,
-    summary_lines,
-)
+from robustfair.report.layout import ALL_ROWS, render
+from robustfair.report.table import before_after_table, class_table, member_lines, summary_lines
 from robustfair.report.text import latex, markdown
 from robustfair.rundir import RunFolder, environment
 from robustfair.runner import read_repair, train
@@ -402,7 +398,7 @@ def _to_repair(source: str, method: str, folder: RunFolder, checkpoint: str | No
         known = folder.manifest()
         begun = known.get("repaired_from", {})
         same = known.get("repair") == method and begun.get("checkpoint") == before.checkpoint
-        same = same and Path(begun["run"]).resolve() == Path(source).resolve()
+        same = same and read_path(begun["run"]).resolve() == read_path(source).resolve()
         if not same or (known.get("status") == "complete" and not killed):
             folder.require_free()
     if before.checkpoint == "repaired":
@@ -485,7 +481,7 @@ def _run_to_repair(source: str, checkpoint: str | None) -> Target:
     Raises:
         CheckpointError: `source` is no run.
     """
-    if not Path(source).is_dir():
+    if not read_path(source).is_dir():
         raise CheckpointError(
             f"{source} is no run folder, and the command repairs what robustfair train wrote. "
             "In Python, rf.repair(model) repairs any model"
@@ -498,7 +494,7 @@ def _origin(folder: RunFolder) -> str:
 
 
 def run_demo(
-    out: Path | None, seed: int, epochs: int | None, *, quiet: bool = False, width: int | None = None
+    out: Path | None, seed: int, epochs: int | None, *, quiet: bool = False, screen: Screen = ALL_ROWS
 ) -> Iterator[str]:
     """Train, audit, repair, audit again and report; yields what to print, as it is measured."""
     base = out or _free(Path("runs/demo"))
@@ -511,15 +507,15 @@ def run_demo(
     done = repair_with_audits(str(trained), "hwnwb", repaired, request, html=True, quiet=quiet)
     yield done.text
     yield ""
-    yield from before_after_lines(done.first, done.second, width)
+    yield from before_after_lines(done.first, done.second, screen)
     yield ""
     yield from (f"wrote {path}" for path in done.written)
 
 
-def audit_lines(result: Audit, width: int | None = None) -> list[str]:
-    """An audit in text: class table within `width` columns, a line per attack, findings."""
-    table = render(class_table(result, width=width), width)
-    return [table, *summary_lines(result), *member_lines(result), *_finding_lines(findings(result))]
+def audit_lines(result: Audit, screen: Screen = ALL_ROWS) -> list[str]:
+    """An audit in text: class table, a line per attack, findings."""
+    lines = [*summary_lines(result), *member_lines(result), *_finding_lines(findings(result))]
+    return [render(class_table(result), screen), *map(screen.fold, lines)]
 
 
 def audit_text(
@@ -529,7 +525,7 @@ def audit_text(
     baseline: Audit | None = None,
     rates: GroupRates | None = None,
     checked: Sequence[GateResult] = (),
-    width: int | None = None,
+    screen: Screen = ALL_ROWS,
 ) -> str:
     """An audit, its groups and its gates as "table" (without the gates), "json", "markdown" or "latex"."""
     if form == "json":
@@ -542,31 +538,30 @@ def audit_text(
             about["gates"] = [gate.to_dict() for gate in checked]
         return json.dumps(about, allow_nan=False)
     if form == "table":
-        shown = audit_lines(result, width) if baseline is None else before_after_lines(baseline, result, width)
-        return "\n".join([*shown, *([] if rates is None else [render(group_table(rates, width=width), width)])])
+        shown = audit_lines(result, screen) if baseline is None else before_after_lines(baseline, result, screen)
+        return "\n".join([*shown, *([] if rates is None else [render(group_table(rates), screen)])])
     write = {"markdown": markdown, "latex": latex}[form]
     first = result if baseline is None else compare(baseline, result)
     return "\n".join(write(part) for part in (first, rates) if part is not None)
 
 
-def before_after_lines(before: Audit, after: Audit, width: int | None = None) -> list[str]:
+def before_after_lines(before: Audit, after: Audit, screen: Screen = ALL_ROWS) -> list[str]:
     """Two audits in text: classes side by side, a line per attack, findings on the second and on the change."""
-    found = [*findings(after), *compare_findings(before, after)]
-    return [
-        render(before_after_table(before, after, width=width), width),
+    lines = [
         *(f"before  {line}" for line in summary_lines(before)),
         *(f"after   {line}" for line in summary_lines(after)),
-        *_finding_lines(found),
+        *_finding_lines([*findings(after), *compare_findings(before, after)]),
     ]
+    return [render(before_after_table(before, after), screen), *map(screen.fold, lines)]
 
 
-def comparison_text(found: Sequence[Comparison], form: str, width: int | None = None) -> str:
+def comparison_text(found: Sequence[Comparison], form: str, screen: Screen = ALL_ROWS) -> str:
     """Comparisons as "table", "json", "markdown" or "latex"."""
     if form == "json":
         dicts = [one.to_dict() for one in found]
         return json.dumps(dicts if len(dicts) > 1 else dicts[0], allow_nan=False)
     if form == "table":
-        return "\n".join(render(table, width) for one in found for table in comparison_tables(one, width=width))
+        return "\n".join(render(comparison_table(one), screen) for one in found)
     return "\n".join({"markdown": markdown, "latex": latex}[form](one) for one in found)
 
 

@@ -8,8 +8,9 @@ from reference.audits import random_audit
 from robustfair.errors import UnknownNameError
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.grouping import read_groups, regroup
-from robustfair.report.compare import comparison_table, comparison_tables, group_table
-from robustfair.report.table import percent, points, render
+from robustfair.report.compare import comparison_table, group_table
+from robustfair.report.layout import render
+from robustfair.report.table import percent, points
 
 
 def test_comparison_table_exact(small, small_repaired) -> None:
@@ -42,32 +43,6 @@ def test_a_change_beyond_chance_bears_a_mark_and_numbers_stay_in_line() -> None:
     assert "†" not in same.partition("* worst")[0]
     mixed = render(comparison_table(compare(before, after), ["clean", "robust"])).splitlines()[5:8]
     assert len({line.rindex("[") for line in mixed}) == 1
-
-
-@pytest.mark.parametrize("width", [140, 130, 115])
-def test_a_narrow_terminal_gets_a_narrower_table_with_every_rate(width: int) -> None:
-    found = compare(random_audit(1), random_audit(2))
-    text = render(comparison_table(found, ["clean", "robust"], width=width), width)
-    assert max(map(len, text.splitlines())) <= width
-    for entry in (found.under("clean"), found.under("robust")):
-        for tested in entry.classes[:3]:
-            assert percent(tested.difference.before) in text
-            assert points(tested.difference.change) in text
-    assert ("[" in text.partition("* worst")[0]) == (width > 115)
-
-
-def test_attacks_that_do_not_fit_side_by_side_go_below_one_another() -> None:
-    found = compare(random_audit(1), random_audit(2))
-    assert len(comparison_tables(found)) == len(comparison_tables(found, width=400)) == 1
-    tables = comparison_tables(found, width=90)
-    pages = [render(table, 90) for table in tables]
-    assert len(pages) == 4
-    assert all(len(line) <= 90 for page in pages for line in page.splitlines())
-    for attack, page in zip(("clean", "pgd-20", "cw-50", "robust"), pages, strict=True):
-        assert attack in page.splitlines()[2]
-        assert "…" not in page
-    assert ["McNemar" in page for page in pages] == [False, False, False, True]
-    assert len(comparison_tables(found, ["robust"], width=40)) == 1
 
 
 def test_group_table_exact() -> None:

@@ -24,7 +24,7 @@ from robustfair.report.corruptions import (
     write_corruption_report,
 )
 from robustfair.report.figures import rate_map
-from robustfair.report.table import render
+from robustfair.report.layout import render
 
 
 @pytest.fixture
@@ -78,19 +78,6 @@ def test_table(make: Callable[..., CorruptionAudit]) -> None:
     assert " *63.3 [" in snow
     assert any(line.startswith(" mean of all 2") for line in lines)
     assert [line.split()[0] for line in lines if "*" in line] == ["snow", "By"]
-
-
-@pytest.mark.parametrize(
-    ("width", "severities", "intervals"), [(120, True, True), (85, True, False), (75, False, True), (60, False, False)]
-)
-def test_table_is_as_wide_as_it_may_be(
-    make: Callable[..., CorruptionAudit], width: int, severities: bool, intervals: bool
-) -> None:
-    text = render(corruption_table(make(), width=width))
-    assert max(map(len, text.splitlines())) <= width
-    assert ("s5" in text) == severities
-    assert ("[" in text) == ("Wilson" in text) == intervals
-    assert all(name.replace("_", " ") in text for name in CORRUPTIONS)
 
 
 def test_summary_lines(make: Callable[..., CorruptionAudit]) -> None:

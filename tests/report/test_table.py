@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 
 import pytest
 
 from robustfair.errors import ConfigError, DataError
 from robustfair.evaluate.audit import Audit
+from robustfair.report.layout import render
 from robustfair.report.table import (
     before_after_table,
     change_of_average,
@@ -15,9 +15,6 @@ from robustfair.report.table import (
     class_table,
     percent,
     points,
-    render,
-    short_names,
-    show,
     shown_attacks,
     summary_lines,
 )
@@ -92,30 +89,6 @@ def test_changes_are_paired_over_the_images(small, small_repaired):
     assert [c.sure for c in changes(small, small, "clean")] == [False] * 3
 
 
-@pytest.mark.parametrize("width", [110, 80, 70])
-def test_a_narrow_terminal_gets_a_narrower_table_with_every_rate(large, width):
-    audit = large(4)
-    text = render(class_table(audit, width=width), width)
-    assert max(map(len, text.splitlines())) <= width
-    for attack in shown_attacks(audit):
-        for rate in audit.rate(attack).tolist():
-            assert percent(rate) in text
-    assert "…" not in text
-
-
-def test_widths_drop_intervals_last(large):
-    audit = large(4)
-    wide, stacked, bare = (render(class_table(audit, width=width)) for width in (None, 75, 60))
-    assert "90.0 [59.6, 98.2]" in wide
-    assert "[59.6, 98.2]" in stacked
-    assert "90.0 [59.6, 98.2]" not in stacked
-    assert "[59.6" not in bare
-    assert "90.0" in bare
-    with_norms = "1.010"
-    assert with_norms in wide
-    assert with_norms not in stacked
-
-
 def test_brackets_and_escapes_in_names_are_text(small):
     audit = replace(small, class_names=("[red]a[/red]", "b\x1b[31m", "c"), model="[bold]net")
     text = render(class_table(audit))
@@ -123,14 +96,6 @@ def test_brackets_and_escapes_in_names_are_text(small):
     assert "b?[31m" in text
     assert "\x1b" not in text
     assert "[bold]net" in text
-
-
-def test_long_names_stay_apart():
-    names = [f"traffic_sign_speed_limit_{i}_kilometres_per_hour" for i in range(12)]
-    short = short_names(names, 16)
-    assert len(set(short)) == 12
-    assert max(map(len, short)) <= 16
-    assert short_names(["cat", "dog"], 16) == ["cat", "dog"]
 
 
 def test_audits_that_cannot_be_compared(small, small_repaired, large):
@@ -150,12 +115,6 @@ def test_before_after_takes_the_attacks_that_both_have(large):
     fewer = replace(audit, predictions={name: audit.predictions[name] for name in ("clean", "cw-20")})
     head = render(before_after_table(fewer, audit)).splitlines()[2]
     assert head.split() == ["clean", "cw-20"]
-
-
-def test_show_writes_plain_whole_lines_where_there_is_no_terminal(large):
-    out = io.StringIO()
-    show(class_table(large(3)), out)
-    assert out.getvalue() == render(class_table(large(3)))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from robustfair.config import read_path
 from robustfair.errors import CheckpointError, DataError
 from robustfair.evaluate.audit import ROBUST, Audit, load_audit
 from robustfair.evaluate.compare import check_comparable
@@ -37,7 +39,7 @@ def comparable_audits(names: Sequence[Path | str], attacks: Sequence[str] = ()) 
         CheckpointError: a name without an audit, or an audit that is damaged.
         DataError: no audit of the first name fits the others; says how the newest differ.
     """
-    candidates = [sorted(_candidates(Path(name)), key=partial(_lacks, attacks)) for name in names]
+    candidates = [sorted(_candidates(read_path(name)), key=partial(_lacks, attacks)) for name in names]
     for first in candidates[0]:
         fitting = [[each for each in found if _fit(first.audit, each.audit)] for found in candidates[1:]]
         if all(fitting):
@@ -61,7 +63,7 @@ def _candidates(path: Path) -> list[StoredAudit]:
         except CheckpointError as error:
             failed = error
     if not found:
-        raise failed or CheckpointError(f"{path} holds no audit: run robustfair audit {path}")
+        raise failed or CheckpointError(f"{path} holds no audit: run robustfair audit {shlex.quote(str(path))}")
     return sorted(found, key=lambda each: str(each.audit.provenance.get("date", "")), reverse=True)
 
 

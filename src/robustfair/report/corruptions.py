@@ -6,32 +6,20 @@ The page forbids itself every request, and follows the reader's light or dark sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from robustfair.checkpoint import write_text
-from robustfair.config import needed
+from robustfair.config import read_path
 from robustfair.errors import ConfigError
 from robustfair.evaluate.audit import CLEAN
 from robustfair.evaluate.corruptions import ALL, SETS, CorruptionAudit
 from robustfair.report.figures import HEAT_STEPS, rate_map
-from robustfair.report.table import (
-    add_column,
-    add_row,
-    empty_table,
-    first_that_fits,
-    percent,
-    printable,
-    shorten,
-    span,
-)
-
-with needed("rich", "a table or report"):
-    from rich.table import Table
-    from rich.text import Text
+from robustfair.report.layout import WORST, Cell, Column, Sheet, printable
+from robustfair.report.table import percent, span
 
 Measure = Literal["average", "worst"]
 
@@ -99,19 +87,39 @@ images are left out.</p></footer>
 """
 
 
-def corruption_table(audit: CorruptionAudit, *, width: int | None = None) -> Table:
-    """Average and worst class accuracy under each corruption: by severity, and in the mean with intervals.
+def corruption_table(audit: CorruptionAudit) -> Sheet:
+    """Average and worst class accuracy under each corruption: by severity, and in the mean with intervals."""
+    lowest, hardest = min(audit.corruptions, key=audit.average), _hardest(audit)
 
-    Args:
-        width: columns of the terminal. Where the table would be wider, the intervals go, or else the severities, or
-            both. None leaves it as wide as it wants to be.
-    """
-    return first_that_fits(
-        width,
-        lambda: _table(audit),
-        lambda: _table(audit, intervals=False),
-        lambda: _table(audit, severities=False),
-        lambda: _table(audit, severities=False, intervals=False),
+    def both(what: str, severity: int) -> Cell:
+        return Cell(text=f"{percent(audit.average(what, severity))}/{percent(audit.worst(what, severity).value)}")
+
+    def mean(value: float, interval: tuple[float, float], *, marked: bool) -> Cell:
+        return Cell(text=percent(value), interval=span(*interval), mark=WORST if marked else "")
+
+    def row(what: str) -> tuple[Cell, ...]:
+        worst = audit.worst(what)
+        return (
+            Cell(text=row_name(audit, what), is_name=True),
+            *(Cell() if what == CLEAN else both(what, severity) for severity in audit.severities),
+            mean(audit.average(what), audit.average_interval(what), marked=what == lowest),
+            mean(worst.value, audit.worst_interval(what), marked=what == hardest),
+            Cell(text=worst.class_name, is_name=True),
+        )
+
+    heads = ("corruption", *(f"s{severity}" for severity in audit.severities), "average", "worst")
+    legend = "By severity: average/worst class. * lowest of its column. Intervals: 95 %, Wilson; for worst, bootstrap."
+    return Sheet(
+        title=f"{audit.model} on {audit.data}, common corruptions, percent right",
+        columns=(
+            *(Column(head=head) for head in heads),
+            Column(head="worst is", side="left"),
+        ),
+        above=(row(CLEAN),),
+        rows=tuple(map(row, audit.corruptions)),
+        totals=tuple(map(row, shown_sets(audit))),
+        notes=(legend,),
+        labels=1,
     )
 
 
@@ -136,7 +144,7 @@ def write_corruption_report(path: Path | str, audit: CorruptionAudit, *, title: 
     Raises:
         ConfigError: `path` is a folder.
     """
-    path = Path(path)
+    path = read_path(path)
     if path.is_dir():
         raise ConfigError("report", "path", allowed="a file name", got=str(path), hint=f"Try {path / 'report.html'}.")
     page = render_corruption_report(audit, title=title)
@@ -281,37 +289,3 @@ def _average_words(audit: CorruptionAudit, what: str, severity: int | None) -> s
 def _worst_words(audit: CorruptionAudit, what: str, severity: int | None) -> str:
     worst = audit.worst(what, severity)
     return f"{worst.class_name} {percent(worst.value)} % {span(*audit.worst_interval(what, severity))}"
-
-
-def _table(audit: CorruptionAudit, *, severities: bool = True, intervals: bool = True) -> Table:
-    title = f"{printable(audit.model)} on {printable(audit.data)}, common corruptions, percent right"
-    notes = [
-        *(["By severity: average/worst class."] if severities else []),
-        "* lowest of its column.",
-        *(["Intervals: 95 %, Wilson; for worst, bootstrap."] if intervals else []),
-    ]
-    table = empty_table(title, " ".join(notes))
-    columns = audit.severities if severities else ()
-    add_column(table, "corruption", justify="left")
-    for head in (*(f"s{severity}" for severity in columns), "average", "worst"):
-        add_column(table, head)
-    add_column(table, "worst is", justify="left")
-    lowest, hardest = min(audit.corruptions, key=audit.average), _hardest(audit)
-
-    def both(what: str, severity: int) -> str:
-        return f"{percent(audit.average(what, severity))}/{percent(audit.worst(what, severity).value)}"
-
-    def mean(value: float, interval: Callable[[str], tuple[float, float]], what: str, *, marked: bool) -> Text:
-        text = f"{percent(value)} {span(*interval(what))}" if intervals else percent(value)
-        return Text(f"{'*' if marked else ' '}{text}", style="bold" if marked else "")
-
-    for section in ((CLEAN,), audit.corruptions, shown_sets(audit)):
-        table.add_section()
-        for what in section:
-            worst = audit.worst(what)
-            cells: list[str | Text] = [row_name(audit, what)]
-            cells += ["" if what == CLEAN else both(what, severity) for severity in columns]
-            cells.append(mean(audit.average(what), audit.average_interval, what, marked=what == lowest))
-            cells.append(mean(worst.value, audit.worst_interval, what, marked=what == hardest))
-            add_row(table, [*cells, shorten(printable(worst.class_name), 16)])
-    return table

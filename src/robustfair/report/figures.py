@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal, TypeGuard
 
-from robustfair.report.table import NO_IMAGES, percent, short_names
+from robustfair.report.layout import short_names
+from robustfair.report.table import NO_IMAGES, percent
 
 HEAT_STEPS = 9
 """Shades of the confusion heat map; class `hN` of the style sheet, N from 0 (no error) to this."""

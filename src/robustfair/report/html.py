@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from robustfair import metrics
 from robustfair.checkpoint import write_text
-from robustfair.config import format_eps, needed
+from robustfair.config import format_eps, needed, read_path
 from robustfair.errors import ConfigError
 from robustfair.evaluate.audit import CLEAN, Audit
 from robustfair.evaluate.compare import check_comparable
@@ -102,7 +102,7 @@ def write_report(
         ConfigError: `path` is a folder.
         DataError: the baseline is over other classes.
     """
-    path = Path(path)
+    path = read_path(path)
     if path.is_dir():
         raise ConfigError("report", "path", allowed="a file name", got=str(path), hint=f"Try {path / 'report.html'}.")
     more: dict[str, Any] = {"history": history, "title": title, "recipe": recipe, "rates": rates, "gates": gates}

@@ -1,19 +1,18 @@
 """What a table says, before anything says how it looks: the cells of an audit, a grouping or a comparison, in words.
 
-`robustfair.report.compare` lays them out for a terminal, `robustfair.report.text` for Markdown and LaTeX.
+`robustfair.report.layout` lays them out for a terminal, `robustfair.report.text` for Markdown and LaTeX.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from robustfair import metrics
 from robustfair.evaluate.audit import CLEAN, ROBUST, shortfall
 from robustfair.evaluate.compare import AttackComparison, Comparison, Difference, PairedTest
 from robustfair.evaluate.grouping import GroupRates
+from robustfair.report.layout import SURE, WORST, Cell, Column, Sheet
 from robustfair.report.table import (
     NO_IMAGES,
     Measured,
@@ -25,55 +24,6 @@ from robustfair.report.table import (
     shown_attacks,
     span,
 )
-
-WORST: Literal["worst"] = "worst"
-SURE: Literal["sure"] = "sure"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One place of a table.
-
-    Attributes:
-        text: a number in words, or a name.
-        interval: of the number, in brackets; "" without.
-        half: the larger distance from the number to an end of its interval.
-        mark: "worst" class of its column, or a change that is "sure" to be one.
-        is_name: whether the text is a name that a user gave, or a word.
-    """
-
-    text: str = ""
-    interval: str = ""
-    half: str = ""
-    mark: Literal["", "worst", "sure"] = ""
-    is_name: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One column: its head, and the attack that it shares with its neighbours, "" if it stands alone."""
-
-    head: str
-    over: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sheet:
-    """A table in words.
-
-    Attributes:
-        title: models, data, threat and unit.
-        columns: names of the classes first, their images second.
-        rows: one a class or group.
-        totals: rows over all of them.
-        notes: what the numbers are, one sentence each.
-    """
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    totals: tuple[tuple[Cell, ...], ...]
-    notes: tuple[str, ...]
 
 
 def sheet_of(measured: Measured, attacks: Sequence[str] | None = None) -> Sheet:
@@ -130,6 +80,8 @@ def _rates(rates: Rates, attacks: Sequence[str] | None) -> Sheet:
             *(_group_notes(rates, chosen) if isinstance(rates, GroupRates) else ()),
             *_cut_short(rates, chosen),
         ),
+        ranks=tuple(rates.rate(chosen[-1]).tolist()),
+        ranked_by=f"accuracy under {chosen[-1]}",
     )
 
 
@@ -184,6 +136,8 @@ def _changes(comparison: Comparison, attacks: Sequence[str] | None) -> Sheet:
             f"† more than chance: p at most {1 - comparison.level:g}, or an interval without zero.",
             *(f"{note}." for note in comparison.notes),
         ),
+        ranks=tuple(tested.difference.change for tested in chosen[-1].classes),
+        ranked_by=f"change under {chosen[-1].attack}",
     )
 
 

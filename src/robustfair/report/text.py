@@ -8,8 +8,9 @@ from itertools import groupby
 from typing import Literal, get_args
 
 from robustfair.config import require
-from robustfair.report.sheet import SURE, WORST, Cell, Column, sheet_of
-from robustfair.report.table import Measured, printable
+from robustfair.report.layout import SURE, WORST, Cell, Column, printable
+from robustfair.report.sheet import sheet_of
+from robustfair.report.table import Measured
 
 Intervals = Literal["brackets", "pm"]
 
