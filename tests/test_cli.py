@@ -925,14 +925,16 @@ def test_an_audit_is_printed_as_the_json_it_stores(place: Path, command: Command
     printed = outcome.json()
     (stored,) = (place / "run" / "audit").glob("*.json")
     assert printed == json.loads(stored.read_text())
-    assert printed["schema"] == "robustfair.audit/1"
+    assert printed["schema"] == "robustfair.audit/2"
     assert list(printed["attacks"]) == ["clean", "pgd-2"]
     arrays = np.load(stored.with_suffix(".npz"))
     assert set(arrays.files) == {"index", "labels", "clean", "pgd-2"}
     for attack, found in printed["attacks"].items():
         confusion = np.zeros((10, 10), dtype=int)
         np.add.at(confusion, (arrays[attack], arrays["labels"]), 1)
-        assert found["confusion_pred_true"] == confusion.tolist()
+        counts = found["confusion"]
+        assert counts["count"] == confusion[counts["predicted"], counts["true"]].tolist()
+        assert sum(counts["count"]) == confusion.sum()
         assert found["correct"] == confusion.diagonal().tolist()
 
 
@@ -1028,7 +1030,7 @@ def test_a_weight_file_audits_as_the_run_it_came_from(place: Path, command: Comm
     for other in (of_file, of_factory):
         for key in ("attacks", "robust", "threat", "data", "class_names", "head_norms", "count"):
             assert other[key] == of_run[key]
-    assert len(set(np.array(of_run["attacks"]["clean"]["confusion_pred_true"]).sum(1))) > 2
+    assert len(set(of_run["attacks"]["clean"]["confusion"]["predicted"])) > 2
     assert (of_file["model"], of_factory["model"]) == (file, f"zoo_of_test:tiny ({file})")
 
 

@@ -224,8 +224,8 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path, schema: str | None = None) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, *schemas: str) -> dict[str, Any]:
+    """Read a JSON object, of one of these schemas where any are given.
 
     Raises:
         CheckpointError: missing, cut, not JSON, or of another schema.
@@ -236,9 +236,10 @@ def read_json(path: Path, schema: str | None = None) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from None
-    if not isinstance(value, dict) or (schema is not None and value.get("schema") != schema):
+    if not isinstance(value, dict) or (schemas and value.get("schema") not in schemas):
         found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        raise CheckpointError(f"{path} has schema {found!r}, not {schema!r}: it was written by something else")
+        known = " or ".join(map(repr, schemas))
+        raise CheckpointError(f"{path} has schema {found!r}, not {known}: it was written by something else")
     return value
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reference.audits import random_audit
 from reference.linear_robustness import margin_left, survives
 from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
 from robustfair import metrics
@@ -610,14 +611,39 @@ def test_the_json_is_strict_and_holds_counts(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     about = json.loads(json_path.read_text(), parse_constant=refuse)
-    assert about["schema"] == "robustfair.audit/1"
+    assert about["schema"] == "robustfair.audit/2"
     assert list(about["attacks"]) == ["clean", "pgd-20", "cw-20(step_size=2/255)"]
     entry = about["attacks"]["pgd-20"]
-    assert entry["confusion_pred_true"] == [[2, 1, 0], [1, 3, 0], [1, 0, 0]]
+    assert entry["confusion"] == {"predicted": [0, 0, 1, 1, 2], "true": [0, 1, 0, 1, 0], "count": [2, 1, 1, 3, 1]}
     assert (entry["correct"], entry["count"]) == ([2, 3, 0], [4, 4, 0])
     assert entry["wilson"]["lower"][2] is None
     assert entry["summary"]["natural_error"] == [0.25, 0.0, None]
     assert about["robust"]["correct"] == [1, 2, 0]
+
+
+def test_an_audit_with_whole_confusion_matrices_reads_as_ever(tmp_path: Path) -> None:
+    first = by_hand()
+    json_path, _ = first.save(tmp_path, "audit")
+    about = json.loads(json_path.read_text())
+    about["schema"] = "robustfair.audit/1"
+    for name, entry in {**about["attacks"], "robust": about["robust"]}.items():
+        del entry["confusion"]
+        entry["confusion_pred_true"] = first.confusion(name).tolist()
+    json_path.write_text(json.dumps(about))
+    assert load_audit(json_path).to_dict() == first.to_dict()
+    about["attacks"]["clean"]["confusion_pred_true"][0][1] += 1
+    json_path.write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match="disagree on clean"):
+        load_audit(json_path)
+
+
+def test_a_thousand_classes_are_not_many_bytes(tmp_path: Path) -> None:
+    first = random_audit(1, classes=1001, images=2000)
+    json_path, npz_path = first.save(tmp_path, "audit")
+    assert json_path.stat().st_size < 2_000_000
+    assert npz_path.stat().st_size < 100_000
+    again = load_audit(json_path)
+    assert torch.equal(again.confusion("robust"), first.confusion("robust"))
 
 
 def test_the_arrays_need_no_pickle(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from None
 
 
-def read_pair(json_path: Path, npz_path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_pair(json_path: Path, npz_path: Path, *schemas: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the two files of an audit hold.
 
     Raises:
@@ -84,7 +84,7 @@ def read_pair(json_path: Path, npz_path: Path, schema: str) -> tuple[dict[str, A
     """
     for missing in (file for file in (json_path, npz_path) if not file.is_file()):
         raise CheckpointError(f"{missing} does not exist: an audit is a .json file and the .npz file beside it")
-    return read_json(json_path, schema), read_arrays(npz_path)
+    return read_json(json_path, *schemas), read_arrays(npz_path)
 
 
 def as_json(value: Any) -> Any:
