@@ -1697,3 +1697,71 @@ def test_a_baseline_of_other_images_is_refused_before_any_attack(place: Path, co
     outcome = command("audit", "run", "--attacks", "clean,pgd-400(restarts=50)", "--baseline", stored)
     assert outcome.code == 2
     assert "not of the same images" in outcome.err
+
+
+# Paths as a user writes them
+
+
+@pytest.fixture
+def home(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place of the stock as the home folder, and an empty working folder in it."""
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("USERPROFILE", str(place))
+    monkeypatch.syspath_prepend(place)
+    (place / "here").mkdir()
+    monkeypatch.chdir(place / "here")
+    return place
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(home: Path, command: Command) -> None:
+    (home / "plan.yaml").write_text("train: standard\ndata: ~/good.npz\nmodel: small-cnn\nwidth: 4\nepochs: 1\n")
+    (home / "groups.csv").write_text("class,group\n" + "".join(f"{name},g{int(name) % 2}\n" for name in TEN))
+    few = ("--quiet", "--attacks", "clean", "--limit-per-class", "1")
+    plain, small = ("--validation", "0", "--select", "last", "--quiet"), ("--arch", "small-cnn", "--width", "4")
+    grouped = ("--group-by", "~/groups.csv", "--baseline", "~/baseline.json", "--limit-per-class", "2")
+    for words, made in (
+        (("train", "~/plan.yaml", "--out=~/plain", *plain), "plain/manifest.json"),
+        (
+            (
+                "train",
+                "standard",
+                "--data=~/good.npz",
+                "--model",
+                "small-cnn",
+                "--width",
+                "4",
+                "--epochs",
+                "1",
+                "--out=~/named",
+                *plain,
+            ),
+            "named/manifest.json",
+        ),
+        (("audit", "~/run", *few, "--out=~/audits", "--report=~/page.html"), "page.html"),
+        (("audit", "~/run", "--attacks", "clean", *grouped, "--out", "~/grouped", "--quiet"), "grouped"),
+        (("audit", "~/good.pt", *small, "--data", "~/good.npz", *few, "--report", "~/weights.html"), "weights.html"),
+        (("audit", "zoo_of_test:tiny", "--weights=~/good.pt", "--data", "digits", *few, "--out=~/zoo"), "zoo"),
+        (("audit", "~/baseline.json", "--report=~/again.html"), "again.html"),
+        (("compare", "~/grouped", "~/baseline.json", "--out=~/compared.txt"), "compared.txt"),
+        (("repair", "~/run", "--out=~/mended"), "mended/manifest.json"),
+        (("corruptions", "~/run", "--which", "fog", "--out=~/fog", "--limit-per-class", "1", "--quiet"), "fog"),
+        (("data", "pack", "~/good.npz", "--out=~/packed"), "packed"),
+        (("explain", "~/plan.yaml"), "plan.yaml"),
+    ):
+        outcome = command(*words)
+        assert outcome.code == 0, (words, outcome.err)
+        assert (home / made).exists(), words
+        assert list((home / "here").iterdir()) == [], words
+
+
+def test_the_next_command_is_one_that_a_shell_takes(place: Path, command: Command) -> None:
+    for words in (training(out="a run"), ["repair", "a run", "--out", "it's mended"]):
+        outcome = command(*words, "--quiet")
+        assert outcome.code == 0, outcome.err
+        line = outcome.out.splitlines()[-1]
+        _, name, *rest = shlex.split(line)
+        assert (name, rest[:2]) == ("robustfair", ["audit", words[words.index("--out") + 1]])
+        assert command(*rest, "--limit-per-class", 1, "--quiet").code == 0
+    (place / "no audit").mkdir()
+    advice = command("compare", "no audit", "run").err.partition(": run ")[2]
+    assert shlex.split(advice) == ["robustfair", "audit", "no audit"]

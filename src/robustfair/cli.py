@@ -661,8 +661,10 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings(), results_apart(for_good=argv is None):
         _show_warnings_as_lines()
         try:
-            how = {"console": PipedConsole(file=results()), "result_action": "return_value"}
-            result = app(argv, exit_on_error=False, print_error=False, **how)
+            help_console = PipedConsole(file=results())
+            result = app(
+                argv, console=help_console, exit_on_error=False, print_error=False, result_action="return_value"
+            )
         except cyclopts.CycloptsError as error:
             return _fail(_one_line(str(error)), 2)
         except DivergedError as error:

@@ -16,7 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
-from rich.console import Console
+from robustfair.config import needed
+
+with needed("rich", "a table, a report or a command"):
+    from rich.console import Console
 
 IN_ASCII = "robustfair.in-ascii"
 """Name of the error handler that draws or escapes what an encoding lacks."""

@@ -129,6 +129,21 @@ def test_everything_that_a_user_names_is_escaped(large, history):
     assert not any("onclick" in attrs for _, attrs in parsed.tags)
 
 
+def test_the_map_of_a_thousand_classes_shows_those_in_the_largest_errors(large):
+    audit = large(1000)
+    page = render_report(audit, baseline=audit)
+    assert len(page) < 10_000_000
+    maps = page.partition("What is taken for what")[2].split("</section>")[0].split("heat-cells")[1:]
+    assert [cells.count('class="diagonal"') for cells in maps] == [50, 50]
+    assert "Drawn are the 50 of 1,000 classes in the largest errors" in page
+    counts = audit.confusion(strongest(audit))
+    share = counts / counts.sum(0)
+    share.fill_diagonal_(0)
+    true = int(share.max(0).values.argmax())
+    assert all(f"class {true}, predicted class {int(share[:, true].argmax())}:" in cells for cells in maps)
+    assert "Drawn are" not in render_report(large(100))
+
+
 def test_absent_class_says_so_and_is_worst_nowhere(small, small_repaired):
     for baseline in (None, small):
         parsed = Page(render_report(small_repaired, baseline=baseline))

@@ -90,21 +90,30 @@ def rug(rates: Sequence[float], *, average: float, worst: int | None, label: str
     return _svg(100, 24, parts, "rug", stretch=True, label=label)
 
 
-def heat_map(counts_pred_true: Sequence[Sequence[int]], names: Sequence[str], *, top: float | None = None) -> str:
+def heat_map(
+    counts_pred_true: Sequence[Sequence[int]],
+    names: Sequence[str],
+    *,
+    top: float | None = None,
+    classes: Sequence[int] | None = None,
+) -> str:
     """Confusion counts (C, C), rows predicted, columns true, as shares of each true class.
 
     Shades show errors only, on a scale that ends at `top` (default: the largest error), so that a high diagonal does
     not drown them; the diagonal is outlined. Shares stand in the cells for up to 20 classes, and in all tooltips.
+    `classes` are those that are drawn, all if None; shares are of all images of a class either way.
 
     Returns:
         two drawings in one element: the names of the rows, and the cells, which scroll sideways where they must.
     """
-    size = len(names)
+    drawn = range(len(names)) if classes is None else classes
+    size = len(drawn)
     wide, high = _cell(size)
     texts = size <= 20
-    columns = [sum(row[true] for row in counts_pred_true) for true in range(size)]
+    columns = [sum(row[true] for row in counts_pred_true) for true in range(len(names))]
     top = largest_error(counts_pred_true) if top is None else top
-    shown = short_names(names, 16)
+    every_name = short_names(names, 16)
+    shown = [every_name[index] for index in drawn]
     font = 12.0 if texts else 9.5
     longest = max(_width(name, font) for name in shown)
     upright = longest > wide - 6
@@ -113,7 +122,7 @@ def heat_map(counts_pred_true: Sequence[Sequence[int]], names: Sequence[str], *,
     rows = [_text(gutter - 8, head - 8, "predicted", "axis-title", anchor="end")]
     cells = [_text(0, 12, "true", "axis-title")]
     for index, name in enumerate(shown):
-        tip = _tip(names[index])
+        tip = _tip(names[drawn[index]])
         middle = head + (index + 0.5) * high + font * 0.35
         rows.append(_text(gutter - 8, middle, name, "name", anchor="end", tip=tip, size=font))
         x = (index + 0.5) * wide
@@ -123,15 +132,15 @@ def heat_map(counts_pred_true: Sequence[Sequence[int]], names: Sequence[str], *,
             angle = -45 if texts else -90
             x += 2 if texts else font * 0.35
             cells.append(_text(x, head - 6, name, "name", tip=tip, size=font, turn=angle))
-    for true in range(size):
-        for pred in range(size):
+    for column, true in enumerate(drawn):
+        for row, pred in enumerate(drawn):
             count, n = counts_pred_true[pred][true], columns[true]
             diagonal = pred == true
             if not count and not diagonal:
                 continue
             share = count / n if n else math.nan
             kind = "diagonal" if diagonal else f"h{shade(share, top)}"
-            x, y = true * wide, head + pred * high
+            x, y = column * wide, head + row * high
             tip = _tip(_cell_words(names, pred, true, count, n))
             inset = 1.5 if diagonal and texts else 0.5
             box = _box(x + inset, y + inset, wide - 2 * inset, high - 2 * inset)

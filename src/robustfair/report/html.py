@@ -75,6 +75,8 @@ SEVERITIES = {"warn": "Warning", "note": "Note"}
 
 PAIRS = 10
 """Rows of the table of the largest errors."""
+MOST_DRAWN, DRAWN = 100, 50
+"""A map of errors of more classes shows so many of them, those in the largest errors."""
 
 
 def write_report(
@@ -405,21 +407,28 @@ def _confusion(audit: Audit, before: Mapping[str, Audit]) -> dict[str, Any]:
         "A column is a true class, a row what it was taken for. Shades show errors as a share of the true class; "
         "the outlined diagonal, what is right, is off that scale."
     )
+    errors, classes = _errors(counts), None
+    if audit.num_classes > MOST_DRAWN:
+        largest = (c for _, pred, true in errors for c in (true, pred))
+        classes = sorted(list(dict.fromkeys([*largest, *range(DRAWN)]))[:DRAWN])
+        note += f" Drawn are the {DRAWN} of {audit.num_classes:,} classes in the largest errors."
     return {
         "under": _under(audit, attack),
         "note": note,
         "top": percent(top),
         "legend_label": f"Scale of errors, from 0 to {percent(top)} percent of a true class; outlined cells are right",
         "steps": [f"h{step}" for step in range(1, figures.HEAT_STEPS + 1)],
-        "drawing": Markup(figures.heat_map(counts, audit.class_names, top=top)),
-        "before": None if other is None else Markup(figures.heat_map(other, audit.class_names, top=top)),
-        "pairs": _pairs(counts, audit.class_names),
+        "drawing": Markup(figures.heat_map(counts, audit.class_names, top=top, classes=classes)),
+        "before": None
+        if other is None
+        else Markup(figures.heat_map(other, audit.class_names, top=top, classes=classes)),
+        "pairs": _pairs(errors[:PAIRS], counts, audit.class_names),
     }
 
 
-def _pairs(counts_pred_true: Sequence[Sequence[int]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """The largest errors, by their share of the true class."""
-    size = len(names)
+def _errors(counts_pred_true: Sequence[Sequence[int]]) -> list[tuple[float, int, int]]:
+    """Every error as its share of the true class, the predicted and the true class; the largest share first."""
+    size = len(counts_pred_true)
     columns = [sum(row[true] for row in counts_pred_true) for true in range(size)]
     errors = [
         (counts_pred_true[pred][true] / columns[true], pred, true)
@@ -427,15 +436,22 @@ def _pairs(counts_pred_true: Sequence[Sequence[int]], names: Sequence[str]) -> l
         for pred in range(size)
         if pred != true and counts_pred_true[pred][true]
     ]
+    return sorted(errors, key=lambda error: -error[0])
+
+
+def _pairs(
+    errors: Sequence[tuple[float, int, int]], counts_pred_true: Sequence[Sequence[int]], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Errors in words."""
     return [
         {
             "true": names[true],
             "predicted": names[pred],
             "share": percent(share),
             "count": counts_pred_true[pred][true],
-            "n": columns[true],
+            "n": sum(row[true] for row in counts_pred_true),
         }
-        for share, pred, true in sorted(errors, key=lambda error: -error[0])[:PAIRS]
+        for share, pred, true in errors
     ]
 
 
