@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,33 @@ def test_the_width_is_that_of_columns_and_else_of_a_terminal(
         assert screen().width is None
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert (screen().width, screen().terminal) == (80, True)
+
+
+def test_a_table_fits_the_terminal_that_shows_it(tmp_path: Path) -> None:
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    (tmp_path / "loud.py").write_text(QUIET)
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    words = [sys.executable, "-m", "robustfair.cli", *AUDIT[:4], "--attacks", "clean,fgsm", *AUDIT[6:]]
+    with subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env={**env, "ROBUSTFAIR_CACHE": str(tmp_path / "cache")},
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+    ) as running:
+        os.close(theirs)
+        text = b""
+        with suppress(OSError):  # the end of a terminal is an error on Linux
+            while part := os.read(ours, 65536):
+                text += part
+        err = running.communicate(timeout=120)[1]
+    os.close(ours)
+    assert running.returncode == 0, err
+    lines = text.decode().splitlines()
+    assert max(map(len, lines)) <= 50
+    assert sum(line.startswith(" ───") for line in lines) == 2
 
 
 def test_words_are_folded_between_words_and_never_within_an_interval() -> None:

@@ -594,7 +594,7 @@ def list_(kind: str, /, *, json_: Annotated[bool, Parameter(name="--json", negat
         return 0
     width = max(len(name) for name, _ in entries)
     for name, text in entries:
-        say(f"{name:<{width}}  {text}")
+        say(screen().fold(f"{name:<{width}}  {text}"))
     return 0
 
 

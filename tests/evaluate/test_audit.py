@@ -637,6 +637,14 @@ def test_an_audit_with_whole_confusion_matrices_reads_as_ever(tmp_path: Path) ->
         load_audit(json_path)
 
 
+def test_radii_of_two_and_three_are_taken_under_l2() -> None:
+    assert (threat("l2", "3").eps, threat("l2", 2).eps, threat("l2", "2", "1").step_size) == (3, 2, 1)
+    with pytest.raises(ConfigError, match=r"Did you mean 128/255\? Under l2, 128\.0 is taken as it is"):
+        threat("l2", "128")
+    with pytest.raises(ConfigError, match=r"Did you mean 3/255\?"):
+        threat("linf", "3")
+
+
 def test_a_thousand_classes_are_not_many_bytes(tmp_path: Path) -> None:
     first = random_audit(1, classes=1001, images=2000)
     json_path, npz_path = first.save(tmp_path, "audit")
@@ -644,6 +652,19 @@ def test_a_thousand_classes_are_not_many_bytes(tmp_path: Path) -> None:
     assert npz_path.stat().st_size < 100_000
     again = load_audit(json_path)
     assert torch.equal(again.confusion("robust"), first.confusion("robust"))
+
+
+def test_a_tilde_is_the_home_folder_from_python_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(here)
+    first = by_hand()
+    assert first.save("~/audits", "a")[0] == home / "audits" / "a.json"
+    assert load_audit("~/audits/a").to_dict() == first.to_dict()
+    assert first.to_html(Path("~/page.html")) == home / "page.html"
+    assert list(here.iterdir()) == []
 
 
 def test_the_arrays_need_no_pickle(tmp_path: Path) -> None:
