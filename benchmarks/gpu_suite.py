@@ -47,6 +47,7 @@ from robustfair.checkpoint import read_json, write_json  # noqa: E402
 from robustfair.config import Precision  # noqa: E402
 from robustfair.data import Splits, load_dataset  # noqa: E402
 from robustfair.errors import CheckpointError, RobustFairError  # noqa: E402
+from robustfair.models.head import laid_out  # noqa: E402
 from robustfair.objectives import PGDAT, Trades  # noqa: E402
 from robustfair.training.engine import Engine  # noqa: E402
 from robustfair.training.fit import fit  # noqa: E402
@@ -120,9 +121,8 @@ class Task:
 def correctness(suite: Suite) -> Mapping[str, Any]:
     """Every way of running the attack and the loss against the eager float32 one, and an epoch that may not wait."""
     device, size = suite.way.device, 8 if suite.small else 128
-    model = build(suite.way.model, suite.way.width, device=device).train()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = one_batch(size, device)
+    model = laid_out(build(suite.way.model, suite.way.width, device=device).train(), batch.x)
     rows = []
     for objective in (PGDAT(), Trades()):
         reference: tuple[Tensor, Tensor] | None = None

@@ -15,6 +15,7 @@ from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches, load_dataset
 from robustfair.memory import kept_memory
 from robustfair.models.build import create_model
+from robustfair.models.head import laid_out
 from robustfair.objectives import Objective
 from robustfair.training.engine import Engine
 from robustfair.training.precision import numerics
@@ -107,7 +108,7 @@ class Step:
         device: torch.device | str,
         batch_size: int,
     ) -> None:
-        self.model = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = laid_out(deepcopy(model), one_batch(2, device).x)
         self.model.train()
         self.objective = objective
         self.engine = Engine(self.model, precision=precision, device=device, compile=compile, batch_size=batch_size)

@@ -2,7 +2,7 @@
 
 from robustfair.models.build import build_model, create_model, describe_model
 from robustfair.models.dm_wide_resnet import DMWideResNet
-from robustfair.models.head import Head, OnCopies, check_outputs, find_head, head_norms, prepared, unwrap
+from robustfair.models.head import Head, OnCopies, check_outputs, find_head, head_norms, laid_out, prepared, unwrap
 from robustfair.models.normalise import Normalise, Normalised
 from robustfair.models.preact_resnet import PreActResNet18
 from robustfair.models.resnet9 import ResNet9
@@ -29,6 +29,7 @@ __all__ = [
     "describe_model",
     "find_head",
     "head_norms",
+    "laid_out",
     "load_weights",
     "prepared",
     "read_weight_file",

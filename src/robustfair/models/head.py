@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from robustfair.errors import ModelError
+from robustfair.models.layout import Thinned, has_faulty_gradient, lay_out
 from robustfair.models.normalise import Normalised
 
 Head = nn.Linear | nn.Conv2d
@@ -30,16 +31,21 @@ class OnCopies(nn.Module):
     """A network that is given a copy of its images in torch's default layout, to view as it likes and to write on.
 
     Shares the network, its mode included.
+
+    Args:
+        thins: keep convolutions right that the network lays out channels last itself, see `Thinned`.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, thins: bool = False) -> None:
         super().__init__()
         self.network = network
+        self.thins = thins
         self.training = network.training
 
     def forward(self, x: Tensor) -> Tensor:
         """What the network gives."""
-        return self.network(x.clone(memory_format=torch.contiguous_format))
+        with Thinned() if self.thins else nullcontext():
+            return self.network(x.clone(memory_format=torch.contiguous_format))
 
 
 def prepared(model: nn.Module, example: Tensor, *, trains: bool = False) -> nn.Module:
@@ -52,12 +58,27 @@ def prepared(model: nn.Module, example: Tensor, *, trains: bool = False) -> nn.M
         example: (B, C, H, W) on the device of the model.
         trains: the model is called in train mode too, where other layers may act: a copy of it is tried in that mode.
     """
+    if isinstance(model, OnCopies):
+        return model
     with torch.inference_mode(False), torch.no_grad():
         with _evaluating(model):
             spares = _spares_images(model, example)
+            thins = has_faulty_gradient(unwrap(model), example)
         if spares and trains:
             spares = _spares_images_in_training(model, example)
-    return model if spares else OnCopies(model)
+    return OnCopies(model, thins=thins) if thins or not spares else model
+
+
+def laid_out(model: nn.Module, example: Tensor) -> nn.Module:
+    """`prepared` for training, the weights laid out as the images are to be: as the loader lays them out by itself, or
+    in torch's default layout for a model that gets copies.
+    """
+    if example.shape[1] >= 3:
+        lay_out(model, torch.channels_last)
+    called = prepared(model, example, trains=True)
+    if isinstance(called, OnCopies):
+        lay_out(model, torch.contiguous_format)
+    return called
 
 
 def _spares_images(model: nn.Module, example: Tensor) -> bool:

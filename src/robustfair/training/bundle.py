@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robustfair.models.layout import is_channels_last, is_packing
+
 WIDEST = 4
 """Columns of the largest results that are computed in bundles."""
 FEWEST_WEIGHTS = 256 * 256
@@ -36,7 +38,7 @@ class Bundled(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run `func`, or what stands for it."""
-        if func is torch.conv2d and not _packing():
+        if func is torch.conv2d and not is_packing():
             return conv2d(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -127,30 +129,13 @@ def result_columns(x: Tensor, weight: Tensor, geometry: Geometry) -> int:
     return (x.shape[3] + 2 * geometry.padding[1] - weight.shape[3]) // geometry.stride[1] + 1
 
 
-def _packing() -> bool:
-    """Whether hooks take what is saved for the backward pass, as in a checkpointed part. A compiler needs no such care:
-    it takes what is computed anew from the one graph that it traced.
-    """
-    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def _many(weight: Tensor) -> bool:
     return weight.shape[0] * weight.shape[1] >= FEWEST_WEIGHTS
 
 
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     """How torch lays out the result: channels last where the images or the weights lie so."""
-    return torch.channels_last if _channels_last(x) or _channels_last(weight) else torch.contiguous_format
-
-
-def _channels_last(x: Tensor) -> bool:
-    """Whether torch takes strides for channels last: rising from channels to columns, rows and images, gaps or none."""
-    shape, strides, least = x.shape, x.stride(), 1
-    for dim in (1, 3, 2):
-        if strides[dim] < least:
-            return False
-        least = strides[dim] * shape[dim]
-    return strides[0] >= least > strides[1]
+    return torch.channels_last if is_channels_last(x) or is_channels_last(weight) else torch.contiguous_format
 
 
 def _plain(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry | None:

@@ -27,7 +27,7 @@ from robustfair.data.split import stratified_split
 from robustfair.errors import ConfigError, DataError, DivergedError, ModelError
 from robustfair.memory import kept_memory
 from robustfair.methods.base import Method, Plan, compose
-from robustfair.models.head import check_gradient, check_outputs, check_training_outputs, head_norms, prepared
+from robustfair.models.head import OnCopies, check_gradient, check_outputs, check_training_outputs, head_norms, laid_out
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine, require_pure
 from robustfair.training.precision import allow_deterministic_products, numerics
@@ -125,12 +125,8 @@ def fit(
     train, held = _with_validation(train, validation)
     train, held = train.to(device), None if held is None else held.to(device)
     model.to(device)
-    if train.images.shape[1] >= 3:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = next(evaluation_batches(train, 2)).x
-    called = prepared(model, first, trains=True)
-    if called is not model:
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    called = laid_out(model, first)
     check_outputs(called, train.num_classes, first)
     trained_only = schedule.trainable(model) if schedule.only else None
     examples = (next(evaluation_batches(train, size)).x for size in (2, schedule.batch_size))
@@ -139,7 +135,7 @@ def fit(
         require_pure(called, first)
     elif isinstance(objective, AdversarialObjective):
         check_gradient(called, first)
-    layout = None if called is model else torch.contiguous_format
+    layout = torch.contiguous_format if isinstance(called, OnCopies) else None
     augmentation = parse_augmentation(train.augment) if augment is None else augment
     training = _Training(
         model=model,
