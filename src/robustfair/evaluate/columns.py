@@ -16,6 +16,7 @@ from robustfair.attacks.strong import Engine, StrongAttack
 from robustfair.attacks.sweep import attacked_logits
 from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches
+from robustfair.devices import has_bf16
 from robustfair.errors import CheckpointError
 from robustfair.evaluate.capacity import CPU_BUDGET
 from robustfair.evaluate.journal import Journal
@@ -384,13 +385,6 @@ def search_precisions(asked: str, device: torch.device) -> dict[str, Precision]:
     if asked == "auto":
         return {"pgd": "fp32", "strong": "bf16" if has_bf16(device) else "fp32", "fab": "fp32"}
     return dict.fromkeys(("pgd", "strong", "fab"), asked)  # type: ignore[arg-type]
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products, without which they are slower than float32 ones."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _nothing(attack: StrongAttack) -> Outcome:

@@ -24,6 +24,7 @@ from robustfair.data.augment import Augmentation, parse_augmentation
 from robustfair.data.loader import Loader, evaluation_batches
 from robustfair.data.parts import listed
 from robustfair.data.split import stratified_split
+from robustfair.devices import warn_of_slow_bf16
 from robustfair.errors import ConfigError, DataError, DivergedError, ModelError
 from robustfair.memory import kept_memory
 from robustfair.methods.base import Method, Plan, compose
@@ -119,6 +120,7 @@ def fit(
         warnings.warn(text, RobustFairWarning, stacklevel=2)
     plan = compose(objective, methods, allow=allow, validation=validation != 0)
     device = torch.device(device)
+    warn_of_slow_bf16(precision, device)
     if deterministic:
         allow_deterministic_products()
     require_validation(validation, select)
