@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from robustfair.config import read_path
 from robustfair.errors import ModelError, RobustFairError
 from robustfair.models.build import create_model
+from robustfair.models.head import other_dtypes
 from robustfair.models.normalise import Normalise, Normalised, named_statistics
 from robustfair.models.weight_file import read_weight_file, require_weight_file
 from robustfair.models.weights import LoadReport, load_weights
@@ -199,14 +199,11 @@ def _require_values(what: str, model: nn.Module) -> None:
 
 def _in_float32(model: nn.Module) -> list[str]:
     """Bring a model to float32, in which attacks compute, and say so."""
-    tensors = (*model.parameters(), *model.buffers())
-    others = {
-        str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point() and t.dtype != torch.float32
-    }
+    others = other_dtypes(model)
     if not others:
         return []
     model.float()
-    return [f"its {' and '.join(sorted(others))} weights are computed in float32, as attacks need"]
+    return [f"its {' and '.join(others)} weights are computed in float32, as attacks need"]
 
 
 def _from_factory(what: str) -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,7 @@ from reference.audits import random_audit
 from reference.linear_robustness import margin_left, survives
 from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
 from robustfair import metrics
+from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, UnknownNameError
 from robustfair.evaluate.audit import Audit, audit, load_audit, threat
@@ -747,3 +750,27 @@ def test_to_html_writes_the_report(tmp_path: Path) -> None:
     path = by_hand().to_html(tmp_path / "report.html", title="Eight images by hand")
     assert path == tmp_path / "report.html"
     assert "Eight images by hand" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_is_audited_in_float32_and_left_as_it_is(dtype: torch.dtype) -> None:
+    model, data = two_classes()
+    wanted = audit(model, data, attacks="clean,pgd-3", eps=0.02)
+    model = deepcopy(model).to(dtype)
+    rounded = deepcopy(model).float()
+    name = str(dtype).removeprefix("torch.")
+    with pytest.warns(RobustFairWarning, match=f"the model's {name} weights are computed in float32, on a copy"):
+        found = audit(model, data, attacks="clean,pgd-3", eps=0.02)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.equal(found.prediction("pgd-3"), audit(rounded, data, attacks="pgd-3", eps=0.02).prediction("pgd-3"))
+    assert found.model == wanted.model
+
+
+def test_a_model_that_casts_its_images_itself_stays_as_it_is() -> None:
+    model, data = two_classes()
+    model = model.half()
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0].half(),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RobustFairWarning)
+        found = audit(model, data, attacks="clean", eps=0.02)
+    assert found.average("clean") > 0.5

@@ -13,6 +13,7 @@ from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ModelError
 from robustfair.losses import MaximiseMargin, MinimiseCE
 from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
+from robustfair.models import OnCopies
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.training import Schedule, engine, fit
 from robustfair.training.capture import replayable
@@ -51,6 +52,34 @@ def counted_passes(model: nn.Module) -> Iterator[list[int]]:
         yield seen
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("wrap", [lambda model: model, OnCopies])
+def test_an_attack_in_train_mode_acts_whatever_mode_the_engine_was_made_in(
+    tiny_net: Net, wrap: Callable[[nn.Module], nn.Module], mode: bool
+) -> None:
+    batch = batch_of()
+    attack = PGDAT(eps=0.1, steps=3, attack_mode="train").attack(batch)
+    wanted = tiny_net(dtype=torch.float64).train()
+    x_adv = pgd(wanted, batch.x, batch.y, attack, batch.rng("attack"))
+    model = tiny_net(dtype=torch.float64).train(mode)
+    for switched in (mode, not mode):
+        model.load_state_dict(tiny_net(dtype=torch.float64).state_dict())
+        engine = Engine(wrap(model))
+        model.train(switched)
+        assert torch.equal(engine.attack(batch, attack), x_adv)
+        assert torch.equal(model.norm.running_mean, wanted.norm.running_mean)
+        assert all(module.training is switched for module in (*engine.eager.modules(), *model.modules()))
+
+
+def test_a_frozen_batch_norm_stays_frozen_in_an_attack_in_train_mode(tiny_net: Net) -> None:
+    batch, model = batch_of(), tiny_net(dtype=torch.float64).eval()
+    engine, before = Engine(model), model.norm.running_mean.clone()
+    model.train()
+    model.norm.eval()
+    engine.attack(batch, PGDAT(eps=0.1, steps=3, attack_mode="train").attack(batch))
+    assert torch.equal(model.norm.running_mean, before)
 
 
 # The step as one function

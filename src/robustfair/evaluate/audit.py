@@ -31,7 +31,7 @@ from robustfair.attacks.strong import Engine, StrongAttack
 from robustfair.checkpoint import write_json
 from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, read_path, require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.devices import resolve_device
+from robustfair.devices import resolve_device, warn_of_slow_bf16
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
 from robustfair.evaluate.capacity import images_that_fit
 from robustfair.evaluate.columns import Progress, Sweeper, search_precisions
@@ -48,7 +48,7 @@ from robustfair.evaluate.journal import Journal, weights_fingerprint
 from robustfair.evaluate.normalisation import suspect_model
 from robustfair.evaluate.strong import require_reference
 from robustfair.memory import kept_memory
-from robustfair.models.head import check_outputs, head_norms, prepared, unwrap
+from robustfair.models.head import check_outputs, head_norms, in_float32, prepared, unwrap
 from robustfair.rundir import versions
 from robustfair.training.precision import full_float32
 from robustfair.values import Threat, default_eps, default_step
@@ -492,7 +492,7 @@ def audit(
         raise DataError(f"{dataset.name}: no images to audit on")
     data = dataset.to(device)
     example = next(evaluation_batches(data, 2)).x
-    model = prepared(model.to(device), example)
+    model = prepared(in_float32(model.to(device), example), example)
     check_outputs(model, data.num_classes, example)
     if engine == "reference":
         for attack in _strong(suite):
@@ -503,6 +503,8 @@ def audit(
     fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else lanes
     size = min(asked, fit)
     suspected = suspect_model(model, dataset, device, batch_size=size) if checks else []
+    precisions = search_precisions(precision if engine == "native" else "fp32", device)
+    warn_of_slow_bf16("bf16" if "bf16" in precisions.values() else "fp32", device)
     sweeper = Sweeper(
         model=model,
         data=data,
@@ -510,7 +512,7 @@ def audit(
         batch_size=size,
         lanes=min(lanes, fit),
         seed=seed,
-        precisions=search_precisions(precision if engine == "native" else "fp32", device),
+        precisions=precisions,
         engine=engine,
         deadline=None if max_minutes is None else began + 60 * max_minutes,
         keep_points=keep_points,

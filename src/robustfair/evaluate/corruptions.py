@@ -36,12 +36,12 @@ from robustfair.data.corruptions import (
     parameter_scale,
     parse_corruption,
 )
-from robustfair.devices import resolve_device
+from robustfair.devices import resolve_device, warn_of_slow_bf16
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
 from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass, whole
 from robustfair.evaluate.files import as_json, paths, read_pair, write_arrays
 from robustfair.memory import kept_memory
-from robustfair.models.head import check_outputs, prepared, require_finite, unwrap
+from robustfair.models.head import check_outputs, in_float32, prepared, require_finite, unwrap
 from robustfair.rundir import versions
 from robustfair.training.precision import InPrecision, Precision
 
@@ -326,6 +326,7 @@ def audit_corruptions(
     if len(dataset) == 0:
         raise DataError(f"{dataset.name}: no images to audit on")
     device = torch.device(resolve_device(device))
+    warn_of_slow_bf16(precision, device)
     data = dataset.to(device)
     source = {"images": "corrupted here", "scale": parameter_scale(*_size(data), scale)}
     images: Images = _Generated(data=data, seed=seed, scale=scale, frost=frost)
@@ -336,7 +337,7 @@ def audit_corruptions(
         source["frost"] = ice
     images(chosen[0], levels[0], slice(0, 1))  # images that cannot be corrupted are refused before the model runs
     example = next(evaluation_batches(data, 2)).x
-    model = prepared(model.to(device), example)
+    model = prepared(in_float32(model.to(device), example), example)
     check_outputs(model, data.num_classes, example)
     sweeper = _Sweeper(
         model=InPrecision(model, precision, device.type),

@@ -19,7 +19,7 @@ from robustfair.attacks.pgd import attacking
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import DataError
 from robustfair.evaluate.finding import LEAST_SKILL, Finding, paired_difference
-from robustfair.models.head import check_outputs, prepared, unwrap
+from robustfair.models.head import check_outputs, in_float32, prepared, unwrap
 from robustfair.models.normalise import NAMED_STATISTICS, Normalise, Statistics
 from robustfair.values import BATCH_NORM, seeded_generator
 
@@ -63,7 +63,7 @@ def suspect_model(
         raise DataError(f"{dataset.name}: no images to look at")
     first = dataset.subset(range(min(2, len(dataset)))).to(device)
     example = next(evaluation_batches(first, 2)).x
-    model = prepared(model.to(device), example)
+    model = prepared(in_float32(model.to(device), example), example)
     check_outputs(model, dataset.num_classes, example)
     size = min(batch_size, BATCH)
     found = [

@@ -8,9 +8,11 @@ the candidate is the head exactly if those numbers are what the model returns. T
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
+from robustfair.config import RobustFairWarning
 from robustfair.errors import ModelError
 from robustfair.models.layout import Thinned, has_faulty_gradient, lay_out
 from robustfair.models.normalise import Normalised
@@ -25,6 +28,11 @@ from robustfair.models.normalise import Normalised
 Head = nn.Linear | nn.Conv2d
 
 _GUESSED_SIZES = (8, 28, 32, 64, 96, 224)
+
+
+def mode_of(name: str) -> Any:
+    """The `training` of a wrapper: always that of the module it holds as `name`, whichever of the two was switched."""
+    return property(lambda wrapper: getattr(wrapper, name).training, lambda wrapper, mode: None)
 
 
 class OnCopies(nn.Module):
@@ -36,11 +44,12 @@ class OnCopies(nn.Module):
         thins: keep convolutions right that the network lays out channels last itself, see `Thinned`.
     """
 
+    training = mode_of("network")
+
     def __init__(self, network: nn.Module, *, thins: bool = False) -> None:
         super().__init__()
         self.network = network
         self.thins = thins
-        self.training = network.training
 
     def forward(self, x: Tensor) -> Tensor:
         """What the network gives."""
@@ -67,6 +76,43 @@ def prepared(model: nn.Module, example: Tensor, *, trains: bool = False) -> nn.M
         if spares and trains:
             spares = _spares_images_in_training(model, example)
     return OnCopies(model, thins=thins) if thins or not spares else model
+
+
+def in_float32(model: nn.Module, example: Tensor) -> nn.Module:
+    """The model where it takes images in float32, in which attacks compute; else a copy in float32, with a warning.
+
+    Args:
+        example: (B, C, H, W) in float32, on the device of the model.
+    """
+    others = other_dtypes(model)
+    if not others or _takes(model, example):
+        return model
+    try:
+        copy = deepcopy(model).float()
+    except Exception:  # a foreign module may hold what cannot be copied: `check_outputs` refuses it in its own words
+        return model
+    warnings.warn(
+        f"the model's {' and '.join(others)} weights are computed in float32, on a copy, as attacks need",
+        RobustFairWarning,
+        stacklevel=3,
+    )
+    return copy
+
+
+def other_dtypes(model: nn.Module) -> list[str]:
+    """Names of the floating-point types other than float32 that a model's tensors have."""
+    tensors = (*model.parameters(), *model.buffers())
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - {torch.float32}
+    return sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _takes(model: nn.Module, example: Tensor) -> bool:
+    try:
+        with torch.inference_mode(False), _evaluating(model):
+            model(example.clone())
+    except Exception:  # of another type, or what `check_outputs` refuses
+        return False
+    return True
 
 
 def laid_out(model: nn.Module, example: Tensor) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.config import Precision
+from robustfair.models.head import mode_of
 from robustfair.training.bundle import Bundled, may_gain
 
 
@@ -23,6 +24,8 @@ class InPrecision(nn.Module):
         bundled: let a CPU convolve several small images at a time, which adds up in another order; None does so in
             bf16 where the model has layers that gain by it.
     """
+
+    training = mode_of("model")
 
     def __init__(
         self, model: nn.Module, precision: Precision, device_type: str, *, bundled: bool | None = None
