@@ -1,10 +1,15 @@
-"""One battery over all methods and objectives that are registered: what each must do, whatever it is."""
+"""One battery over all methods and objectives that are registered: what each must do, whatever it is.
+
+The short form, `make test`, trains every method on one objective and every pair that could interact on one, and a fixed
+sample of all other cases; `make test-long` trains all of them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +72,28 @@ def train(net: Net, data: Data, base: str, methods: list[Method], **rest: Any) -
     )
 
 
+def could_interact(first: str, second: str) -> bool:
+    """Whether two methods claim fields of the same value, or one of them moves weights that the other computes with."""
+    one, two = ({claim.split(".")[0] for claim in acting(name).claims} for name in (first, second))
+    return bool(one & two or (one | two) & {"gradient", "model"})
+
+
+def shortened(cases: list[tuple[str, ...]], sample: int = 12) -> list[Any]:
+    """Cases (objective, *methods), those that the short form leaves out marked as `long`.
+
+    It keeps an objective, another one each time, for every method alone and every pair that could interact, and
+    `sample` of all that is left.
+    """
+    bases: dict[tuple[str, ...], list[str]] = {}
+    for base, *names in cases:
+        bases.setdefault(tuple(names), []).append(base)
+    near = [names for names in bases if len(names) == 1 or could_interact(*names)]
+    kept = {(bases[names][turn % len(bases[names])], *names) for turn, names in enumerate(near)}
+    others = [case for case in cases if case not in kept]
+    kept |= set(random.Random(0).sample(others, min(sample, len(others))))
+    return [case if case in kept else pytest.param(*case, marks=pytest.mark.long) for case in cases]
+
+
 ALONE = [(base, name) for base in OBJECTIVES for name in METHODS if composes(base, name)]
 PAIRS = [(base, *pair) for base in OBJECTIVES for pair in itertools.combinations(METHODS, 2) if composes(base, *pair)]
 
@@ -75,6 +102,18 @@ def test_something_composes() -> None:
     assert {("trades", "ccm"), ("trades", "ccr"), ("pgd-at", "ccm"), ("standard", "ema")} <= set(ALONE)
     assert ("trades", "ccm", "ccr") in PAIRS
     assert not {("standard", "ccm"), ("pgd-at", "ccr")} & set(ALONE)
+
+
+def test_the_short_form_keeps_every_method_and_every_pair_that_could_interact() -> None:
+    for cases, every in ((ALONE, METHODS), (PAIRS, [pair[1:] for pair in PAIRS if could_interact(*pair[1:])])):
+        kept = [case for case in shortened(cases) if isinstance(case, tuple) and case in cases]
+        wanted = {(name,) if isinstance(name, str) else name for name in every}
+        assert wanted <= {case[1:] for case in kept}
+        assert len(kept) == min(len(cases), len(wanted) + 12)
+        assert len(shortened(cases)) == len(cases)
+    assert could_interact("ccm", "friendly-at")
+    assert could_interact("awp", "ccr")
+    assert not could_interact("ccm", "ccr")
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -89,8 +128,7 @@ def test_defaults_build_and_the_class_is_what_the_protocol_wants(name: str) -> N
     assert hash(method) == hash(METHODS.get(name)())
 
 
-@pytest.mark.parametrize("first", list(METHODS))
-@pytest.mark.parametrize("second", list(METHODS))
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations_with_replacement(METHODS, 2)))
 def test_a_refusal_does_not_depend_on_the_order(first: str, second: str) -> None:
     for base in OBJECTIVES:
         reason = refusal(base, first, second)
@@ -134,7 +172,7 @@ def test_claims_are_exactly_what_is_edited(
     assert not any(value.requires_grad for value in state.values())
 
 
-@pytest.mark.parametrize(("base", "first", "second"), PAIRS)
+@pytest.mark.parametrize(("base", "first", "second"), shortened(PAIRS))
 def test_order_does_not_matter(
     tiny_net: Net, tiny_data: Data, differences: Differences, base: str, first: str, second: str
 ) -> None:
@@ -166,7 +204,7 @@ def same_choice(one: Fitted, two: Fitted) -> bool:
     return weights and (one.chosen.candidate, one.chosen.epoch) == (two.chosen.candidate, two.chosen.epoch)
 
 
-@pytest.mark.parametrize(("base", "name"), ALONE)
+@pytest.mark.parametrize(("base", "name"), shortened(ALONE))
 def test_it_acts_repeats_and_resumes(
     tiny_net: Net, tiny_data: Data, differences: Differences, base: str, name: str
 ) -> None:
@@ -181,7 +219,7 @@ def test_it_acts_repeats_and_resumes(
         assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
 
 
-@pytest.mark.parametrize(("base", "name"), [pair for pair in ALONE if pair[0] != "standard"])
+@pytest.mark.parametrize(("base", "name"), shortened([pair for pair in ALONE if pair[0] != "standard"]))
 def test_it_trains_within_an_l2_ball_too(tiny_net: Net, tiny_data: Data, base: str, name: str) -> None:
     goal = objective(base, norm="l2", eps=0.5)
     schedule = Schedule(epochs=2, lr=0.1, batch_size=7)
@@ -204,7 +242,7 @@ def test_it_trains_within_an_l2_ball_too(tiny_net: Net, tiny_data: Data, base: s
     assert all(math.isfinite(loss) for _, loss in seen)
 
 
-@pytest.mark.parametrize(("base", "name"), [(base, name) for base, name in ALONE if composes(base, name, "ema")])
+@pytest.mark.parametrize(("base", "name"), shortened([pair for pair in ALONE if composes(*pair, "ema")]))
 def test_an_average_beside_it_moves_no_weight(tiny_net: Net, tiny_data: Data, base: str, name: str) -> None:
     for ema in (EMA(decay=0.5), EMA(per="epoch", buffers="average"), EMA(buffers="reestimate")):
         alone = train(tiny_net, tiny_data, base, [acting(name)], select="last").state
