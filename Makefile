@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/robustfair demo
 
-# A worker for every core, one thread each (conftest.py). A test that hangs for five minutes is stopped and named.
+# A worker for every core, one thread each (conftest.py). A test that hangs for ten minutes is stopped and named.
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
 

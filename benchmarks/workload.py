@@ -108,10 +108,10 @@ class Step:
         device: torch.device | str,
         batch_size: int,
     ) -> None:
-        self.model = laid_out(deepcopy(model), one_batch(2, device).x)
-        self.model.train()
+        self.model = deepcopy(model)
+        called = laid_out(self.model, one_batch(2, device).x).train()
         self.objective = objective
-        self.engine = Engine(self.model, precision=precision, device=device, compile=compile, batch_size=batch_size)
+        self.engine = Engine(called, precision=precision, device=device, compile=compile, batch_size=batch_size)
         self.optimizer = Schedule(lr=LR).build_optimizer(self.model.parameters())
 
     def __call__(self, batch: Batch) -> Tensor:
