@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import robustfair
 from robustfair.data import ImageDataset
 from robustfair.models import OnCopies, create_model, laid_out, prepared
-from robustfair.models.layout import has_faulty_gradient, is_channels_last, lay_out
+from robustfair.models.layout import FaultWatch, is_channels_last, lay_out
 from robustfair.objectives import PGDAT
 from robustfair.training import Schedule, fit
 from robustfair.training.engine import Engine
@@ -165,8 +165,14 @@ def test_any_other_network_stays_channels_last() -> None:
 
 
 def test_another_device_has_no_such_fault() -> None:
-    assert has_faulty_gradient(Narrow(4), torch.rand(2, 3, 8, 8))
-    assert not has_faulty_gradient(Narrow(4).to("meta"), torch.rand(2, 3, 8, 8, device="meta"))
+    assert FaultWatch(Narrow(4)).found
+    assert not FaultWatch(Narrow(4).to("meta")).found
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_a_compiled_network_is_looked_at_too(width: int) -> None:
+    model = torch.compile(Narrow(width), backend="eager")
+    assert isinstance(prepared(model, torch.rand(2, 3, 8, 8)), OnCopies) is (width == 4)
 
 
 def test_plain_weights_stay_where_they_are_and_others_lose_channels_last() -> None:

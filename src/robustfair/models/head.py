@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from robustfair.config import RobustFairWarning
 from robustfair.errors import ModelError
-from robustfair.models.layout import Thinned, has_faulty_gradient, lay_out
+from robustfair.models.layout import FaultWatch, Thinned, lay_out
 from robustfair.models.normalise import Normalised
 
 Head = nn.Linear | nn.Conv2d
@@ -70,9 +70,9 @@ def prepared(model: nn.Module, example: Tensor, *, trains: bool = False) -> nn.M
     if isinstance(model, OnCopies):
         return model
     with torch.inference_mode(False), torch.no_grad():
-        with _evaluating(model):
+        with _evaluating(model), FaultWatch(model) as watch:
             spares = _spares_images(model, example)
-            thins = has_faulty_gradient(unwrap(model), example)
+        thins = watch.found
         if spares and trains:
             spares = _spares_images_in_training(model, example)
     return OnCopies(model, thins=thins) if thins or not spares else model

@@ -43,26 +43,6 @@ def is_channels_last(x: Tensor) -> bool:
     return strides[0] >= least > strides[1]
 
 
-def has_faulty_gradient(model: nn.Module, example: Tensor) -> bool:
-    """Whether a model has a convolution, as a layer or called in its pass, whose gradient is at fault channels last.
-
-    Args:
-        model: in eval mode; called once, without regard to what it gives.
-        example: (B, C, H, W) on the device of the model.
-    """
-    if example.device.type != "cpu":
-        return False
-    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    if any(_is_faulty(c.in_channels, c.kernel_size, c.stride, c.groups) for c in convolutions):
-        return True
-    with _Watch() as watch:
-        try:
-            model(example.clone())
-        except Exception:  # `check_outputs` says what is wrong with it
-            return watch.found
-    return watch.found
-
-
 class Thinned(TorchFunctionMode):
     """Within this scope a convolution at fault that meets images or weights channels last is given only the pixels that
     its stride does not skip, and no stride: the same sums, and a gradient that is right.
@@ -86,19 +66,28 @@ def is_packing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-class _Watch(TorchFunctionMode):
-    """Notes whether a convolution at fault was called."""
+class FaultWatch(TorchFunctionMode):
+    """Around a pass of a model: `found` tells whether a convolution of it has a gradient that is at fault channels last,
+    be it a layer or called in the pass.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.found = False
+        convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+        self.found = any(
+            _is_faulty(c.in_channels, c.kernel_size, c.stride, c.groups)
+            for c in convolutions
+            if not isinstance(getattr(c, "weight", None), Tensor)
+            or c.weight.device.type == "cpu"  # some compute it later
+        )
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        """Note what is called, and run it."""
         given = kwargs or {}
-        if func is torch.conv2d:
-            self.found |= _strides(*args, **given) is not None
+        if func is torch.conv2d and _strides(*args, **given) is not None:
+            self.found = True
         return func(*args, **given)
 
 
