@@ -67,7 +67,7 @@ def is_packing() -> bool:
 
 
 class FaultWatch(TorchFunctionMode):
-    """Around a pass of a model: `found` tells whether a convolution of it has a gradient that is at fault channels last,
+    """Around a pass of a model: `found` tells whether the gradient of a convolution of it is at fault channels last,
     be it a layer or called in the pass.
     """
 
