@@ -21,15 +21,20 @@ CW = "cw-50(restarts=5, step_size=0.01)"
 
 
 def toy(**ran: float) -> Audit:
-    """Ten cats, ten dogs, ten cars and no "Mr. Who": robust 4, 8 and 6 of ten; `ran` are shares of the cw attack."""
+    """Ten cats, ten dogs and ten cars: robust 4, 8 and 6 of ten; `ran` are shares of the cw attack."""
     labels = [c for c in range(3) for _ in range(10)]
 
     def column(*right: int) -> list[int]:
         return [c if i % 10 < right[c] else (c + 1) % 3 for i, c in enumerate(labels)]
 
     columns = {"clean": column(9, 10, 8), "pgd-20": column(5, 8, 7), CW: column(4, 9, 6)}
-    audit = made_audit(labels, columns, ("cat", "dog", "car", "Mr. Who (1)"), groups=(0, 0, 1, 1))
+    audit = made_audit(labels, columns, ("cat", "dog", "car"), groups=(0, 0, 1))
     return replace(audit, settings={**audit.settings, CW: {"ran": ran}}) if ran else audit
+
+
+def gappy() -> Audit:
+    """The same with a fourth class, "Mr. Who (1)", of which there is no image, in a group of its own."""
+    return replace(toy(), class_names=("cat", "dog", "car", "Mr. Who (1)"), groups=(0, 0, 1, 2))
 
 
 def grouped(audit: Audit, within: str = "class") -> GroupRates:
@@ -144,7 +149,6 @@ def test_what_is_no_gate_is_refused_in_one_line(text: str, message: str) -> None
             "worst.CW_50(restarts=5,step_size=0.01)=40%",
             "passed: worst.CW_50(restarts=5,step_size=0.01) is 0.400 (cat), at least 0.40",
         ),
-        ("class.Mr. Who (1).robust=0.4", "undecided: class.Mr. Who (1).robust has no images"),
     ],
 )
 def test_verdicts_by_hand(text: str, line: str | None) -> None:
@@ -189,7 +193,7 @@ def test_gates_on_groups() -> None:
 
 def test_results_keep_their_order_and_go_into_json() -> None:
     texts = ["worst.robust=0.9", "average.clean=0.5", "class.Mr. Who (1).clean=0.1"]
-    results = check(map(parse_gate, texts), toy())
+    results = check(map(parse_gate, texts), gappy())
     assert [result.gate.text for result in results] == texts
     about = json.loads(json.dumps([result.to_dict() for result in results], allow_nan=False))
     assert [entry["status"] for entry in about] == ["failed", "passed", "undecided"]
@@ -273,6 +277,94 @@ def test_predictions_within_a_group_are_an_upper_bound_too() -> None:
     assert result.status == "undecided"
     assert "aimed at another class, not at another group" in result.line
     assert one("group.animals.robust=0.999", audit, groups).status == "failed"
+
+
+GAP = "Mr. Who (1) has no images"
+
+
+@pytest.mark.parametrize("attack", ["clean", "robust", "pgd-20"])
+def test_what_is_taken_over_classes_is_not_known_while_one_has_no_images(attack: str) -> None:
+    audit = gappy()
+    for text in (
+        f"worst.{attack}=0.1",
+        f"worst.{attack}<=1",
+        f"interval.worst.{attack}.lower=0.01",
+        f"interval.worst.{attack}.upper<=1",
+        f"worst-10pct.{attack}=0.1",
+        f"class-mean.{attack}=0.99",
+        f"best.{attack}=0.1",
+        f"range.{attack}<=0.9",
+        f"range.{attack}<=0.01",
+    ):
+        assert one(text, toy()).status in ("passed", "failed")
+        result = one(text, audit)
+        assert (result.status, result.line.endswith(f"is asked, but {GAP}")) == ("undecided", True), result.line
+    gone = one(f"class.Mr. Who (1).{attack}=0.4", audit)
+    assert gone.line == f"undecided: class.Mr. Who (1).{attack} has no images"
+
+
+def test_a_class_without_images_leaves_alone_what_is_not_about_it() -> None:
+    audit = gappy()
+    assert one("average.clean=0.5", audit).status == "passed"
+    assert one("class.dog.robust=0.8", audit).status == "passed"
+    assert one("worst.robust=0.41", audit).line == "failed: worst.robust is 0.400 (cat), below 0.41"
+    assert one("interval.worst.robust.lower=0.9", audit).status == "failed"
+
+
+def test_a_group_without_images_leaves_the_worst_group_undecided() -> None:
+    audit = gappy()
+    groups = regroup(audit, replace(read_groups("superclass", audit), names=("animals", "things", "people")))
+    assert one("group.people.clean=0.1", audit, groups).line == "undecided: group.people.clean has no images"
+    assert one("worst-group.clean=0.1", audit, groups).line.endswith("is asked, but people has no images")
+    assert one("worst-group.pgd-20=0.7", audit, groups).status == "failed"
+    assert one("group.animals.robust=0.6", audit, groups).status == "passed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "worst.robust=0.1",
+        "worst.robust=0.99",
+        "average.robust=0",
+        "average.robust<=1",
+        "class.cat.robust=0.1",
+        "interval.worst.robust.lower=0.1",
+        "range.robust<=1",
+        "worst-group.robust=0.1",
+    ],
+)
+def test_robust_is_not_known_where_nothing_attacked_the_model(text: str) -> None:
+    audit = replace(toy(), predictions={"clean": toy().predictions["clean"]})
+    result = one(text, audit, grouped(audit))
+    name = result.gate.name
+    assert result.line == (
+        f"undecided: {name} is not known, nothing attacked the model, the audit is of clean images alone"
+    )
+    assert math.isnan(result.value)
+    assert one(text.replace("robust", "clean"), audit, grouped(audit)).status != "undecided"
+    cut = replace(audit, provenance={"not_run": ["pgd-20"]})
+    assert one(text, cut, grouped(cut)).line == f"undecided: {name} is not known, the time budget left pgd-20 at 0 %"
+
+
+def test_an_attack_of_radius_or_step_zero_is_none() -> None:
+    audit = toy()
+    none = replace(audit, threat=replace(audit.threat, eps=0.0))
+    stood = replace(audit, settings={"pgd-20": {"step_size": 0.0}, CW: {"step_size": 0.01}})
+    for name, undecided in (("pgd-20", (none, stood)), (CW, (none,)), ("robust", (none,))):
+        for one_of in undecided:
+            assert one(f"worst.{name}=0.1", one_of).line == (
+                f"undecided: worst.{name} is not known, the radius or the step of the attack is 0, "
+                "so that it searched nothing"
+            )
+    assert one("worst.robust=0.1", stood).status == "passed"
+    assert one("worst.clean=0.1", none).status == "passed"
+
+
+def test_a_tie_for_the_worst_is_said_as_a_tie() -> None:
+    labels = [c for c in range(3) for _ in range(4)]
+    audit = made_audit(labels, {"clean": labels, "pgd-20": [1, 1, 1, 1, 0, 0, 0, 0, 2, 2, 0, 0]}, ("cat", "dog", "car"))
+    assert one("worst.robust=0.1", audit).line == "failed: worst.robust is 0.000 (cat and 1 other), below 0.10"
+    assert one("worst.clean=0.1", audit).line == "passed: worst.clean is 1.000 (all classes), at least 0.10"
 
 
 def test_a_value_is_not_refused_for_its_last_bit() -> None:

@@ -8,8 +8,10 @@
     interval.worst.robust.lower=0.25       an end of the 95 % interval of any of these
     range.robust<=0.5                      at most: for the range, where more is worse
 
-A gate passes only on what is known. Where a time budget cut an attack short, the accuracy is an upper bound: it can
-fail a lower gate and never pass one. Such a gate is undecided, and counts as failed.
+A gate passes only on what is known; another is undecided, which counts as failed. Where a time budget cut an attack
+short, the accuracy is an upper bound: it can fail a lower gate and never pass one. So is the worst class where another
+class has no images, and what else is taken over classes is then unknown. Nothing is known under an attack that did not
+run or whose radius or step is 0, nor under robust where there is no other attack.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class GateResult:
 
     Attributes:
         gate: the demand.
-        value: what was measured, nan where there are no images.
+        value: what was measured, nan where nothing was.
         status: "undecided" where the audit does not know enough; counts as failed.
         line: one line for the user.
     """
@@ -188,16 +190,20 @@ def check(gates: Iterable[Gate], audit: Audit, groups: GroupRates | None = None)
 
 def _check(gate: Gate, audit: Audit, rates: Audit | GroupRates) -> GateResult:
     attack = _attack(gate, _asked(audit))
-    if attack not in (*audit.attacks, ROBUST):
-        line = f"undecided: {gate.name} is not known, {shortfall(audit.unfinished(attack))}"
+    unknown = _unattacked(audit, attack)
+    if unknown:
+        line = f"undecided: {gate.name} is not known, {unknown}"
         return GateResult(gate=gate, value=math.nan, status="undecided", line=line)
     value, where = _measure(gate, attack, rates)
     if math.isnan(value):
         return GateResult(gate=gate, value=value, status="undecided", line=f"undecided: {gate.name} has no images")
     beyond = value - gate.bound if gate.at_least else gate.bound - value
     status: Status = "passed" if beyond >= -_ROUNDING else "failed"
-    reason = _unsure(audit, rates, attack)
-    if reason and (gate.measure == "range" or (status == "passed") == gate.at_least):
+    cut, absent = _unsure(audit, rates, attack), _absent(gate, rates)
+    reason = absent or cut
+    if cut and (gate.measure == "range" or (status == "passed") == gate.at_least):
+        status = "undecided"
+    if absent and not (status == "failed" and gate.measure in ("worst", WORST_GROUP) and gate.at_least):
         status = "undecided"
     asked = "at least" if gate.at_least else "at most"
     if status == "failed":
@@ -220,9 +226,30 @@ def _measure(gate: Gate, attack: str, rates: Audit | GroupRates) -> tuple[float,
     if measure == "average":
         return rates.average_interval(attack)[gate.end == "upper"] if gate.end else rates.average(attack), ""
     if worst and not gate.end:
-        return worst.value, worst.class_name
+        return worst.value, worst.words
     found = metrics.bootstrap_statistic(rates.correct(attack), rates.count(), measure.replace("-", "_"))
     return {"": found.estimate, "lower": found.lower, "upper": found.upper}[gate.end], ""
+
+
+def _unattacked(audit: Audit, attack: str) -> str:
+    """Why nothing is known under this attack, "" where something is."""
+    if attack == CLEAN:
+        return ""
+    ran = [name for name in audit.attacks if name != CLEAN and attack in (name, ROBUST)]
+    if not ran:
+        parts = audit.unfinished(attack)
+        return shortfall(parts) if parts else "nothing attacked the model, the audit is of clean images alone"
+    idle = all(0 in (audit.threat.eps, audit.settings.get(name, {}).get("step_size")) for name in ran)
+    return "the radius or the step of the attack is 0, so that it searched nothing" if idle else ""
+
+
+def _absent(gate: Gate, rates: Audit | GroupRates) -> str:
+    """Which classes or groups, of those that a gate is over, have no images; "" where all have."""
+    if gate.measure in ("average", *ONE):
+        return ""
+    names = [name for name, n in zip(rates.class_names, rates.count().tolist(), strict=True) if n == 0]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'has' if len(names) == 1 else 'have'} no images" if names else ""
 
 
 def _unsure(audit: Audit, rates: Audit | GroupRates, attack: str) -> str:
