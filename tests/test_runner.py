@@ -190,12 +190,23 @@ def test_preparing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_methods_that_would_not_act_are_remarked_on(tmp_path: Path) -> None:
-    assert prepare(recipe("trades + ccm(begin=1)")).remarks == []
-    late = recipe("trades + ccm + ema(begin=7)", epochs=1, limit_per_class=5)
+    assert prepare(recipe("trades + ccm(begin=1)", select="last")).remarks == []
+    late = recipe("trades + ccm + ema(begin=7)", epochs=1, limit_per_class=5, select="last")
     assert [text.split()[0] for text in prepare(late).remarks] == ["ccm", "ema"]
     with pytest.warns(RobustFairWarning) as caught:
         train(late, tmp_path / "run")
     assert [str(warning.message) for warning in caught] == prepare(late).remarks
+
+
+def test_a_selection_on_few_images_is_warned_of_once(tmp_path: Path) -> None:
+    few = recipe("pgd-at", validation=0.2, limit_per_class=20, epochs=1, select="worst")
+    assert prepare(few).remarks == []
+    with pytest.warns(RobustFairWarning) as caught:
+        train(few, tmp_path / "run")
+    assert [str(warning.message) for warning in caught] == [
+        "weights are selected on 4 validation images of a class, and fewer than 30 leave the choice to chance: "
+        "give `validation` a larger share, or take `select=last`"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,7 @@ def write_state(checkpoints: Path, state: TrainState, meta: Mapping[str, Any]) -
     best = state.best
     if best is not None and best.epoch == state.epoch:
         about = {"epoch": best.epoch, "candidate": best.candidate, "score": best.score}
+        about |= {} if math.isnan(best.clean) else {"clean_score": best.clean}
         write_checkpoint(checkpoints / "best", Checkpoint(best.weights, {}, {**meta, **about}))
     for name, weights in state.exports.items():
         about = {"epoch": state.epoch, "candidate": name}
@@ -148,7 +150,9 @@ def read_state(checkpoints: Path, history: Sequence[Mapping[str, Any]] = ()) -> 
     best = None
     if has_checkpoint(checkpoints / "best"):
         found = read_checkpoint(checkpoints / "best")
-        best = Chosen(found.meta["candidate"], found.meta["epoch"], found.meta["score"], found.weights)
+        meta = found.meta
+        clean = meta.get("clean_score", math.nan)
+        best = Chosen(meta["candidate"], meta["epoch"], meta["score"], found.weights, clean)
     return TrainState(
         epoch=last.meta["epoch"],
         step=last.meta["step"],

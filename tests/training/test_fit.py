@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from robustfair.errors import ConfigError, ConflictError, DivergedError, ModelEr
 from robustfair.methods import AWP, CCM, CCR, EMA, Method
 from robustfair.objectives import PGDAT, Objective, Standard, Trades
 from robustfair.training import Fitted, Schedule, bundle, fit
+from robustfair.training.fit import few_validation_images
 from robustfair.training.run import TrainingRun
 from robustfair.training.state import TrainState
 from robustfair.values import ClassTally, State
@@ -505,16 +507,22 @@ def test_validation_images_are_never_trained_on_and_the_same_for_all_seeds() -> 
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[int]]], None]:
-    """Makes the measurements on the validation split those given: hits of three classes of ten images, in turn."""
+def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the measurements on the validation split those given: hits of three classes of ten images, in turn.
 
-    def plan(hits: list[list[int]]) -> None:
-        turns = iter(hits)
+    All are right on clean images, unless these are given too.
+    """
+
+    def counted(hits: list[int]) -> Tensor:
+        right = torch.tensor(hits)
+        return torch.diag(right) + torch.diag(10 - right).roll(1, 0)
+
+    def plan(hits: list[list[int]], clean: list[list[int]] | None = None) -> None:
+        turns = zip(hits, clean or [[10, 10, 10]] * len(hits), strict=True)
 
         def measure(self: object, steps: int = 10) -> ClassTally:
-            right = torch.tensor(next(turns))
-            robust = torch.diag(right) + torch.diag(10 - right).roll(1, 0)
-            return ClassTally(clean_pred_true=10 * torch.eye(3).long(), robust_pred_true=robust)
+            robust, right = next(turns)
+            return ClassTally(clean_pred_true=counted(right), robust_pred_true=counted(robust))
 
         monkeypatch.setattr(TrainingRun, "measure", measure)
 
@@ -553,10 +561,70 @@ def test_an_average_wins_only_where_it_is_better(tiny_net: Net, tiny_data: Data,
     assert all(torch.equal(tensor, states[1].exports["ema"][name]) for name, tensor in best.weights.items())
 
 
-def test_the_first_of_equals_is_kept(tiny_net: Net, tiny_data: Data, planned: Any) -> None:
-    planned([[5, 5, 5]] * 3)
+@pytest.mark.parametrize(
+    ("robust", "clean", "epoch"),
+    [
+        ([[5, 5, 5]] * 3, [[9, 9, 9]] * 3, 3),
+        ([[5, 5, 5]] * 3, [[8, 8, 8], [9, 9, 9], [8, 8, 8]], 2),
+        ([[5, 5, 5]] * 3, [[9, 9, 9], [9, 9, 9], [10, 10, 8]], 2),
+        ([[5, 5, 5], [4, 5, 6], [6, 6, 3]], [[9, 9, 9], [9, 9, 9], [10, 10, 10]], 1),
+        ([[3, 6, 6], [4, 4, 4], [4, 4, 4]], [[9, 9, 9]] * 3, 3),
+    ],
+)
+def test_of_equals_the_better_on_clean_images_and_then_the_later_is_chosen(
+    tiny_net: Net, tiny_data: Data, planned: Any, robust: list[list[int]], clean: list[list[int]], epoch: int
+) -> None:
+    planned(robust, clean)
     schedule = Schedule(epochs=3, lr=0.05, batch_size=12)
-    assert fit(tiny_net(), tiny_data(), PGDAT(), schedule=schedule, validation=0.25).chosen.epoch == 1
+    states: list[TrainState] = []
+    found = fit(tiny_net(), tiny_data(), PGDAT(), schedule=schedule, validation=0.25, save=states.append)
+    assert (found.chosen.candidate, found.chosen.epoch) == ("model", epoch)
+    chosen = states[epoch - 1].weights
+    assert all(torch.equal(tensor, chosen[name]) for name, tensor in found.model.state_dict().items())
+
+
+def test_what_tells_equals_apart_is_still_known_after_a_resume(tiny_net: Net, tiny_data: Data, planned: Any) -> None:
+    schedule = Schedule(epochs=3, lr=0.05, batch_size=12)
+    arguments: dict[str, Any] = {"schedule": schedule, "validation": 0.25}
+    states: list[TrainState] = []
+    planned([[5, 5, 5]] * 3, [[9, 9, 9], [8, 8, 8], [8, 8, 8]])
+    fit(tiny_net(), tiny_data(), PGDAT(), save=states.append, **arguments)
+    planned([[5, 5, 5]] * 2, [[8, 8, 8]] * 2)
+    assert fit(tiny_net(), tiny_data(), PGDAT(), resume=states[0], **arguments).chosen.epoch == 1
+
+
+@pytest.mark.parametrize("number", [1, 4, 29, 30])
+def test_a_selection_on_few_images_is_warned_of_before_the_first_step(tiny_net: Net, number: int) -> None:
+    labels = torch.arange(2 * number + 40) % 2
+    data = ImageDataset(images=torch.zeros(len(labels), 1, 8, 8).byte(), labels=labels, class_names=("a", "b"))
+    held = ImageDataset(images=data.images[: 2 * number], labels=labels[: 2 * number], class_names=("a", "b"))
+
+    def run(**arguments: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            begun: list[int] = []
+
+            def step(epoch: int, step: int) -> None:
+                begun.append(len(caught))
+
+            model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+            fit(model, data, Standard(), schedule=Schedule(epochs=1, lr=0.01), on_step=step, **arguments)
+            assert begun[0] == len(caught), "said before training"
+        return [str(warning.message) for warning in caught]
+
+    few = f"weights are selected on {number} validation image{'s' if number > 1 else ''} of a class, and fewer than 30"
+    said = run(validation=held)
+    assert len(said) == (number < 30)
+    assert all(text.startswith(few) and "`select=last`" in text for text in said)
+    assert run(validation=held, select="last") == []
+    assert run(validation=0, select="last") == []
+
+
+def test_a_class_that_validation_lacks_is_warned_of(tiny_data: Data) -> None:
+    assert "no validation image of a class" in few_validation_images(
+        torch.tensor([0, 1, 1]), torch.tensor([1] * 40), "worst"
+    )
+    assert few_validation_images(torch.tensor([1, 1]), torch.tensor([1] * 40), "worst") == ""
 
 
 def test_last_with_an_average_is_the_average(tiny_net: Net, tiny_data: Data) -> None:

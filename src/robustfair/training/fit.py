@@ -39,6 +39,7 @@ from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, 
 
 SPLIT_SEED = 0
 """One split for all runs, whatever their seed: methods are compared on the same images."""
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def fit(
         validation: share of each class held out (the same images for every method and seed), a data set of its own,
             or 0. Never the test set: selection does not see it.
         select: which weights end up in the model: the last, or the candidate (raw weights or an export such as "ema")
-            and epoch of best validation average, worst class, or their sum; robust accuracy, clean for `standard`.
+            and epoch of best validation average, worst class, or their sum; robust accuracy, clean for `standard`. Of
+            equal ones the better on clean images is taken, then the later epoch, see `better`.
         augment: None takes the data set's own.
         precision: of forward and backward passes; weights and losses are float32 either way.
         compile: compile attack and training pass for batches of `schedule.batch_size`; the same mathematics with other
@@ -125,6 +127,10 @@ def fit(
         allow_deterministic_products()
     require_validation(validation, select)
     train, held = _with_validation(train, validation)
+    few = "" if held is None else few_validation_images(train.labels, held.labels, select)
+    if few:
+        text = f"{few}: give `validation` a larger share, or take `select=last`"
+        warnings.warn(text, RobustFairWarning, stacklevel=2)
     train, held = train.to(device), None if held is None else held.to(device)
     model.to(device)
     first = next(evaluation_batches(train, 2)).x
@@ -341,9 +347,10 @@ class _Training:
         record["head_norms"] = _head_norms(self.model)
         best = self.state.best
         for name, tallied in measured.items() if self.select != "last" else ():
-            reached = score(tallied, self.select)
-            if best is None or reached > best.score:
-                best = Chosen(name, run.epoch, reached, ({"model": weights} | exports)[name])
+            reached, clean = score(tallied, self.select), score(replace(tallied, robust_pred_true=None), self.select)
+            found = Chosen(name, run.epoch, reached, ({"model": weights} | exports)[name], clean)
+            if best is None or better(found, best):
+                best = found
         self.state = TrainState(
             epoch=run.epoch,
             step=run.step,
@@ -401,6 +408,34 @@ def score(tallied: ClassTally, select: Select) -> float:
     assert hits is not None
     average, worst = metrics.average(hits), metrics.worst(metrics.class_accuracy(hits))
     return float({"average": average, "worst": worst, "average+worst": average + worst, "last": 0.0}[select])
+
+
+def better(new: Chosen, best: Chosen) -> bool:
+    """Whether a candidate that was measured after `best` takes its place.
+
+    The higher score does; of equal ones the higher score on clean images, then the later epoch; in one epoch the raw
+    weights come before averages, and the averages in the order of their methods. Scores are compared up to the rounding
+    of a sum, and a clean score that is not known decides nothing.
+    """
+    for one, other in ((new.score, best.score), (new.clean, best.clean)):
+        if abs(one - other) > _ROUNDING:
+            return one > other
+    return new.epoch > best.epoch
+
+
+def few_validation_images(train: Tensor, held: Tensor, select: Select) -> str:
+    """Why selection on so few validation images says little, "" where there are enough or nothing is selected.
+
+    Args:
+        train, held: labels (N,) of the images that are trained on, and held out.
+    """
+    classes = int(torch.cat([train, held]).max()) + 1
+    kept, out = (torch.bincount(labels.cpu(), minlength=classes) for labels in (train, held))
+    least = int(out[kept + out > 0].min())
+    if select == "last" or least >= metrics.FEW_IMAGES:
+        return ""
+    few = "no validation image" if least == 0 else f"{least} validation image{'s' if least > 1 else ''}"
+    return f"weights are selected on {few} of a class, and fewer than {metrics.FEW_IMAGES} leave the choice to chance"
 
 
 def counts(tallied: ClassTally) -> dict[str, list[int] | None]:

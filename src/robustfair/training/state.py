@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +21,14 @@ class Chosen:
         epoch: epochs completed when it was measured.
         score: of the selection rule, a fraction.
         weights: its state dict.
+        clean: the same rule on clean images, by which equal scores are told apart; nan if it is not known.
     """
 
     candidate: str
     epoch: int
     score: float
     weights: StateDict
+    clean: float = math.nan
 
 
 @dataclass(frozen=True)
