@@ -239,3 +239,13 @@ def test_the_order_of_images_does_not_matter() -> None:
         return replace(audit, index=audit.index[order], labels=audit.labels[order], predictions=columns)
 
     assert compare(shuffled(before), shuffled(after)).to_dict() == compare(before, after).to_dict()
+
+
+def test_a_tie_for_the_worst_is_said_in_json() -> None:
+    labels = [c for c in range(3) for _ in range(2)]
+    before, after = made_audit(labels, {"clean": [0, 1, 1, 0, 2, 2]}), made_audit(labels, {"clean": labels})
+    about = compare(before, after).to_dict()["attacks"]["clean"]["worst"]
+    assert (about["class_before"], about["class_after"]) == ("cat and 1 other", "all classes")
+    assert (about["classes_before"], about["classes_after"]) == (["cat", "dog"], [])
+    stored = before.to_dict()["attacks"]["clean"]["worst"]
+    assert (stored["class_name"], stored["indices"], stored["others"]) == ("cat", [0, 1], "and 1 other")

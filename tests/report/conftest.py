@@ -58,6 +58,17 @@ def small_repaired(small: Audit) -> Audit:
 
 
 @pytest.fixture
+def undecided() -> tuple[Audit, Audit]:
+    """Two audits of ten classes of forty images. Class 0 loses six images, which the paired test leaves undecided over
+    so many classes, and class 1 all of its forty, which it does not; in the others nothing changes."""
+    labels = [c for c in range(10) for _ in range(40)]
+    rank = [i % 40 for i in range(len(labels))]
+    lost = [9 if r < (6 if c == 0 else 40 if c == 1 else 0) else c for c, r in zip(labels, rank, strict=True)]
+    names = tuple(f"class {c}" for c in range(10))
+    return build_audit(labels, {"clean": labels}, names), build_audit(labels, {"clean": lost}, names, model="after")
+
+
+@pytest.fixture
 def large() -> Callable[..., Audit]:
     """A factory: `classes` classes of `images` images each, two attacks, errors to the next class."""
 

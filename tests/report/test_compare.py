@@ -55,7 +55,8 @@ def test_group_table_exact() -> None:
     assert f"{percent(first)} [" in lines[4]
     assert f"{percent(second)} [" in lines[5]
     assert f"[{percent(low)}, {percent(high)}]" in lines[7]
-    assert sum(line.count("*") for line in lines[4:6]) == 2
+    marked = sum(len(groups.worst(attack).indices) for attack in ("clean", "robust"))
+    assert sum(line.count("*") for line in lines[4:6]) == marked > 0
 
 
 def test_brackets_and_escapes_in_names_are_text(small, small_repaired) -> None:

@@ -88,7 +88,7 @@ def test_summary_lines(make: Callable[..., CorruptionAudit]) -> None:
         "mean of standard 15",
         "mean of FAIR-TAT's 18",
         "mean of all 19",
-        "defocus blur",
+        "defocus blur and 3 others",
     ]
     assert lines[0].split("  ")[-1].startswith("worst class 90.0 [")
     assert all(line.endswith(", a") for line in lines)

@@ -44,7 +44,7 @@ def test_a_class_without_images_has_no_bar():
 
 
 def test_rug_has_a_tick_a_class_and_one_for_the_average():
-    tree = parse(rug([0.2, math.nan, 0.8], average=0.5, worst=0, label='"worst" 20 %'))
+    tree = parse(rug([0.2, math.nan, 0.8], average=0.5, worst=(0,), label='"worst" 20 %'))
     assert len(by_class(tree, "line", "tick")) == 3
     assert float(by_class(tree, "line", "worst")[0].get("x1")) == 20
     assert tree.get("aria-label") == '"worst" 20 %'
@@ -94,13 +94,13 @@ def test_scatter_draws_every_present_class_and_covers_no_label(names, data):
     x = data.draw(st.lists(st.floats(0.01, 100), min_size=size, max_size=size))
     y = data.draw(st.lists(RATES, min_size=size, max_size=size))
     present = [rate for rate in y if not math.isnan(rate)]
-    tree = parse(scatter(x, y, names, worst=None, x_label="head norm", y_label="clean"))
+    tree = parse(scatter(x, y, names, worst=(), x_label="head norm", y_label="clean"))
     assert len(by_class(tree, "circle", "point")) == len(present)
     assert len(by_class(tree, "text", "name")) <= len(present)
 
 
 def test_scatter_marks_and_names_the_worst_class():
-    tree = parse(scatter([1, 2, 3], [0.9, 0.1, 0.5], ["a", "b", "c"], worst=1, x_label="norm", y_label="robust"))
+    tree = parse(scatter([1, 2, 3], [0.9, 0.1, 0.5], ["a", "b", "c"], worst=(1,), x_label="norm", y_label="robust"))
     assert [t.text for t in by_class(tree, "text", "worst")] == ["b"]
     assert {t.text for t in by_class(tree, "text", "name")} == {"a", "b", "c"}
 
@@ -135,9 +135,9 @@ def test_names_are_escaped():
     name = "<script>&\"'"
     for svg in (
         heat_map([[1]], [name]),
-        scatter([1.0], [0.5], [name], worst=0, x_label=name, y_label=name),
+        scatter([1.0], [0.5], [name], worst=(0,), x_label=name, y_label=name),
         line_chart([1, 2], [Curve(name=name, y=[0.1, 0.2])], title=name, share=True),
-        rug([0.5], average=0.5, worst=0, label=name),
+        rug([0.5], average=0.5, worst=(0,), label=name),
     ):
         assert "<script" not in svg
         parse(svg)

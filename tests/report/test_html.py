@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from reference.audits import made_audit
 from robustfair.errors import ConfigError, DataError
+from robustfair.evaluate.compare import compare
 from robustfair.evaluate.gates import check, parse_gate
 from robustfair.evaluate.grouping import read_groups, regroup
 from robustfair.report.html import breakable, render_report, strongest, write_report
-from robustfair.report.table import percent, shown_attacks
+from robustfair.report.table import percent, points, shown_attacks
 
 VOID = {"meta", "wbr", "br", "hr", "img", "input", "link"}
 HOSTILE = "<script>alert('x')</script><b onclick=\"y\">&amp;"
@@ -169,6 +171,48 @@ def test_baseline_shows_before_after_and_change(small, small_repaired):
     assert "Compared with net" in text.replace("  ", " ")
 
 
+def test_where_all_classes_are_equal_none_is_called_worst():
+    labels = [c for c in range(10) for _ in range(3)]
+    names = ("airplane", *(f"class {c}" for c in range(1, 10)))
+    audit = made_audit(labels, {"clean": labels, "pgd-20": [(y + 1) % 10 for y in labels]}, names)
+    page = Page(render_report(audit))
+    assert "Under pgd-20 all classes keep 0.0 % of their images [" in page.text
+    assert "worst class all classes [" in page.text
+    assert "is airplane" not in page.text
+    assert not {"badge", "cell-mark", "mark"} & {attrs.get("class") for attrs in page.all("span") + page.all("b")}
+    assert not any((attrs.get("class") or "").endswith("worst") for _, attrs in page.tags)
+
+
+def test_the_worst_of_several_are_all_marked_and_the_badge_names_the_attack():
+    labels = [c for c in range(4) for _ in range(2)]
+    columns = {"clean": [0, 0, 1, 1, 2, 2, 3, 0], "pgd-20": [1, 1, 0, 0, 2, 2, 3, 0]}
+    page = Page(render_report(made_audit(labels, columns, ("airplane", "b", "c", "d"))))
+    assert "Under pgd-20 the worst classes, airplane and 1 other, keep 0.0 % of their images [" in page.text
+    assert [row.get("class") for row in page.all("tr")][1:5] == ["is-worst", "is-worst", None, "is-worst"]
+    assert page.text.count("worst under pgd-20") == 2
+    assert page.text.count("worst under clean") == 1
+    assert "Worst class is d airplane and 1 other" in page.text
+    assert "Best class is airplane and 2 others c" in page.text
+    clean = columns | {"pgd-20": [0, 1, 1, 1, 2, 2, 0, 0]}
+    both = Page(render_report(made_audit(labels, clean, ("airplane", "b", "c", "d"))))
+    assert both.text.count("worst under clean, pgd-20") == 1
+
+
+def test_a_change_is_bold_where_the_paired_test_decides(undecided):
+    before, after = undecided
+    entry = compare(before, after).under("clean")
+    text = render_report(after, baseline=before)
+    page = Page(text)
+    tested = entry.classes[0]
+    assert tested.difference.upper < 0
+    assert not tested.significant
+    assert f'<span class="change unsure">{points(tested.difference.change)}</span>' in text
+    assert '<span class="change sure">-100.0†</span>' in text
+    worst = f"{points(entry.worst.change)}† [{points(entry.worst.lower)}, {points(entry.worst.upper)}]"
+    assert f"Worst class 100.0 → to 0.0 {worst} is class 1" in page.text
+    assert text.count('class="change sure"') == 4, "class 1, average, worst class and range"
+
+
 def test_findings_stand_above_the_numbers(small):
     text = Page(render_report(small)).text
     assert text.index("Warning No images of c") < text.index("Worst class and average")
@@ -180,7 +224,7 @@ def test_page_without_norms_history_recipe_or_attack(small):
     assert strongest(audit) == "clean"
     for heading in ("Head norms", "Head norm ", "Training", "Recipe", "Date"):
         assert heading not in text
-    assert "On clean images the worst class" in text
+    assert "On clean images all classes with images keep 100.0 % of their images [" in text
     assert "What is taken for what, on clean images" in text
 
 
@@ -190,7 +234,8 @@ def test_all_scalars_of_the_summary_are_printed(small):
         "Average accuracy, % 100.0 66.7",
         "Mean over classes, % 100.0 62.5",
         "Worst class, % 100.0 50.0",
-        "Worst class is a b",
+        "Worst class is all classes with images b",
+        "Best class is all classes with images a",
         "Range, best - worst, points 0.0 25.0",
         "Standard deviation of classes, points 0.0 12.5",
         "Standard deviation / mean 0.000 0.200",
@@ -236,7 +281,8 @@ def test_history_with_missing_parts(small):
 def test_groups_and_gates_are_shown_where_there_are_some(large):
     audit = replace(large(10), groups=(0, 0, 0, 0, 0, 1, 1, 1, 1, 1), group_names=(HOSTILE, "other"))
     rates = regroup(audit, read_groups("superclass", audit))
-    gates = check([parse_gate("average.clean=0"), parse_gate("worst.robust=1")], audit, rates)
+    gates = check(map(parse_gate, ["average.clean=0", "worst.robust=1", "worst.pgd-20=0"]), audit, rates)
+    gates[2] = replace(gates[2], status="undecided", line="undecided: worst.pgd-20 is not known, it did not run")
     text = render_report(audit, rates=rates, gates=gates)
     parsed = Page(text)
     assert HOSTILE not in text
@@ -245,7 +291,9 @@ def test_groups_and_gates_are_shown_where_there_are_some(large):
         (lower, *_), (upper, *_) = rates.interval(attack)
         assert f"{percent(rates.rate(attack)[0])} [{percent(lower)}, {percent(upper)}]" in parsed.text
     assert all(gate.line in parsed.text for gate in gates)
-    assert [a["class"] for a in parsed.all("li")][-2:] == ["finding note", "finding warn"]
+    assert [a["class"] for a in parsed.all("li")][-3:] == [
+        f"finding gate {status}" for status in ("passed", "failed", "undecided")
+    ]
     bare = Page(render_report(audit)).text
     assert "Gates" not in bare
     assert "Group by group" not in bare

@@ -31,7 +31,8 @@ def test_an_audit_in_words(small) -> None:
         ["c", "no images", "", ""],
     ]
     assert texts(sheet, 3) == ["average", "", "100.0", "66.7"]
-    assert texts(sheet, 5) == ["worst is", "", "a", "b"]
+    assert texts(sheet, 5) == ["worst is", "", "all classes", "b"]
+    assert [cell.others for cell in sheet.totals[2]] == ["", "", "with images", ""]
     assert [cell.mark for cell in sheet.rows[1]] == ["", "", "", "worst"]
     assert sheet.rows[0][3].interval == "[30.1, 95.4]"
     assert sheet.rows[0][3].half == "44.9"
@@ -52,7 +53,7 @@ def test_a_comparison_in_words(small, small_repaired) -> None:
     worst = sheet.totals[1][9]
     assert worst.interval == f"[{points(entry.worst.lower)}, {points(entry.worst.upper)}]"
     assert worst.half == percent(max(entry.worst.upper, -entry.worst.lower))
-    assert [cell.mark for cell in sheet.rows[0]].count("worst") == 3
+    assert [cell.mark for cell in sheet.rows[0]].count("worst") == 1, "all are equal on clean images"
     assert "95 %" in sheet.notes[0]
 
 

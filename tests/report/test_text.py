@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reference.audits import random_audit
+from reference.audits import made_audit, random_audit
 from robustfair.errors import ConfigError, UnknownNameError
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.grouping import read_groups, regroup
@@ -127,3 +127,17 @@ def test_latex_compiles(tmp_path: Path) -> None:
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_a_tie_for_the_worst_is_said_and_marked_in_both_forms() -> None:
+    labels = [c for c in range(3) for _ in range(2)]
+    tied = made_audit(labels, {"clean": [0, 1, 1, 0, 2, 2]}, ("a_b", "b", "c"))
+    assert "| worst is |  | a\\_b and 1 other |" in markdown(tied)
+    assert markdown(tied).count("**50.0**") == 2
+    assert r"worst is &  & a\_b and 1 other \\" in latex(tied)
+    equal = made_audit(labels, {"clean": labels})
+    assert "| worst is |  | all classes |" in markdown(equal)
+    assert "**100.0**" not in markdown(equal)
+    assert "textbf" not in latex(equal).split("Bold", 1)[1]
+    compared = markdown(compare(tied, replace(equal, class_names=tied.class_names)))
+    assert "| worst is |  | a\\_b and 1 other | all classes |" in compared

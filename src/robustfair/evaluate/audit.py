@@ -65,14 +65,55 @@ CUDA_LANES = 1000
 SearchPrecision = Literal["auto", "fp32", "bf16"]
 BROKEN_BY = ":broken_by"
 """What follows an attack's name in the npz."""
+_ROUNDING = 1e-12
 
 
 class WorstClass(NamedTuple):
-    """The class of lowest accuracy, the lowest index on ties."""
+    """The lowest accuracy of a class, and whose it is: what every report names and marks as worst.
+
+    Attributes:
+        class_index, class_name: the first class that has it.
+        value: the accuracy.
+        indices: all classes that have it; empty where all classes do, since then none is worse than another.
+        name: the first class that has it, or "all classes".
+        others: who shares it: "and 2 others", or "with images" where not all classes have any; else "".
+    """
 
     class_index: int
     class_name: str
     value: float
+    indices: tuple[int, ...]
+    name: str
+    others: str
+
+    @classmethod
+    def of(cls, rate: Tensor, names: Sequence[str], kind: str = "classes") -> WorstClass:
+        """Read it off accuracies (C,), nan for a class without images; `kind` is what the names are names of.
+
+        Two classes tie where the same share of their images is right, up to the rounding of a mean.
+
+        Raises:
+            ConfigError: no class has images.
+
+        >>> WorstClass.of(torch.tensor([0.5, 0.25, 0.25]), ["cat", "dog", "ship"]).words
+        'dog and 1 other'
+        >>> WorstClass.of(torch.tensor([0.0, 0.0, math.nan]), ["cat", "dog", "ship"]).words
+        'all classes with images'
+        """
+        first = metrics.worst_class(rate)
+        tied = ((rate - rate[first]).abs() <= _ROUNDING).nonzero().flatten().tolist()
+        present, more = int((~rate.isnan()).sum()), len(tied) - 1
+        if more and len(tied) == present:
+            return cls(
+                first, names[first], float(rate[first]), (), f"all {kind}", "with images" * (present < len(rate))
+            )
+        others = f"and {more} other{'s' if more > 1 else ''}" if more else ""
+        return cls(first, names[first], float(rate[first]), tuple(tied), names[first], others)
+
+    @property
+    def words(self) -> str:
+        """Whose accuracy it is, in words."""
+        return f"{self.name} {self.others}".strip()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,10 +252,8 @@ class Audit:
         return float(lower), float(upper)
 
     def worst(self, attack: str) -> WorstClass:
-        """The class of lowest accuracy among those with images."""
-        rate = self.rate(attack)
-        index = metrics.worst_class(rate)
-        return WorstClass(index, self.class_names[index], float(rate[index]))
+        """The class of lowest accuracy among those with images, and who shares it."""
+        return WorstClass.of(self.rate(attack), self.class_names)
 
     def worst_interval(self, attack: str, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval of the worst class accuracy, which as a minimum over classes is biased low.
@@ -361,6 +400,7 @@ class Audit:
             "count": self.count(),
             "wilson": {"level": 0.95, "lower": lower, "upper": upper},
             "average_interval": self.average_interval(attack),
+            "worst": self.worst(attack)._asdict(),
             "worst_interval": self.worst_interval(attack),
             "summary": self.summary(attack),
         }

@@ -111,11 +111,14 @@ class AttackComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
+        names = [tested.name for tested in self.classes]
+        worst = {"before": self.worst_before, "after": self.worst_after}
         return {
             "classes": [tested.to_dict() for tested in self.classes],
             "average": self.average.to_dict(),
             "worst": self.worst.to_dict()
-            | {"class_before": self.worst_before.class_name, "class_after": self.worst_after.class_name},
+            | {f"class_{when}": found.words for when, found in worst.items()}
+            | {f"classes_{when}": [names[c] for c in found.indices] for when, found in worst.items()},
             "range": self.range.to_dict(),
         }
 
@@ -213,7 +216,7 @@ def compare(
         class_names=after.class_names,
         threat=after.threat,
         level=level,
-        attacks=tuple(_under(first, second, name, level) for name in chosen),
+        attacks=tuple(compare_under(first, second, name, level) for name in chosen),
         notes=tuple(notes),
     )
 
@@ -253,7 +256,11 @@ def check_comparable(before: Audit, after: Audit) -> None:
         raise DataError(f"{models} are under different threats, {' and '.join(threats)}: audit both under one")
 
 
-def _under(before: Audit, after: Audit, attack: str, level: float) -> AttackComparison:
+def compare_under(before: Audit, after: Audit, attack: str, level: float = 0.95) -> AttackComparison:
+    """Compare two models under one attack, "robust" over the attacks that each audit holds: what every report shows.
+
+    The audits must be comparable, see `check_comparable`.
+    """
     table = metrics.paired_table(before.hits(attack), after.hits(attack), after.labels, after.num_classes)
     worst, spread = (_bootstrapped(table, statistic, level) for statistic in ("worst", "range"))
     return AttackComparison(

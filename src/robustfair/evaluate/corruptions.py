@@ -187,10 +187,8 @@ class CorruptionAudit:
         return float(lower), float(upper)
 
     def worst(self, what: str, severity: int | None = None) -> WorstClass:
-        """The class of lowest accuracy among those with images."""
-        rate = self.rate(what, severity)
-        index = metrics.worst_class(rate)
-        return WorstClass(index, self.class_names[index], float(rate[index]))
+        """The class of lowest accuracy among those with images, and who shares it."""
+        return WorstClass.of(self.rate(what, severity), self.class_names)
 
     def worst_interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval of the worst class accuracy; see `metrics.bootstrap_statistic`."""

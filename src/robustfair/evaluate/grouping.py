@@ -119,10 +119,8 @@ class GroupRates:
         return float(lower), float(upper)
 
     def worst(self, attack: str) -> WorstClass:
-        """The group of lowest accuracy among those with images."""
-        rate = self.rate(attack)
-        index = metrics.worst_class(rate)
-        return WorstClass(index, self.class_names[index], float(rate[index]))
+        """The group of lowest accuracy among those with images, and who shares it."""
+        return WorstClass.of(self.rate(attack), self.class_names, "groups")
 
     def worst_interval(self, attack: str, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval of the worst group accuracy, see `metrics.bootstrap_statistic`."""
@@ -166,7 +164,8 @@ class GroupRates:
             "average": self.average(attack),
             "average_interval": self.average_interval(attack),
             "worst": worst.value,
-            "worst_group": worst.class_name,
+            "worst_group": worst.words,
+            "worst_groups": [self.class_names[group] for group in worst.indices],
             "worst_interval": self.worst_interval(attack),
             "upper_bound": self.is_upper_bound(attack),
             "unfinished": self.unfinished(attack),

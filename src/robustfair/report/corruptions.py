@@ -6,20 +6,22 @@ The page forbids itself every request, and follows the reader's light or dark sc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from robustfair.checkpoint import write_text
 from robustfair.config import read_path
 from robustfair.errors import ConfigError
-from robustfair.evaluate.audit import CLEAN
+from robustfair.evaluate.audit import CLEAN, WorstClass
 from robustfair.evaluate.corruptions import ALL, SETS, CorruptionAudit
 from robustfair.report.figures import HEAT_STEPS, rate_map
 from robustfair.report.layout import WORST, Cell, Column, Sheet, printable
-from robustfair.report.table import percent, span
+from robustfair.report.table import percent, span, worst_name
 
 Measure = Literal["average", "worst"]
 
@@ -89,7 +91,10 @@ images are left out.</p></footer>
 
 def corruption_table(audit: CorruptionAudit) -> Sheet:
     """Average and worst class accuracy under each corruption: by severity, and in the mean with intervals."""
-    lowest, hardest = min(audit.corruptions, key=audit.average), _hardest(audit)
+    lowest, hardest = (_lowest(audit, value) for value in (audit.average, lambda name: audit.worst(name).value))
+
+    def is_among(what: str, found: WorstClass) -> bool:
+        return what in (audit.corruptions[index] for index in found.indices)
 
     def both(what: str, severity: int) -> Cell:
         return Cell(text=f"{percent(audit.average(what, severity))}/{percent(audit.worst(what, severity).value)}")
@@ -102,9 +107,9 @@ def corruption_table(audit: CorruptionAudit) -> Sheet:
         return (
             Cell(text=row_name(audit, what), is_name=True),
             *(Cell() if what == CLEAN else both(what, severity) for severity in audit.severities),
-            mean(audit.average(what), audit.average_interval(what), marked=what == lowest),
-            mean(worst.value, audit.worst_interval(what), marked=what == hardest),
-            Cell(text=worst.class_name, is_name=True),
+            mean(audit.average(what), audit.average_interval(what), marked=is_among(what, lowest)),
+            mean(worst.value, audit.worst_interval(what), marked=is_among(what, hardest)),
+            worst_name(worst),
         )
 
     heads = ("corruption", *(f"s{severity}" for severity in audit.severities), "average", "worst")
@@ -126,11 +131,13 @@ def corruption_table(audit: CorruptionAudit) -> Sheet:
 def summary_lines(audit: CorruptionAudit) -> list[str]:
     """One line for the clean images, each set of corruptions, and the corruption that is hardest on the worst class."""
     rows = []
-    for what in (CLEAN, *shown_sets(audit), _hardest(audit)):
+    hardest = _lowest(audit, lambda name: audit.worst(name).value)
+    names = {what: row_name(audit, what) for what in (CLEAN, *shown_sets(audit))}
+    for what, name in (names | {audit.corruptions[hardest.class_index]: hardest.words}).items():
         worst = audit.worst(what)
         average = f"average {percent(audit.average(what))} {span(*audit.average_interval(what))}"
         lowest = f"worst class {percent(worst.value)} {span(*audit.worst_interval(what))}"
-        rows.append((row_name(audit, what), average, f"{lowest}, {printable(worst.class_name)}"))
+        rows.append((name, average, f"{lowest}, {printable(worst.words)}"))
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     return [f"{name:<{first}}  {average:<{second}}  {worst}" for name, average, worst in rows]
 
@@ -216,13 +223,13 @@ def row_name(audit: CorruptionAudit, what: str) -> str:
 
 def _lead(audit: CorruptionAudit) -> str:
     clean, what = audit.worst(CLEAN), shown_sets(audit)[-1] if shown_sets(audit) else audit.corruptions[0]
-    worst, hardest = audit.worst(what), _hardest(audit)
+    worst, hardest = audit.worst(what), _lowest(audit, lambda name: audit.worst(name).value)
+    loser = audit.worst(audit.corruptions[hardest.class_index]).words
     return (
         f"Clean, {percent(audit.average(CLEAN))} % of the images are right and {percent(clean.value)} % of the worst "
-        f"class, {printable(clean.class_name)}. Under corruptions ({row_name(audit, what)}) it is "
-        f"{percent(audit.average(what))} % and {percent(worst.value)} %, {printable(worst.class_name)}. Hardest on a "
-        f"class is {row_name(audit, hardest)}: {percent(audit.worst(hardest).value)} % of "
-        f"{printable(audit.worst(hardest).class_name)}."
+        f"class, {printable(clean.words)}. Under corruptions ({row_name(audit, what)}) it is "
+        f"{percent(audit.average(what))} % and {percent(worst.value)} %, {printable(worst.words)}. Hardest on a "
+        f"class: {hardest.words}, {percent(hardest.value)} % of {printable(loser)}."
     )
 
 
@@ -246,7 +253,7 @@ def _mean_row(audit: CorruptionAudit, what: str) -> str:
         span(*audit.worst_interval(what)),
     )
     cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
-    cells += f'<td class="group">{escape(worst.class_name)}</td>'
+    cells += f'<td class="group">{escape(worst.words)}</td>'
     return f'<tr><th scope="row">{escape(row_name(audit, what))}</th>{cells}</tr>'
 
 
@@ -266,9 +273,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 # Numbers and words
 
 
-def _hardest(audit: CorruptionAudit) -> str:
-    """The corruption under which the worst class loses most, in the mean over severities."""
-    return min(audit.corruptions, key=lambda name: audit.worst(name).value)
+def _lowest(audit: CorruptionAudit, value: Callable[[str], float]) -> WorstClass:
+    """The corruptions, for classes, under which a rate is lowest, in the mean over severities."""
+    rates = torch.tensor([value(name) for name in audit.corruptions], dtype=torch.float64)
+    return WorstClass.of(rates, [row_name(audit, name) for name in audit.corruptions], "corruptions")
 
 
 def _scale(audit: CorruptionAudit) -> tuple[float, float]:
@@ -288,4 +296,4 @@ def _average_words(audit: CorruptionAudit, what: str, severity: int | None) -> s
 
 def _worst_words(audit: CorruptionAudit, what: str, severity: int | None) -> str:
     worst = audit.worst(what, severity)
-    return f"{worst.class_name} {percent(worst.value)} % {span(*audit.worst_interval(what, severity))}"
+    return f"{worst.words} {percent(worst.value)} % {span(*audit.worst_interval(what, severity))}"

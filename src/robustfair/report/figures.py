@@ -77,16 +77,16 @@ def bars(items: Sequence[Bar]) -> str:
     return _svg(100, height, parts, "bars", stretch=True)
 
 
-def rug(rates: Sequence[float], *, average: float, worst: int | None, label: str) -> str:
+def rug(rates: Sequence[float], *, average: float, worst: Sequence[int], label: str) -> str:
     """All class accuracies (C,) as ticks on one scale from 0 to 100 percent, the worst tall, the average as a wedge."""
     parts = [_line(0, 22, 100, 22, "axis")]
     for index, rate in enumerate(rates):
-        if not math.isnan(rate) and index != worst:
+        if not math.isnan(rate) and index not in worst:
             parts.append(_line(100 * rate, 10, 100 * rate, 22, "tick"))
     if not math.isnan(average):
         parts.append(_line(100 * average, 2, 100 * average, 22, "tick average"))
-    if worst is not None and not math.isnan(rates[worst]):
-        parts.append(_line(100 * rates[worst], 2, 100 * rates[worst], 22, "tick worst"))
+    if worst:
+        parts.append(_line(100 * rates[worst[0]], 2, 100 * rates[worst[0]], 22, "tick worst"))
     return _svg(100, 24, parts, "rug", stretch=True, label=label)
 
 
@@ -238,7 +238,7 @@ def shade(share: float, top: float) -> int:
 
 
 def scatter(
-    x: Sequence[float], y: Sequence[float], names: Sequence[str], *, worst: int | None, x_label: str, y_label: str
+    x: Sequence[float], y: Sequence[float], names: Sequence[str], *, worst: Sequence[int], x_label: str, y_label: str
 ) -> str:
     """Points (C,) against a rate (C,), each with the name of its class where there is room and no more than 20 of them.
 
@@ -257,17 +257,17 @@ def scatter(
     named = set(present if len(present) <= 20 else by_height[:3] + by_height[-3:])
     shown = short_names(names, 14)
     taken = [(across(x[i]) - 4, up(y[i]) - 4, across(x[i]) + 4, up(y[i]) + 4) for i in present]
-    for i in sorted(present, key=lambda i: i != worst):
+    for i in sorted(present, key=lambda i: i not in worst):
         a, b = across(x[i]), up(y[i])
         tip = _tip(f"{names[i]}: {x_label} {_value(x[i])}, {y_label} {percent(y[i])}")
-        kind = "point worst" if i == worst else "point"
+        kind = "point worst" if i in worst else "point"
         parts.append(_dot(a, b, 4, kind, tip))
         if i in named:
             text = shown[i]
             place = _free_place(a, b, _width(text, 11), taken, (left, top, width, height - bottom))
             if place is not None:
                 taken.append(place)
-                parts.append(_text(place[0], place[3] - 3, text, "name worst" if i == worst else "name", size=11))
+                parts.append(_text(place[0], place[3] - 3, text, "name worst" if i in worst else "name", size=11))
     label = f"{y_label} against {x_label} for {len(present)} classes"
     return _svg(width, height, parts, "chart", label=label)
 

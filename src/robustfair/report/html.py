@@ -11,7 +11,7 @@ import base64
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from robustfair import metrics
 from robustfair.checkpoint import write_text
 from robustfair.config import format_eps, needed, read_path
 from robustfair.errors import ConfigError
-from robustfair.evaluate.audit import CLEAN, Audit
-from robustfair.evaluate.compare import check_comparable
+from robustfair.evaluate.audit import CLEAN, Audit, WorstClass
+from robustfair.evaluate.compare import AttackComparison, Difference, PairedTest, check_comparable, compare_under
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.grouping import GroupRates
 from robustfair.evaluate.sanity import compare_findings, findings
@@ -32,13 +32,14 @@ from robustfair.report import figures
 from robustfair.report.figures import Bar, Curve
 from robustfair.report.sheet import sheet_of
 from robustfair.report.table import (
-    Change,
+    CHANGES,
+    SURE,
     ClassRate,
-    change_of_average,
-    changes,
+    both_attacks,
     class_rates,
     percent,
     points,
+    points_span,
     shown_attacks,
     span,
     threat_words,
@@ -139,22 +140,23 @@ def render_report(
     )
     environment.filters["breakable"] = breakable
     attacks = shown_attacks(audit)
-    before = _shared(baseline, attacks)
+    before = {} if baseline is None else dict.fromkeys(both_attacks(baseline, audit), baseline)
+    compared = {attack: compare_under(other, audit, attack) for attack, other in before.items()}
     script = _asset("report.js")
     page = environment.get_template("report.html.j2").render(
         title=title or f"Robustness by class: {audit.model}",
         lead=_lead(audit, baseline),
         facts=_facts(audit, baseline),
         findings=_findings(audit, baseline),
-        gates=[{"kind": "note" if gate.passed else "warn", "line": gate.line} for gate in gates],
+        gates=[{"status": gate.status, "line": gate.line.removeprefix(f"{gate.status}: ")} for gate in gates],
         groups=None if rates is None else sheet_of(rates),
         attacks=attacks,
         has_baseline=baseline is not None,
         has_norms=audit.head_norms is not None,
         tiles=[_tile(audit, before.get(attack), attack) for attack in attacks],
         tiles_note=_tiles_note(audit),
-        classes=_class_rows(audit, before),
-        totals=_total_rows(audit, before),
+        classes=_class_rows(audit, before, compared),
+        totals=_total_rows(audit, before, compared),
         classes_note=_classes_note(baseline),
         classes_caption=f"Accuracy of each class of {audit.data} under {', '.join(attacks)}, percent, with intervals",
         confusion=_confusion(audit, before),
@@ -195,15 +197,22 @@ def _lead(audit: Audit, baseline: Audit | None) -> str:
     attack = shown_attacks(audit)[-1]
     worst, average = audit.worst(attack), audit.average(attack)
     under = _under(audit, attack)
+    value = f"{percent(worst.value)}\u00a0%"
+    keeps = f"the worst class, {worst.words}, keeps {value} of its images"
+    if not worst.indices:
+        keeps = f"{worst.words} keep {value} of their images"
+    elif worst.others:
+        keeps = f"the worst classes, {worst.words}, keep {value} of their images"
     text = (
-        f"{under[0].upper()}{under[1:]} the worst class, {worst.class_name}, keeps {percent(worst.value)}\u00a0% of "
-        f"its images {span(*audit.worst_interval(attack))}; the average is {percent(average)}\u00a0%."
+        f"{under[0].upper()}{under[1:]} {keeps} {span(*audit.worst_interval(attack))}; the average is "
+        f"{percent(average)}\u00a0%."
     )
-    if baseline is not None and attack in shown_attacks(baseline):
+    if baseline is not None and attack in both_attacks(baseline, audit):
         was = baseline.worst(attack)
+        named = f"the worst class was {was.words} with" if was.indices else f"{was.words} kept"
         text += (
-            f" Before, the worst class was {was.class_name} with {percent(was.value)}\u00a0% "
-            f"{span(*baseline.worst_interval(attack))} and the average {percent(baseline.average(attack))}\u00a0%."
+            f" Before, {named} {percent(was.value)}\u00a0% {span(*baseline.worst_interval(attack))} and the average "
+            f"{percent(baseline.average(attack))}\u00a0%."
         )
     return text
 
@@ -261,11 +270,12 @@ def _tile_numbers(audit: Audit, attack: str, label: str) -> dict[str, Any]:
     words = f"{label}worst class {percent(worst.value)} %, average {percent(average)} %"
     return {
         "worst": percent(worst.value),
-        "worst_name": worst.class_name,
+        "worst_name": worst.words,
+        "worst_marked": bool(worst.indices),
         "worst_span": span(*audit.worst_interval(attack)),
         "average": percent(average),
         "average_span": span(*audit.average_interval(attack)),
-        "rug": Markup(figures.rug(audit.rate(attack).tolist(), average=average, worst=worst.class_index, label=words)),
+        "rug": Markup(figures.rug(audit.rate(attack).tolist(), average=average, worst=worst.indices, label=words)),
     }
 
 
@@ -281,29 +291,31 @@ def _classes_note(baseline: Audit | None) -> str:
         return note
     return (
         "Percent of the images of a class that are classified right, before (hollow bars) and after (filled bars); the "
-        "whiskers are 95 % Wilson intervals, a triangle marks the worst class after. The change is in points, its "
-        "95 % interval is paired over the images, and a change that may be nothing is printed light."
+        "whiskers are 95 % Wilson intervals, a triangle marks the worst class after. The change is in points. "
+        f"{CHANGES} Bold, with {SURE} What may be nothing is printed light."
     )
 
 
-def _class_rows(audit: Audit, before: Mapping[str, Audit]) -> list[dict[str, Any]]:
+def _class_rows(
+    audit: Audit, before: Mapping[str, Audit], compared: Mapping[str, AttackComparison]
+) -> list[dict[str, Any]]:
     attacks = shown_attacks(audit)
     now = {attack: class_rates(audit, attack) for attack in attacks}
     was = {attack: class_rates(other, attack) for attack, other in before.items()}
-    change = {attack: changes(other, audit, attack) for attack, other in before.items()}
     rows = []
     for c, name in enumerate(audit.class_names):
         entries = {attack: now[attack][c] for attack in attacks}
+        worst_under = [attack for attack, entry in entries.items() if entry.worst]
         rows.append(
             {
                 "name": name,
                 "n": entries[CLEAN].n,
                 "norm": f"{audit.head_norms[c]:.3f}" if audit.head_norms is not None else "",
-                "worst": "worst" if any(entry.worst for entry in entries.values()) else "",
+                "worst": f"worst under {', '.join(worst_under)}" if worst_under else "",
                 "sort_keys": " ".join(f"{entry.rate:.6f}" if entry.n else "none" for entry in entries.values()),
                 "cells": [
-                    _class_cell(attack, entries[attack], was[attack][c], change[attack][c])
-                    if attack in before
+                    _class_cell(attack, entries[attack], was[attack][c], compared[attack].classes[c])
+                    if attack in compared
                     else _class_cell(attack, entries[attack])
                     for attack in attacks
                 ],
@@ -313,7 +325,7 @@ def _class_rows(audit: Audit, before: Mapping[str, Audit]) -> list[dict[str, Any
 
 
 def _class_cell(
-    attack: str, now: ClassRate, was: ClassRate | None = None, change: Change | None = None
+    attack: str, now: ClassRate, was: ClassRate | None = None, tested: PairedTest | None = None
 ) -> dict[str, Any]:
     if not now.n:
         return {"attack": attack, "absent": True}
@@ -324,18 +336,23 @@ def _class_cell(
         "absent": False,
         "worst": now.worst,
         "rate": percent(now.rate),
-        "span": span(now.lower, now.upper) if change is None else change.span,
         "was": "" if was is None else percent(was.rate),
-        **_change_words(change),
+        **(
+            {"span": span(now.lower, now.upper), "change": "", "mark": ""}
+            if tested is None
+            else _change_words(tested.difference, sure=tested.significant)
+        ),
         "bars": Markup(figures.bars(drawn)),
     }
 
 
-def _change_words(change: Change | None) -> dict[str, str]:
-    """The change, and the style class of one that may be nothing."""
-    if change is None:
-        return {"change": "", "unsure": ""}
-    return {"change": points(change.value), "unsure": "" if change.sure else " unsure"}
+def _change_words(change: Difference, *, sure: bool) -> dict[str, Any]:
+    """The change, its interval, and the style class and the mark that say whether it is more than chance."""
+    return {
+        "span": points_span(change),
+        "change": f"{points(change.change)}{'†' if sure else ''}",
+        "mark": "sure" if sure else "unsure",
+    }
 
 
 def _bar(entry: ClassRate, attack: str, *, before: bool) -> Bar:
@@ -348,51 +365,41 @@ def _bar(entry: ClassRate, attack: str, *, before: bool) -> Bar:
     )
 
 
-def _total_rows(audit: Audit, before: Mapping[str, Audit]) -> list[dict[str, Any]]:
+def _total_rows(
+    audit: Audit, before: Mapping[str, Audit], compared: Mapping[str, AttackComparison]
+) -> list[dict[str, Any]]:
     """Average, worst class, standard deviation and range of each column."""
+    attacks = shown_attacks(audit)
 
-    def row(
-        name: str,
-        value: Callable[[Audit, str], float],
-        interval: Callable[[Audit, str], str] | None = None,
-        note: Callable[[Audit, str], str] | None = None,
-    ) -> dict[str, Any]:
-        cells = []
-        for attack in shown_attacks(audit):
-            now, other = value(audit, attack), before.get(attack)
-            then = None if other is None else value(other, attack)
-            cells.append(
-                {
-                    "attack": attack,
-                    "value": percent(now),
-                    "was": "" if then is None else percent(then),
-                    "change": "" if then is None else points(now - then),
-                    "span": interval(audit, attack) if interval else "",
-                    "note": note(audit, attack) if note else "",
-                }
-            )
-        return {"name": name, "cells": cells}
+    def cell(attack: str, value: float, interval: tuple[float, float] | None = None, note: str = "") -> dict[str, Any]:
+        shown = "" if interval is None else span(*interval)
+        words = {"value": percent(value), "was": "", "change": "", "mark": "", "span": shown, "note": note}
+        return {"attack": attack, **words}
 
-    def average_span(audit: Audit, attack: str) -> str:
-        other = before.get(attack)
-        if other is None:
-            return span(*audit.average_interval(attack))
-        return change_of_average(other, audit, attack).span
+    def changed(attack: str, value: Difference, *, sure: bool, note: str = "") -> dict[str, Any]:
+        return cell(attack, value.after, note=note) | {"was": percent(value.before), **_change_words(value, sure=sure)}
 
-    def worst_span(audit: Audit, attack: str) -> str:
-        return span(*audit.worst_interval(attack))
+    def of(attack: str) -> dict[str, dict[str, Any]]:
+        """The cells of one column, by the name of their row."""
+        worst, spread = audit.worst(attack), metrics.std(audit.rate(attack))
+        entry = compared.get(attack)
+        if entry is None:
+            return {
+                "Average": cell(attack, audit.average(attack), audit.average_interval(attack)),
+                "Worst class": cell(attack, worst.value, audit.worst_interval(attack), f"is {worst.words}"),
+                "Standard deviation": cell(attack, spread),
+                "Range": cell(attack, metrics.accuracy_range(audit.rate(attack))),
+            }
+        was = metrics.std(before[attack].rate(attack))
+        return {
+            "Average": changed(attack, entry.average.difference, sure=entry.average.significant),
+            "Worst class": changed(attack, entry.worst, sure=entry.worst.sure, note=f"is {worst.words}"),
+            "Standard deviation": cell(attack, spread) | {"was": percent(was), "change": points(spread - was)},
+            "Range": changed(attack, entry.range, sure=entry.range.sure),
+        }
 
-    return [
-        row("Average", Audit.average, average_span),
-        row(
-            "Worst class",
-            lambda a, attack: a.worst(attack).value,
-            worst_span,
-            lambda a, attack: f"is {a.worst(attack).class_name}",
-        ),
-        row("Standard deviation", lambda a, attack: metrics.std(a.rate(attack))),
-        row("Range", lambda a, attack: metrics.accuracy_range(a.rate(attack))),
-    ]
+    columns = [of(attack) for attack in attacks]
+    return [{"name": name, "cells": [column[name] for column in columns]} for name in columns[0]]
 
 
 # Confusion
@@ -484,7 +491,7 @@ def _norm_figure(audit: Audit, attack: str, prefix: str) -> dict[str, Any]:
         audit.head_norms,
         rate.tolist(),
         audit.class_names,
-        worst=audit.worst(attack).class_index,
+        worst=audit.worst(attack).indices,
         x_label="head norm",
         y_label=f"{attack} accuracy, %",
     )
@@ -518,7 +525,7 @@ def _history_figures(history: Sequence[Mapping[str, Any]], names: Sequence[str])
         charts.append((f"Validation, {name}, accuracy in %", _tally_curves(tallies), True))
     part = "robust" if any((r.get("train") or {}).get("robust") for r in history) else "clean"
     accuracy = [_rates(r.get("train"), part) for r in history]
-    worst = _lowest(accuracy[-1])
+    worst = _lowest(accuracy[-1], names)
     charts.append((f"Classes, {part} training accuracy in %", _class_curves(accuracy, names, worst), True))
     for key in dict.fromkeys(key for r in history for key in r.get("per_class") or {}):
         values = [(r.get("per_class") or {}).get(key) for r in history]
@@ -565,26 +572,26 @@ def _average(tally: Mapping[str, Any] | None, part: str) -> float | None:
 
 
 def _class_curves(
-    per_class: Sequence[Sequence[float | None] | None], names: Sequence[str], worst: int | None
+    per_class: Sequence[Sequence[float | None] | None], names: Sequence[str], worst: Sequence[int]
 ) -> list[Curve]:
-    """One curve a class. Named are the worst class, which stands out, and the lowest and the highest at the end."""
+    """One curve a class. Named are the worst classes, which stand out, and the lowest and the highest at the end."""
     last = per_class[-1]
-    ends = {_lowest(last), _lowest([None if v is None else -v for v in last or ()]), worst}
+    ends = {*_lowest(last, names)[:1], *_lowest([None if v is None else -v for v in last or ()], names)[:1], *worst}
     return [
         Curve(
             name=name,
             y=[None if row is None else row[c] for row in per_class],
-            look="worst" if c == worst else "faint",
+            look="worst" if c in worst else "faint",
             labelled=c in ends,
         )
         for c, name in enumerate(names)
     ]
 
 
-def _lowest(values: Sequence[float | None] | None) -> int | None:
-    """Index of the smallest value, None where there is none."""
-    present = {c: value for c, value in enumerate(values or ()) if value is not None}
-    return min(present, key=lambda c: present[c], default=None)
+def _lowest(values: Sequence[float | None] | None, names: Sequence[str]) -> tuple[int, ...]:
+    """The classes of smallest value, none where there is no value or all are equal, see `WorstClass`."""
+    numbers = torch.tensor([math.nan if value is None else value for value in values or ()], dtype=torch.float64)
+    return () if bool(numbers.isnan().all()) else WorstClass.of(numbers, names).indices
 
 
 def _differs(values: Sequence[float | None] | None) -> bool:
@@ -597,17 +604,19 @@ def _differs(values: Sequence[float | None] | None) -> bool:
 
 def _metric_rows(audit: Audit, before: Mapping[str, Audit], *, paired: bool) -> dict[str, Any]:
     """All scalars of the summary that are known in some column, a row each."""
-    columns: list[tuple[Audit | None, Mapping[str, Any]]] = []
+    columns: list[tuple[Audit | None, str, Mapping[str, Any]]] = []
     for attack in shown_attacks(audit):
         if paired:
             other = before.get(attack)
-            columns.append((other, other.summary(attack) if other is not None else {}))
-        columns.append((audit, audit.summary(attack)))
-    keys = [key for key, value in columns[-1][1].items() if not isinstance(value, list)]
+            columns.append((other, attack, other.summary(attack) if other is not None else {}))
+        columns.append((audit, attack, audit.summary(attack)))
+    keys = [key for key, value in columns[-1][2].items() if not isinstance(value, list)]
     rows = [
         {
             "name": METRIC_NAMES.get(key, (key, "number"))[0],
-            "cells": [_metric(key, summary[key], of) if of is not None else "" for of, summary in columns],
+            "cells": [
+                _metric(key, summary[key], of, attack) if of is not None else "" for of, attack, summary in columns
+            ],
         }
         for key in keys
     ]
@@ -618,10 +627,16 @@ def _metric_rows(audit: Audit, before: Mapping[str, Audit], *, paired: bool) -> 
     }
 
 
-def _metric(key: str, value: Any, audit: Audit) -> str:
+def _extreme(audit: Audit, attack: str, *, best: bool) -> str:
+    """Whose accuracy is lowest, or highest, and who shares it."""
+    rate = audit.rate(attack)
+    return WorstClass.of(-rate if best else rate, audit.class_names).words
+
+
+def _metric(key: str, value: Any, audit: Audit, attack: str) -> str:
     kind = METRIC_NAMES.get(key, (key, "number"))[1]
     if kind == "class":
-        return audit.class_names[int(value)]
+        return _extreme(audit, attack, best=key == "best_class")
     if kind == "percent":
         return percent(value)
     return "n/a" if math.isnan(value) else f"{value:.3f}"
@@ -695,13 +710,6 @@ def _yaml(recipe: Mapping[str, Any] | None) -> str:
     import yaml
 
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100).rstrip()
-
-
-def _shared(baseline: Audit | None, attacks: Sequence[str]) -> dict[str, Audit]:
-    """The baseline under every attack that both audits have."""
-    if baseline is None:
-        return {}
-    return {attack: baseline for attack in attacks if attack in shown_attacks(baseline)}
 
 
 def _asset(name: str) -> str:

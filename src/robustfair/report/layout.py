@@ -37,6 +37,7 @@ class Cell:
         half: the larger distance from the number to an end of its interval.
         mark: "worst" class of its column, or a change that is "sure" to be one.
         is_name: whether the text is a name that a user gave, or a word.
+        others: who shares what the name stands for: "and 2 others".
     """
 
     text: str = ""
@@ -44,6 +45,7 @@ class Cell:
     half: str = ""
     mark: Literal["", "worst", "sure"] = ""
     is_name: bool = False
+    others: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +256,8 @@ def _words(cell: Cell, marks: Iterable[str], stacked: bool) -> list[str]:
         text = f"{'*' if cell.mark == WORST else ' '}{text}"
     if text and SURE in marks and not cell.is_name:
         text = f"{text}{'†' if cell.mark == SURE else ' '}"
+    if cell.others:
+        return [text, cell.others]
     if not cell.interval:
         return [text]
     return [text, cell.interval] if stacked else [f"{text} {cell.interval}"]

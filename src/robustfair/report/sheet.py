@@ -14,6 +14,7 @@ from robustfair.evaluate.compare import AttackComparison, Comparison, Difference
 from robustfair.evaluate.grouping import GroupRates
 from robustfair.report.layout import SURE, WORST, Cell, Column, Sheet
 from robustfair.report.table import (
+    CHANGES,
     NO_IMAGES,
     Measured,
     Rates,
@@ -23,6 +24,7 @@ from robustfair.report.table import (
     points,
     shown_attacks,
     span,
+    worst_name,
 )
 
 
@@ -71,7 +73,7 @@ def _rates(rates: Rates, attacks: Sequence[str] | None) -> Sheet:
         totals=(
             total("average", lambda attack: _rate(rates.average(attack), rates.average_interval(attack))),
             total("worst", lambda attack: _rate(rates.worst(attack).value, rates.worst_interval(attack))),
-            total("worst is", lambda attack: _name(rates.worst(attack).class_name)),
+            total("worst is", lambda attack: worst_name(rates.worst(attack))),
             total("std", lambda attack: Cell(text=percent(metrics.std(rates.rate(attack))))),
             total("range", lambda attack: Cell(text=percent(metrics.accuracy_range(rates.rate(attack))))),
         ),
@@ -130,7 +132,7 @@ def _changes(comparison: Comparison, attacks: Sequence[str] | None) -> Sheet:
         rows=tuple(rows),
         totals=tuple(totals),
         notes=(
-            f"Changes in points, with {level} intervals paired over the images; of worst and range by bootstrap.",
+            f"Changes in points. {CHANGES.replace('95 %', level)}",
             "lost/won: images that only the first, only the second model gets right.",
             "p: exact McNemar, of classes after Holm's correction.",
             f"† more than chance: p at most {1 - comparison.level:g}, or an interval without zero.",
@@ -151,7 +153,7 @@ def _class_cells(entry: AttackComparison, c: int) -> list[Cell]:
     tested = entry.classes[c]
     if not tested.n:
         return [Cell()] * 5
-    return _tested_cells(tested, worst=(c == entry.worst_before.class_index, c == entry.worst_after.class_index))
+    return _tested_cells(tested, worst=(c in entry.worst_before.indices, c in entry.worst_after.indices))
 
 
 def _tested_cells(tested: PairedTest, *, worst: tuple[bool, bool] = (False, False)) -> list[Cell]:
@@ -169,7 +171,7 @@ def _total_cells(entry: AttackComparison) -> dict[str, list[Cell]]:
     return {
         "average": _tested_cells(entry.average),
         "worst": [*_both(entry.worst), _change(entry.worst, sure=entry.worst.sure), *blank],
-        "worst is": [_name(entry.worst_before.class_name), _name(entry.worst_after.class_name), Cell(), *blank],
+        "worst is": [worst_name(entry.worst_before), worst_name(entry.worst_after), Cell(), *blank],
         "range": [*_both(entry.range), _change(entry.range, sure=entry.range.sure), *blank],
     }
 

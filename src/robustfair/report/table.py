@@ -10,20 +10,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from robustfair import metrics
 from robustfair.config import format_eps, require
-from robustfair.evaluate.audit import ROBUST, Audit
-from robustfair.evaluate.compare import Comparison, check_comparable
-from robustfair.evaluate.finding import paired_difference
+from robustfair.evaluate.audit import ROBUST, Audit, WorstClass
+from robustfair.evaluate.compare import Comparison, Difference, check_comparable, compare_under
 from robustfair.evaluate.grouping import GroupRates
-from robustfair.report.layout import WORST, Cell, Column, Sheet, printable
+from robustfair.report.layout import SURE, WORST, Cell, Column, Sheet, printable
 
 Rates = Audit | GroupRates
 Measured = Rates | Comparison
 
 NO_IMAGES = "no images"
+CHANGES = "Intervals of changes: 95 %, paired over the images; of worst and range by bootstrap."
+TESTED = (
+    "† more than chance: by an exact McNemar test, of classes after Holm's correction, or an interval without zero."
+)
+"""What marks a change, in every report: the verdict of `robustfair.evaluate.compare`."""
 
 
 # Numbers as words
@@ -79,7 +81,10 @@ def shown_attacks(audit: Rates) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassRate:
-    """Accuracy of one class under one attack, as fractions; all nan where the class has no images."""
+    """Accuracy of one class under one attack, as fractions; all nan where the class has no images.
+
+    `worst` says whether it is among the worst classes of its column, see `WorstClass.indices`.
+    """
 
     correct: int
     n: int
@@ -91,43 +96,24 @@ class ClassRate:
 
 def class_rates(audit: Rates, attack: str) -> list[ClassRate]:
     """One entry a class or group (C,), in the order of the data set, with its 95 % Wilson interval."""
-    worst = audit.worst(attack).class_index
+    worst = audit.worst(attack).indices
     rate, correct, n = audit.rate(attack).tolist(), audit.correct(attack).tolist(), audit.count().tolist()
     lower, upper = (end.tolist() for end in audit.interval(attack))
     return [
-        ClassRate(correct=correct[c], n=n[c], rate=rate[c], lower=lower[c], upper=upper[c], worst=c == worst)
+        ClassRate(correct=correct[c], n=n[c], rate=rate[c], lower=lower[c], upper=upper[c], worst=c in worst)
         for c in range(len(audit.class_names))
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """A difference of two accuracies on the same images, after - before, with its paired 95 % interval; fractions."""
-
-    value: float
-    lower: float
-    upper: float
-
-    @property
-    def sure(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.lower > 0 or self.upper < 0
-
-    @property
-    def span(self) -> str:
-        """The interval in points."""
-        return f"[{points(self.lower)}, {points(self.upper)}]"
+def both_attacks(before: Audit, after: Audit) -> list[str]:
+    """The columns that two audits share: "robust" only where both hold the same attacks, so that it is one thing."""
+    alike = set(before.attacks) == set(after.attacks)
+    return [name for name in shown_attacks(after) if name in before.attacks or (name == ROBUST and alike)]
 
 
-def changes(before: Audit, after: Audit, attack: str) -> list[Change]:
-    """The change of every class (C,) under one attack; nan for a class without images."""
-    old, new = before.hits(attack), after.hits(attack)
-    return [_change(old[of_class], new[of_class]) for of_class in (after.labels == c for c in range(after.num_classes))]
-
-
-def change_of_average(before: Audit, after: Audit, attack: str) -> Change:
-    """The change of the average under one attack."""
-    return _change(before.hits(attack), after.hits(attack))
+def points_span(difference: Difference) -> str:
+    """The interval of a change in points."""
+    return f"[{points(difference.lower)}, {points(difference.upper)}]"
 
 
 # Tables
@@ -152,7 +138,7 @@ def class_table(audit: Audit) -> Sheet:
     totals = (
         (_name("average"), *blank, *(cell(audit.average(a), audit.average_interval(a)) for a in attacks)),
         (_name("worst"), *blank, *(cell(worst[a].value, audit.worst_interval(a)) for a in attacks)),
-        (_name("worst is"), *blank, *(_name(worst[a].class_name) for a in attacks)),
+        (_name("worst is"), *blank, *(worst_name(worst[a]) for a in attacks)),
         (_name("std"), *blank, *(Cell(text=percent(metrics.std(audit.rate(a)))) for a in attacks)),
         (_name("range"), *blank, *(Cell(text=percent(metrics.accuracy_range(audit.rate(a)))) for a in attacks)),
     )
@@ -171,8 +157,8 @@ def class_table(audit: Audit) -> Sheet:
 def before_after_table(before: Audit, after: Audit, attacks: Sequence[str] | None = None) -> Sheet:
     """Accuracy class by class before and after a repair, and the change in points, under each attack.
 
-    A change stands with its 95 % interval, paired over the images; that of the worst class has none, since it may be
-    another class before and after.
+    A change stands with its 95 % interval, paired over the images, that of worst and range by bootstrap. It is marked
+    where `compare` finds it to be more than chance: of classes after Holm's correction.
 
     Args:
         attacks: None takes those that both audits have.
@@ -182,43 +168,45 @@ def before_after_table(before: Audit, after: Audit, attacks: Sequence[str] | Non
         ConfigError: an attack that one of them lacks, or none at all.
     """
     check_comparable(before, after)
-    shared = [attack for attack in shown_attacks(after) if attack in shown_attacks(before)]
+    shared = both_attacks(before, after)
     chosen = shared if attacks is None else list(attacks)
     allowed = f"in both audits ({', '.join(shared)})"
     for attack in chosen:
         require(attack in shared, "report", "attack", allowed=allowed, got=attack)
     require(bool(chosen), "report", "attacks", allowed=f"at least one {allowed}", got=chosen)
 
-    def change(value: Change) -> Cell:
-        return Cell() if math.isnan(value.value) else Cell(text=points(value.value), interval=value.span)
+    compared = [compare_under(before, after, attack) for attack in chosen]
 
-    columns = [
-        (class_rates(before, attack), class_rates(after, attack), changes(before, after, attack)) for attack in chosen
-    ]
+    def change(value: Difference, *, sure: bool) -> Cell:
+        if math.isnan(value.change):
+            return Cell()
+        return Cell(text=points(value.change), interval=points_span(value), mark=SURE if sure else "")
+
+    columns = [(class_rates(before, e.attack), class_rates(after, e.attack), e.classes) for e in compared]
     rows = []
     for c, name in enumerate(after.class_names):
         cells = [_name(name), Cell(text=str(columns[0][0][c].n or NO_IMAGES))]
-        for old, new, changed in columns:
+        for old, new, tested in columns:
             cells += [
                 Cell(text=percent(e.rate) if e.n else "", mark=WORST if e.worst else "") for e in (old[c], new[c])
             ]
-            cells.append(change(changed[c]))
+            cells.append(change(tested[c].difference, sure=tested[c].significant))
         rows.append(tuple(cells))
     totals = {name: [_name(name), Cell()] for name in ("average", "worst", "worst is", "std", "range")}
-    for attack in chosen:
-        old_rate, new_rate = before.rate(attack), after.rate(attack)
-        old_worst, new_worst = before.worst(attack), after.worst(attack)
-        averages = (before.average(attack), after.average(attack))
-        totals["average"] += [Cell(text=percent(average)) for average in averages]
-        totals["average"].append(change(change_of_average(before, after, attack)))
-        totals["worst is"] += [_name(old_worst.class_name), _name(new_worst.class_name), Cell()]
-        for name, old_value, new_value in (
-            ("worst", old_worst.value, new_worst.value),
-            ("std", metrics.std(old_rate), metrics.std(new_rate)),
-            ("range", metrics.accuracy_range(old_rate), metrics.accuracy_range(new_rate)),
+    for entry in compared:
+        for name, value, sure in (
+            ("average", entry.average.difference, entry.average.significant),
+            ("worst", entry.worst, entry.worst.sure),
+            ("range", entry.range, entry.range.sure),
         ):
-            texts = (percent(old_value), percent(new_value), points(new_value - old_value))
-            totals[name] += [Cell(text=text) for text in texts]
+            totals[name] += [
+                Cell(text=percent(value.before)),
+                Cell(text=percent(value.after)),
+                change(value, sure=sure),
+            ]
+        totals["worst is"] += [worst_name(entry.worst_before), worst_name(entry.worst_after), Cell()]
+        old_std, new_std = (metrics.std(audit.rate(entry.attack)) for audit in (before, after))
+        totals["std"] += [Cell(text=text) for text in (percent(old_std), percent(new_std), points(new_std - old_std))]
     heads = ("before", "after", "change")
     return Sheet(
         title=heading(f"{before.model} -> {after.model}", after),
@@ -229,8 +217,8 @@ def before_after_table(before: Audit, after: Audit, attacks: Sequence[str] | Non
         ),
         rows=tuple(rows),
         totals=tuple(map(tuple, totals.values())),
-        notes=("* worst class of its column. Changes in points, intervals 95 %, paired.",),
-        ranks=tuple(changed.value for changed in columns[-1][2]),
+        notes=("* worst class of its column. Changes in points.", CHANGES, TESTED),
+        ranks=tuple(tested.difference.change for tested in columns[-1][2]),
         ranked_by=f"change under {chosen[-1]}",
     )
 
@@ -245,7 +233,7 @@ def summary_lines(audit: Audit) -> list[str]:
         worst = audit.worst(attack)
         average = f"average {percent(audit.average(attack))} {span(*audit.average_interval(attack))}"
         lowest = f"worst class {percent(worst.value)} {span(*audit.worst_interval(attack))}"
-        rows.append((attack, average, f"{lowest}, {printable(worst.class_name)}"))
+        rows.append((attack, average, f"{lowest}, {printable(worst.words)}"))
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     return [f"{attack:<{first}}  {average:<{second}}  {worst}" for attack, average, worst in rows]
 
@@ -267,7 +255,6 @@ def _name(text: str) -> Cell:
     return Cell(text=text, is_name=True)
 
 
-def _change(before: Tensor, after: Tensor) -> Change:
-    """Of hits (n,) on the same images."""
-    value, lower, upper = paired_difference(after, before) if len(after) else (math.nan, math.nan, math.nan)
-    return Change(value=value, lower=lower, upper=upper)
+def worst_name(worst: WorstClass) -> Cell:
+    """Whose accuracy is lowest, and who shares it."""
+    return Cell(text=worst.name, is_name=True, others=worst.others)

@@ -96,14 +96,14 @@ def escape_markdown(text: str) -> str:
 
 def _markdown_cell(cell: Cell, intervals: Intervals) -> str:
     if cell.is_name:
-        return escape_markdown(cell.text)
+        return escape_markdown(f"{cell.text} {cell.others}".rstrip())
     text = f"**{cell.text}**" if cell.mark == WORST else cell.text
     return _with_interval(f"{text}†" if cell.mark == SURE else text, cell, intervals, " ± ")
 
 
 def _latex_cell(cell: Cell, intervals: Intervals) -> str:
     if cell.is_name:
-        return escape_latex(cell.text)
+        return escape_latex(f"{cell.text} {cell.others}".rstrip())
     text = escape_latex(cell.text)
     text = rf"\textbf{{{text}}}" if cell.mark == WORST else text
     text = _with_interval(f"{text}{_LATEX['†']}" if cell.mark == SURE else text, cell, intervals, r"\,$\pm$\,")
