@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import robustfair
-from robustfair.cli import app
+from robustfair.cli import app, main
 from robustfair.config import parse_composition
 from robustfair.data import CATALOG
 from robustfair.data.augment import parse_augmentation
@@ -219,6 +219,21 @@ def test_commands_in_the_readme_are_commands(words: str) -> None:
     assert command.__name__.rstrip("_") == argv[0]
     if argv[0] in ("train", "explain"):
         plan_of(argv[1], ())
+
+
+def test_the_first_commands_of_the_readme_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = TEXT.partition("## Three minutes\n")[2].lstrip("\n").partition("\n\n")[0]
+    lines = [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
+    assert len(lines) > 1
+    for program, *argv in lines:
+        assert program == "robustfair"
+        assert main(argv) == 0, (argv, capsys.readouterr().err)
+        named = [word for word in argv if word.startswith("runs/")]
+        assert all((tmp_path / word).is_dir() for word in named), "every path is made by this line or one before it"
+    assert "weights are selected on" not in capsys.readouterr().err
 
 
 def test_the_docstring_of_the_package_runs_as_it_is_written() -> None:
