@@ -701,11 +701,14 @@ def test_a_damaged_run_folder_is_refused_and_left_as_it_is(
 def test_train_says_on_stderr_what_runs_and_on_stdout_where_it_is(place: Path, command: Command) -> None:
     outcome = command(*training("trades + ema"))
     assert outcome.code == 0
-    first, *images, one, two = outcome.err.splitlines()
-    assert first.startswith("trades + ema on 200 images of digits, small-cnn with 1,674 parameters, 2 epochs")
-    assert images[0] == "digits, train part: 200 images of 10 classes (20 each)"
-    assert images[1].startswith("digits, test part: 359 images of 10 classes (0: 36, 1: 36, 2: 35, ")
-    assert len(images) == 2
+    first, *images, few, one, two = outcome.err.splitlines()
+    assert first.startswith("trades + ema on 140 images of digits, small-cnn with 1,674 parameters, 2 epochs")
+    assert images[0] == "digits, train part: 140 images of 10 classes (14 each)"
+    assert images[1] == "digits, validation part: 60 images of 10 classes (6 each)"
+    assert images[2].startswith("digits, test part: 359 images of 10 classes (0: 36, 1: 36, 2: 35, ")
+    assert len(images) == 3
+    assert few.startswith("warning: weights are selected on 6 validation images of a class")
+    assert few.endswith("give --validation a larger share, or take --select last")
     assert [line.split()[:2] for line in (one, two)] == [["epoch", "1"], ["epoch", "2"]]
     result, following = outcome.out.splitlines()
     assert result.startswith("new: 2 epochs; the model is '")
@@ -713,7 +716,7 @@ def test_train_says_on_stderr_what_runs_and_on_stdout_where_it_is(place: Path, c
 
 
 def test_quiet_json_prints_one_line_of_json_and_nothing_else(place: Path, command: Command) -> None:
-    outcome = command(*training("trades + ema"), "--json", "--quiet")
+    outcome = command(*training("trades + ema"), "--select", "last", "--json", "--quiet")
     assert outcome.err == ""
     selected = json.loads((place / "new" / "manifest.json").read_text())["selected"]
     assert outcome.json() == {
@@ -886,7 +889,7 @@ def test_control_c_is_one_line_and_exit_130(place: Path, command: Command, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "fit", interrupt)
-    outcome = command(*training(), "--quiet")
+    outcome = command(*training(), "--select", "last", "--quiet")
     assert outcome.code == 130
     assert outcome.err == f"{INTERRUPTED}\n"
 
@@ -1222,7 +1225,7 @@ def test_random_output_is_said_without_being_asked(place: Path, command: Command
 @pytest.mark.parametrize(
     ("gates", "code", "lines"),
     [
-        (["worst.robust=0"], 0, [r"passed: worst\.robust is 0\.\d+ \(\d\), at least 0\.00"]),
+        (["worst.robust=0"], 0, [r"passed: worst\.robust is 0\.\d+ \(\d( and \d others?)?\), at least 0\.00"]),
         (["average.clean>=0.99"], 1, [r"failed: average\.clean is 0\.\d+, below 0\.99"]),
         (
             ["range.robust<=1", "average.clean=99%", "interval.worst.robust.lower=0"],
@@ -1632,6 +1635,23 @@ def test_a_stored_audit_is_read_again_without_attacking(place: Path, command: Co
     assert json.loads(again.out)["attacks"] == json.loads(first.out)["attacks"]
     assert command("audit", stored, "--fail-under", "worst.pgd-2=100%").code == 1
     assert changes(before, tree(place)) == []
+
+
+def test_a_gate_on_what_nothing_measured_is_undecided_everywhere(place: Path, command: Command) -> None:
+    words = ["--attacks", "clean", "--limit-per-class", 2, "--fail-under", "worst.robust=0"]
+    outcome = command("audit", "run", *words, "--report", "page.html", "--quiet")
+    line = "undecided: worst.robust is not known, nothing attacked the model, the audit is of clean images alone"
+    assert (outcome.code, outcome.out.splitlines()[-1]) == (1, line)
+    assert line in (place / "page.html").read_text(encoding="utf-8")
+    found = command("audit", "run", *words, "--json")
+    assert found.code == 1
+    assert json.loads(found.out)["gates"] == [
+        {"gate": "worst.robust=0", "value": None, "status": "undecided", "line": line}
+    ]
+    assert line in found.err
+    stored = next(path for path in (place / "run" / "audit").glob("clean_*.json"))
+    again = command("audit", stored, "--fail-under", "worst.robust=0")
+    assert (again.code, again.out.splitlines()[-1]) == (1, line)
 
 
 def test_a_stored_audit_beside_a_baseline_is_shown_as_a_run_is(place: Path, command: Command) -> None:

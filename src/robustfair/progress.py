@@ -75,8 +75,8 @@ class TrainingProgress(_Bar):
             f"{ready.recipe.train} on {len(ready.train):,} images of {ready.recipe.data}, {ready.recipe.model} with "
             f"{parameters:,} parameters, {epochs} epochs{resumed}"
         )
-        parts = {**ready.splits.parts, "train": ready.train}
-        self.say(*(data.count_line(part) for part, data in parts.items()))
+        parts = {"train": ready.train, "validation": ready.validation, "test": ready.splits.parts.get("test")}
+        self.say(*(data.count_line(part) for part, data in parts.items() if data is not None))
 
     def step(self, epoch: int, step: int) -> None:
         self.bar.update(self._task, completed=epoch * self._steps + min(step + 1, self._steps))

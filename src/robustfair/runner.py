@@ -233,8 +233,6 @@ def _train(
         folder.require_free()
     ready = prepare(recipe)
     recipe = ready.recipe
-    for remark in ready.remarks:
-        warnings.warn(remark, RobustFairWarning, stacklevel=3)
     about = {
         "model": describe_model(ready.model),
         "class_names": list(ready.train.class_names),
@@ -262,6 +260,8 @@ def _train(
         folder.create(recipe.to_yaml(), environment() | about | {"seed": recipe.seed, "status": "running"})
     if on_start is not None:
         on_start(ready, state)
+    for remark in ready.remarks:
+        warnings.warn(remark, RobustFairWarning, stacklevel=2)
     started = time.time()
     spent = folder.manifest().get("wall_seconds", 0.0)
 

@@ -148,7 +148,7 @@ def render_report(
         lead=_lead(audit, baseline),
         facts=_facts(audit, baseline),
         findings=_findings(audit, baseline),
-        gates=[{"status": gate.status, "line": gate.line.removeprefix(f"{gate.status}: ")} for gate in gates],
+        gates=[{"status": gate.status, "line": gate.line} for gate in gates],
         groups=None if rates is None else sheet_of(rates),
         attacks=attacks,
         has_baseline=baseline is not None,
