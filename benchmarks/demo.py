@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, Report, Row, Table, say
+from benchmarks.measure import ROOT, Report, Row, Table, machine, say
 from robustfair.checkpoint import write_json, write_text
 from robustfair.config import format_eps
 from robustfair.evaluate.audit import ROBUST
@@ -113,7 +113,8 @@ def report(lines: Sequence[Row]) -> Report:
         for attack in dict.fromkeys(line["attack"] for line in lines)
     ]
     about: dict[str, Any] = {"train": recipe.train, "eps": format_eps(recipe.eps or 0), "epochs": recipe.epochs}
-    return Report(name="demo", settings=about, tables=tables, notes=[NOTE])
+    where = {key: value for key, value in machine().items() if key != "threads"}
+    return Report(name="demo", settings=about, tables=tables, notes=[NOTE], where=where)
 
 
 def _of(lines: Sequence[Row], attack: str) -> list[Row]:
