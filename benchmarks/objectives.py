@@ -287,7 +287,7 @@ def measured(result: Audit) -> Row:
         for kind, values in rates.items():
             for end, value in zip(("", "_low", "_high"), values, strict=True):
                 row[f"{name}{kind}{end}"] = 100 * value
-        row[f"{name}_worst_class"] = worst.class_name
+        row[f"{name}_worst_class"] = worst.words
         row[f"{name}_correct"] = result.correct(attack).tolist()
     return row
 

@@ -215,7 +215,7 @@ def _audits(row: Row, way: Way, fitted: Fitted, deadline: float) -> dict[str, An
                 raise OutOfTimeError(f"{row.name} is trained and not yet audited")
             result = audit(model, way.splits.test, attacks=ATTACKS, device=way.device, label=f"{row.name}, {label}")
             robust, worst = result.average("pgd-20"), result.worst("pgd-20")
-            say(f"{result.model}: PGD-20 average {robust:.4f}, worst {worst.class_name} {worst.value:.4f}")
+            say(f"{result.model}: PGD-20 average {robust:.4f}, worst {worst.words} {worst.value:.4f}")
             found[label] = result.to_dict()
     return found
 

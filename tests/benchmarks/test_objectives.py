@@ -103,7 +103,7 @@ def test_raw_weights_and_every_average_are_lines_that_agree_with_a_direct_audit(
             worst = found.worst(attack)
             assert line[name] == 100 * found.average(attack)
             assert (line[f"{name}_low"], line[f"{name}_high"]) == tuple(100 * e for e in found.average_interval(attack))
-            assert (line[f"{name}_worst"], line[f"{name}_worst_class"]) == (100 * worst.value, worst.class_name)
+            assert (line[f"{name}_worst"], line[f"{name}_worst_class"]) == (100 * worst.value, worst.words)
             ends = (line[f"{name}_worst_low"], line[f"{name}_worst_high"])
             assert ends == tuple(100 * end for end in found.worst_interval(attack))
             assert line[f"{name}_correct"] == found.correct(attack).tolist()
