@@ -46,7 +46,7 @@ def test_kinds_in_any_spelling(word: str) -> None:
     [
         ("method", "unknown kind of entry 'method': did you mean methods"),
         ("modles", "did you mean models"),
-        ("zzz", "known: attacks, augmentations, datasets, methods, models, objectives, recipes, repairs"),
+        ("zzz", "known: attacks, augmentations, datasets, edits, methods, models, objectives, recipes, repairs"),
         ("", "known: attacks"),
     ],
 )

@@ -146,17 +146,11 @@ class Recipe:
     stages: Annotated[tuple[Stage, ...], "Things to do one after another; in a file."] = ()
 
     def __post_init__(self) -> None:
-        both = "beside stages" if self.stages else "without stages"
-        require(
-            bool(self.train) != bool(self.stages), "recipe", "train", allowed=f"not {both}", got=self.train or "none"
-        )
-        require(
-            self.start != PREVIOUS or bool(self.stages),
-            "recipe",
-            "start",
-            allowed="previous only in a stage",
-            got=PREVIOUS,
-        )
+        if not self.train and not self.stages:
+            raise RecipeError("recipe: train is missing: add a composition such as 'trades + ccm'")
+        beside = "left out beside stages, which have their own"
+        require(not (self.train and self.stages), "recipe", "train", allowed=beside, got=self.train)
+        require(self.start != PREVIOUS, "recipe", "start", allowed="previous in a stage only", got=PREVIOUS)
         hint = "read_recipe turns it into the keys it stands for"
         require(self.schedule != "fast", "recipe", "schedule", allowed="a curve", got=self.schedule, hint=hint)
         require_one_way("recipe", compile=self.compile, deterministic=self.deterministic)
@@ -304,6 +298,8 @@ for _class in (_Loader, _Dumper):
 
 
 def _from_yaml(text: str, owner: str) -> dict[str, Any]:
+    if text.startswith("schema:") and not text.endswith("\n"):
+        raise RecipeError(f"{owner} ends in the middle of a line: it is cut; write its end anew, with a line end")
     try:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:

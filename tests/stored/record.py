@@ -34,7 +34,7 @@ RUNS = {
     ),
     "mart": (
         "mart(norm=l2) + friendly-at + ema(per=epoch, begin=1, buffers=average)",
-        ["--model", "preact-resnet18", "--width", "8", "--lr", "0.05", "--schedule", "one-cycle", "--augment", "none"],
+        ["--model", "preact-resnet18", "--width", "16", "--lr", "0.05", "--schedule", "one-cycle", "--augment", "none"],
     ),
 }
 USUAL = ["--data", "digits", "--limit-per-class", "24", "--epochs", "3", "--batch-size", "32", "--validation", "0.1"]

@@ -417,7 +417,7 @@ def test_soft_labels_under_a_replaced_label_term_are_refused(tiny_net: Net, tiny
         name = "sly"
         replaces = frozenset()
 
-    with pytest.raises(ConflictError, match="sly replaced the term 'label' of the loss: add it to `replaces`"):
+    with pytest.raises(ConflictError, match="sly replaced the term 'label' of the loss: add it to replaces"):
         train(tiny_net(), tiny_data(), Sly())
 
 
@@ -467,7 +467,9 @@ def test_attacked_images_are_not_for_the_hook_before_the_attack(tiny_net: Net, t
         def prepare(self, batch: Batch, state: State, run: Run) -> Batch:
             return replace(batch, x_adv=batch.x)
 
-    with pytest.raises(ConflictError, match="early sets x_adv before the attack, which sets it anew: use `examples`"):
+    with pytest.raises(
+        ConflictError, match="early sets x_adv before the attack, which sets it anew: do it in examples"
+    ):
         train(tiny_net(), tiny_data(), Early())
 
 

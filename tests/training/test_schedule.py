@@ -90,5 +90,7 @@ def test_only_names_the_parameters_to_train() -> None:
     assert list(Schedule(only=("1.bias", "1.weight")).trainable(model)) == ["1.weight", "1.bias"]
     model[0].weight.requires_grad_(False)
     assert list(Schedule().trainable(model)) == ["0.bias", "1.weight", "1.bias"]
-    with pytest.raises(ConfigError, match=r"only must be names of parameters, such as .*1\.bias, got 'head'"):
-        Schedule(only=("head",)).trainable(model)
+    with pytest.raises(ConfigError, match=r"only must be names of parameters, such as .*1\.bias, got 'hat'"):
+        Schedule(only=("hat",)).trainable(model)
+    assert list(Schedule(only=("head",)).trainable(model)) == ["1.weight", "1.bias"]
+    assert list(Schedule(only=("head.bias",)).trainable(model)) == ["1.bias"]

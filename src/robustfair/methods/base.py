@@ -300,7 +300,9 @@ class Plan:
         for method in self.methods:
             edited = method.prepare(batch, states[method.name], run)
             if edited.x_adv is not None:
-                raise ConflictError(f"{method.name} sets x_adv before the attack, which sets it anew: use `examples`")
+                raise ConflictError(
+                    f"{method.name} sets x_adv before the attack, which sets it anew: do it in examples"
+                )
             batch = _checked(method, "batch", batch, edited)
         return batch
 
@@ -414,7 +416,7 @@ def _check_loss(method: Method, before: Loss, after: Loss) -> None:
         if not same and f"loss.{name}" not in method.claims:
             raise _unclaimed(method, f"loss.{name}")
         if name in before.terms and not term and name not in method.replaces:
-            raise ConflictError(f"{method.name} replaced the term {name!r} of the loss: add it to `replaces`")
+            raise ConflictError(f"{method.name} replaced the term {name!r} of the loss: add it to replaces")
 
 
 def _unclaimed(method: Method, what: str) -> ConflictError:
