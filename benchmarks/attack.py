@@ -24,12 +24,12 @@ from benchmarks.external import Attacker, external_attackers
 from benchmarks.measure import Report, Row, Table
 from benchmarks.naive import EPS, STEP_SIZE, naive_attack
 from benchmarks.workload import SYNTHETIC, as_in_fit, as_usual, build, default_data, load, one_batch, ways
-from robustfair.attacks.pgd import attacking
 from robustfair.data import evaluation_batches
 from robustfair.data.datasets import ImageDataset
 from robustfair.losses import MaximiseCE
+from robustfair.models.modes import attacking
 from robustfair.objectives import PGDAT
-from robustfair.rundir import RunFolder
+from robustfair.runs.folder import RunFolder
 from robustfair.training import Schedule, fit
 from robustfair.training.engine import Engine
 from robustfair.values import Attack, Batch

@@ -36,12 +36,12 @@ from benchmarks.measure import ROOT, SPEED_COLUMNS, Report, Row, Table
 from benchmarks.memory import in_use
 from benchmarks.rows import OutOfTimeError
 from benchmarks.workload import build, initialised, synthetic
+from robustfair.attacks.autoattack.named import AUTOATTACK, StrongAttack
 from robustfair.attacks.named import parse_attacks
-from robustfair.attacks.strong import AUTOATTACK, StrongAttack
-from robustfair.checkpoint import read_json, write_json
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import RobustFairError
 from robustfair.evaluate.audit import Audit, audit
+from robustfair.files import read_json, write_json
 from robustfair.objectives import PGDAT, Objective, Standard, Trades
 from robustfair.training import Schedule, fit
 from robustfair.values import Threat

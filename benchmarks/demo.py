@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT, Report, Row, Table, machine, say
-from robustfair.checkpoint import write_json, write_text
+from robustfair.cli.workflows import run_demo
 from robustfair.config import format_eps
 from robustfair.evaluate.audit import ROBUST
 from robustfair.evaluate.compare import compare
-from robustfair.evaluate.stored import comparable_audits
-from robustfair.recipe import read_recipe
-from robustfair.workflows import run_demo
+from robustfair.evaluate.find import comparable_audits
+from robustfair.files import write_json, write_text
+from robustfair.runs.recipe import read_recipe
 
 PROCESSORS = {
     "as it is": {},

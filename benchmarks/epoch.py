@@ -34,7 +34,7 @@ from benchmarks.apart import Apart, Calls
 from benchmarks.measure import Report, Row, Table, Timing
 from benchmarks.naive import STEPS, NaiveTraining, naive_loader
 from benchmarks.workload import CHEAP, LR, SYNTHETIC, Step, as_in_fit, as_usual, build, load, one_batch
-from robustfair.data import ImageDataset, Loader
+from robustfair.data import ImageDataset, Loader, Splits
 from robustfair.models.head import head_norms
 from robustfair.objectives import PGDAT, Objective
 from robustfair.training import Schedule, fit
@@ -273,12 +273,20 @@ def _share_row(name: str, per: str, seconds: float, beside: float) -> Row:
 def _progress_rows(bare: float, args: argparse.Namespace) -> list[Row]:
     """Cost of the command line's progress on a terminal: updates and epoch lines, and the thread that draws the bar."""
     try:
-        from robustfair.progress import TrainingProgress
+        from robustfair.cli.progress import TrainingProgress
     except ImportError as error:
         return [{"case": f"progress (not measured: no {error.name})"}]
+    count = args.batches * args.batch_size
+    images = ImageDataset(
+        images=torch.zeros(count, 1, 1, 1, dtype=torch.uint8),
+        labels=torch.arange(count) % 10,
+        class_names=tuple("0123456789"),
+    )
     ready: Any = SimpleNamespace(
-        train=range(args.batches * args.batch_size),
-        recipe=SimpleNamespace(validation=0, train="pgd-at", data=args.data, model=args.model),
+        train=images,
+        validation=None,
+        splits=Splits(train=images),
+        recipe=SimpleNamespace(train="pgd-at", data=args.data, model=args.model),
         schedule=SimpleNamespace(batch_size=args.batch_size, epochs=1),
         model=nn.Linear(1, 1),
     )

@@ -43,15 +43,15 @@ from benchmarks.rows import (  # noqa: E402
     train_row,
 )
 from benchmarks.workload import build, one_batch, synthetic  # noqa: E402
-from robustfair.checkpoint import read_json, write_json  # noqa: E402
 from robustfair.config import Precision  # noqa: E402
 from robustfair.data import Splits, load_dataset  # noqa: E402
 from robustfair.errors import CheckpointError, RobustFairError  # noqa: E402
+from robustfair.execution.precision import numerics  # noqa: E402
+from robustfair.files import read_json, write_json  # noqa: E402
 from robustfair.models.head import laid_out  # noqa: E402
 from robustfair.objectives import PGDAT, Trades  # noqa: E402
 from robustfair.training.engine import Engine  # noqa: E402
 from robustfair.training.fit import fit  # noqa: E402
-from robustfair.training.precision import numerics  # noqa: E402
 from robustfair.training.schedule import Schedule  # noqa: E402
 from robustfair.values import Batch, Threat  # noqa: E402
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from robustfair.checkpoint import write_json
 from robustfair.errors import RobustFairError
-from robustfair.rundir import environment
+from robustfair.files import write_json
+from robustfair.runs.folder import environment
 
 SCHEMA = "robustfair.benchmark/1"
 ROOT = Path(__file__).resolve().parents[1]

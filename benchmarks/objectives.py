@@ -28,16 +28,16 @@ import torch
 from benchmarks import measure
 from benchmarks.measure import ROOT, SCHEMA, Report, Row, Table
 from benchmarks.workload import initialised, load
-from robustfair.checkpoint import read_json, write_bytes, write_json, write_text
 from robustfair.config import Curve, format_eps, format_value, parse_composition, require
 from robustfair.data import ImageDataset
-from robustfair.data.augment import parse_augmentation
+from robustfair.data.augment.crops import parse_augmentation
 from robustfair.errors import CheckpointError, DataError, RobustFairError, UnknownNameError
 from robustfair.evaluate.audit import Audit, audit
+from robustfair.files import read_json, write_bytes, write_json, write_text
 from robustfair.methods import Method
 from robustfair.objectives import Objective
-from robustfair.rundir import environment
-from robustfair.runner import read_composition
+from robustfair.runs.folder import environment
+from robustfair.runs.run import read_composition
 from robustfair.training.fit import fit
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import TrainState

@@ -22,7 +22,7 @@ from robustfair.evaluate.audit import audit
 from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
 from robustfair.objectives import MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.repairs import HWNwB
-from robustfair.rundir import RunFolder, environment
+from robustfair.runs.folder import RunFolder, environment
 from robustfair.training.fit import Fitted, fit
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import TrainState

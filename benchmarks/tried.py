@@ -24,10 +24,10 @@ from benchmarks.apart import Apart, Calls
 from benchmarks.measure import Report, Row, Table
 from benchmarks.workload import build, one_batch
 from robustfair.attacks.pgd import input_gradient
-from robustfair.evaluate.search import folded
+from robustfair.execution.folded import folded
+from robustfair.execution.memory import kept_memory
+from robustfair.execution.precision import InPrecision
 from robustfair.losses import cross_entropy
-from robustfair.memory import kept_memory
-from robustfair.training.precision import InPrecision
 from robustfair.values import Model
 
 CHUNK = 32

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches, load_dataset
-from robustfair.memory import kept_memory
+from robustfair.execution.memory import kept_memory
+from robustfair.execution.precision import numerics
 from robustfair.models.build import create_model
 from robustfair.models.head import laid_out
 from robustfair.objectives import Objective
 from robustfair.training.engine import Engine
-from robustfair.training.precision import numerics
 from robustfair.training.schedule import Schedule
 from robustfair.values import Batch, derive_seed
 

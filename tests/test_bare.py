@@ -35,7 +35,7 @@ WORK = """
 from pathlib import Path
 import robustfair as rf
 from robustfair.training import fit
-from robustfair.checkpoint import read_checkpoint, read_state, write_state
+from robustfair.runs.checkpoint import read_checkpoint, read_state, write_state
 
 packed, out = Path(sys.argv[1]), Path(sys.argv[2])
 data = rf.load_dataset(packed, cache_dir=out / "cache")

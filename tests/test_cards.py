@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from robustfair.cli import app
+from robustfair.cli.app import app
 from robustfair.config import format_value
-from robustfair.data.augment import AUGMENTATIONS, parse_augmentation
+from robustfair.data.augment.crops import AUGMENTATIONS, parse_augmentation
 from robustfair.errors import ConflictError
 from robustfair.methods import compose
-from robustfair.recipe import read_recipe
 from robustfair.registry import METHODS, OBJECTIVES
-from robustfair.runner import plan_of
+from robustfair.runs.recipe import read_recipe
+from robustfair.runs.run import plan_of
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
 CARDS = sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "README")

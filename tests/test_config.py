@@ -23,7 +23,7 @@ from robustfair.config import (
     read_path,
     read_value,
 )
-from robustfair.data.idbh import IDBH
+from robustfair.data.augment.idbh import IDBH
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 from robustfair.methods import AWP, CCM, CCR, EMA, AVmixup, FriendlyAT, LabelSmoothing
 from robustfair.objectives import FGSMAT, MART, PGDAT, Trades

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 import robustfair
-from robustfair import cli
+from robustfair.cli import app as cli
 from robustfair.errors import as_flags
-from robustfair.recipe import Recipe
+from robustfair.runs.recipe import Recipe
 
 ROOT = Path(robustfair.__file__).parent
 READ_IN_BOTH = [
     path
-    for room in ("models", "data", "methods", "objectives", "attacks", "training", "repairs", "loading.py")
+    for room in ("models", "data", "methods", "objectives", "attacks", "training", "repairs", "runs/load.py")
     for path in sorted([ROOT / room] if room.endswith(".py") else (ROOT / room).rglob("*.py"))
 ]
 """What Python and the command line call alike. The rest speaks to one of them."""

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from reference.runs import TINY, history, tensors, tree
-from robustfair import cli, progress
+from robustfair.cli import app as cli
+from robustfair.cli import progress
 from robustfair.data import load_dataset
 from robustfair.evaluate import journal
 
@@ -135,7 +136,7 @@ def main(root: Path) -> None:
     os.fsync = lambda handle: None  # a killed process loses nothing that it has written: only a machine would
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     load_dataset("digits")
-    for slow_to_import in ("torch._dynamo", "pydantic", "robustfair.workflows"):
+    for slow_to_import in ("torch._dynamo", "pydantic", "robustfair.cli.workflows"):
         importlib.import_module(slow_to_import)
     children = Children(root)
     ends: dict[str, Any] = {name: children.run(training(name, root / name)) for name in PAIR}
@@ -181,7 +182,7 @@ def _audited(root: Path, children: Children, ends: dict[str, Any]) -> None:
     ends["other audit"] = children.beside([*same, "--seed", "1"], journal.Journal, "write", other)
     ends["audit in training"] = children.beside(
         ["train", "--out", str(root / "two"), "--resume", "--quiet"],
-        sys.modules["robustfair.rundir"].RunFolder,
+        sys.modules["robustfair.runs.folder"].RunFolder,
         "update_manifest",
         ["audit", str(root / "two"), *AUDIT],
     )

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 import robustfair
-from robustfair.cli import app, main
+from robustfair.cli.app import app, main
 from robustfair.config import parse_composition
 from robustfair.data import CATALOG
-from robustfair.data.augment import parse_augmentation
+from robustfair.data.augment.crops import parse_augmentation
 from robustfair.methods.base import Method
 from robustfair.models.build import create_model
 from robustfair.objectives.base import Objective
-from robustfair.recipe import read_recipe, shipped_recipes
 from robustfair.registry import METHODS, OBJECTIVES
-from robustfair.runner import plan_of
+from robustfair.runs.recipe import read_recipe, shipped_recipes
+from robustfair.runs.run import plan_of
 from robustfair.training.schedule import Schedule
 
 ROOT = Path(robustfair.__file__).parent
@@ -103,7 +103,7 @@ def test_importing_the_package_does_not_load_torch() -> None:
 )
 def test_help_and_mistyped_commands_answer_without_torch(tmp_path: Path, argv: list[str]) -> None:
     lines = python(
-        f"import os, sys; os.chdir({str(tmp_path)!r}); from robustfair.cli import main; code = main({argv!r}); "
+        f"import os, sys; os.chdir({str(tmp_path)!r}); from robustfair.cli.app import main; code = main({argv!r}); "
         "print(code, 'torch' in sys.modules)"
     ).splitlines()
     assert lines[-1] == f"{0 if '--help' in argv else 2} False"

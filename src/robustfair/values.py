@@ -7,8 +7,7 @@ unit, rates as fractions. "Per example" is (B,), "per class" is (C,). A confusio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Literal, Protocol
@@ -24,19 +23,6 @@ Model = Callable[[Tensor], Tensor]
 Mode = Literal["eval", "train", "train_frozen"]
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 """Base of all batch-norm layers, whatever their dimension."""
-
-
-@contextmanager
-def still_statistics(model: nn.Module) -> Iterator[None]:
-    """Within it batch norm reads the statistics of the batch, where it trains, and leaves its running ones alone."""
-    norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
-    try:
-        for norm in norms:
-            norm.track_running_stats = False
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 def derive_seed(*keys: object) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.lanes import Lanes, Passes, Search
+from robustfair.attacks.autoattack.base import Lanes, Passes, Search
 from robustfair.values import seeded_generator
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reference import attacks as reference
-from robustfair.attacks.pgd import GRADIENT_START, STARTS, FreezeFooled, attacking, pgd, predicted
+from robustfair.attacks.pgd import GRADIENT_START, STARTS, FreezeFooled, pgd, predicted
 from robustfair.errors import ConfigError, ModelError
 from robustfair.losses import (
     MaximiseCE,
@@ -23,6 +23,7 @@ from robustfair.losses import (
     cross_entropy,
     margin,
 )
+from robustfair.models.modes import attacking
 from robustfair.values import Attack, Goal
 
 Net = Callable[..., nn.Module]

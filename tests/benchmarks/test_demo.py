@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import demo
 from benchmarks.measure import ROOT, SCHEMA
-from robustfair.checkpoint import read_json
+from robustfair.files import read_json
 
 KEPT = ROOT / "results" / "demo.json"
 

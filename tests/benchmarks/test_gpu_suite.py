@@ -12,10 +12,10 @@ import pytest
 from benchmarks import autoattack, gpu_suite
 from benchmarks.gpu_suite import Suite, Task, run_all, summary
 from benchmarks.rows import OutOfTimeError, Row, Way, fast_rows, row_lines, train_row
-from robustfair.checkpoint import write_json
 from robustfair.data import ImageDataset, Splits
 from robustfair.errors import CheckpointError
 from robustfair.evaluate.audit import audit
+from robustfair.files import write_json
 from robustfair.methods import CCM, EMA
 from robustfair.objectives import PGDAT
 from robustfair.training.schedule import Schedule
@@ -48,7 +48,7 @@ def without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
         for epoch in record["history"]
     ]
     audits = {
-        name: {attack: numbers["confusion_pred_true"] for attack, numbers in found["attacks"].items()}
+        name: {attack: numbers["confusion"] for attack, numbers in found["attacks"].items()}
         for name, found in record["audits"].items()
     }
     return {"history": history, "audits": audits, "train": record["train"]}

@@ -15,8 +15,8 @@ from torch import nn
 import robustfair
 from benchmarks import measure
 from benchmarks.measure import SCHEMA, SPEED_COLUMNS, Report, Table, Timing
-from robustfair.checkpoint import read_json
 from robustfair.errors import ConfigError
+from robustfair.files import read_json
 
 
 def options() -> argparse.ArgumentParser:

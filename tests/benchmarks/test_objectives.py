@@ -13,9 +13,9 @@ from benchmarks import objectives
 from benchmarks.measure import ROOT, SCHEMA
 from benchmarks.objectives import BEGIN, END, ROWS, Case, card_lines
 from benchmarks.workload import initialised, synthetic
-from robustfair.checkpoint import read_json
 from robustfair.data import ImageDataset
 from robustfair.evaluate.audit import Audit, audit
+from robustfair.files import read_json
 from robustfair.methods import EMA
 from robustfair.objectives import PGDAT
 from robustfair.training.fit import fit

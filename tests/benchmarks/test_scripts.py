@@ -20,8 +20,8 @@ from benchmarks.external import external_attackers
 from benchmarks.measure import ROOT, SCHEMA, Report
 from benchmarks.naive import EPS, STEP_SIZE
 from benchmarks.workload import build, one_batch, synthetic
-from robustfair.checkpoint import read_json
 from robustfair.evaluate.audit import audit
+from robustfair.files import read_json
 from robustfair.objectives import PGDAT
 from robustfair.values import Threat
 
@@ -207,7 +207,7 @@ def test_epochs_are_timed_from_the_second_on_and_without_what_lies_between() -> 
 def test_without_the_command_lines_packages_progress_is_reported_as_not_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "robustfair.progress", None)
+    monkeypatch.setitem(sys.modules, "robustfair.cli.progress", None)
     monkeypatch.setattr(epoch, "CALLS", 2)
     report = epoch.main([*TINY, "--parts", "share", "--batches", "2"])
     assert any(str(row["case"]).startswith("progress (not measured") for row in report.tables[0].rows)

@@ -16,10 +16,10 @@ from sklearn.datasets import load_digits
 
 from reference.layouts import IMAGE, cells, class_label, pixels, write_images, write_parquet
 from robustfair.config import RobustFairWarning
-from robustfair.data import cache
-from robustfair.data.augment import AUGMENTATIONS
+from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.catalog import CATALOG, CIFAR10_CLASSES
 from robustfair.data.datasets import ImageDataset, Splits, load_dataset
+from robustfair.data.load import cache
 from robustfair.errors import ConfigError, DataError, UnknownNameError
 
 REAL = os.environ.get("ROBUSTFAIR_DATA", "")

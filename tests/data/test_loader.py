@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from robustfair.data.augment import CropFlip
+from robustfair.data.augment.crops import CropFlip
 from robustfair.data.datasets import ImageDataset
 from robustfair.data.loader import Loader, evaluation_batches
 from robustfair.errors import ConfigError, DataError, UnknownNameError

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from reference.layouts import IMAGE, cells, class_label, pixels, write_parquet
 from reference.pack import read_split
-from robustfair.cli import main
+from robustfair.cli.app import main
 from robustfair.data import ImageDataset, Splits, load_dataset, pack
 from robustfair.data.pack import find_pack, read_pack, read_part, write_pack
 from robustfair.errors import ConfigError, DataError

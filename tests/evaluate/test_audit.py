@@ -25,7 +25,7 @@ from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, UnknownNameError
 from robustfair.evaluate.audit import Audit, audit, load_audit, threat
 from robustfair.evaluate.compare import compare
-from robustfair.evaluate.sanity import findings
+from robustfair.evaluate.diagnostics.results import findings
 from robustfair.models import OnCopies, unwrap
 from robustfair.values import Threat
 

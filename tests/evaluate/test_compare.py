@@ -18,7 +18,7 @@ from robustfair import metrics
 from robustfair.errors import ConfigError, DataError, UnknownNameError
 from robustfair.evaluate.audit import Audit, shortfall
 from robustfair.evaluate.compare import check_comparable, compare, compare_many
-from robustfair.evaluate.finding import paired_difference
+from robustfair.evaluate.diagnostics.diagnostic import paired_difference
 from robustfair.values import Threat
 
 CW = "cw-50(restarts=5)"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reference.public_networks import Plain, Viewing, WritingOnImages
 from robustfair import metrics
 from robustfair.data import ImageDataset
-from robustfair.data.corruptions import CORRUPTIONS, FAIR_TAT, SEVERITIES, STANDARD, corrupt
+from robustfair.data.corruptions.generate import CORRUPTIONS, FAIR_TAT, SEVERITIES, STANDARD, corrupt
 from robustfair.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from robustfair.evaluate.corruptions import (
     CorruptionAudit,

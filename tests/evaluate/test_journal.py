@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from robustfair import files
 from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError
-from robustfair.evaluate import files
 from robustfair.evaluate.audit import Audit, audit
 from robustfair.evaluate.journal import Journal, weights_fingerprint
 
@@ -290,7 +290,7 @@ def test_a_half_run_attack_is_not_handed_to_another(
 
 
 def test_another_version_does_not_go_on_from_it(small: Small, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robustfair.rundir.version", lambda package: "0.0.1")
+    monkeypatch.setattr("robustfair.runs.folder.version", lambda package: "0.0.1")
     with pytest.raises(CheckpointError, match=r"differs in version\): delete it to begin"):
         audit(*small, journal=begun, **USUAL)
 

@@ -22,11 +22,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from robustfair import cli, workflows
-from robustfair.attacks import strong as family
-from robustfair.attacks.strong import StrongAttack, cheaper
+from robustfair.attacks.autoattack import named as family
+from robustfair.attacks.autoattack.named import StrongAttack, cheaper
+from robustfair.cli import app as cli
+from robustfair.cli import workflows
 from robustfair.data import load_dataset
-from robustfair.evaluate import columns, journal, strong
+from robustfair.evaluate import autoattack as strong
+from robustfair.evaluate import columns, journal
 from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.columns import Sweeper
 from robustfair.models import create_model

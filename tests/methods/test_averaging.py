@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from reference import averaging as reference
-from robustfair.checkpoint import read_state, write_state
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
 from robustfair.methods import AWP, EMA, SWA
 from robustfair.methods.averaging import UPDATES, reestimated, reinitialised
 from robustfair.objectives import PGDAT, Standard
-from robustfair.runner import read_composition
+from robustfair.runs.checkpoint import read_state, write_state
+from robustfair.runs.run import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.training.state import TrainState
 

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from reference import awp as reference
 from reference import training
-from robustfair.checkpoint import read_state, write_state
 from robustfair.data import ImageDataset, Loader
 from robustfair.errors import ConfigError, ModelError
 from robustfair.methods import AWP, EMA, Method
 from robustfair.methods.awp import perturbation
+from robustfair.models.modes import still_statistics
 from robustfair.objectives import FGSMAT, MART, PGDAT, ARoW, Objective, Standard, Trades
-from robustfair.runner import read_composition
+from robustfair.runs.checkpoint import read_state, write_state
+from robustfair.runs.run import read_composition
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
-from robustfair.values import Batch, Loss, State, still_statistics
+from robustfair.values import Batch, Loss, State
 
 Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]

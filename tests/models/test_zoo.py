@@ -14,9 +14,9 @@ from torch import nn
 
 from reference.zoo import import_timm
 from robustfair.errors import ConfigError, ModelError, RobustFairError
-from robustfair.loading import load_target
 from robustfair.models import check_outputs, find_head, load_weights
 from robustfair.models.zoo import robustbench_model, timm_model
+from robustfair.runs.load import load_target
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

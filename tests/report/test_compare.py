@@ -7,7 +7,7 @@ import pytest
 from reference.audits import random_audit
 from robustfair.errors import UnknownNameError
 from robustfair.evaluate.compare import compare
-from robustfair.evaluate.grouping import read_groups, regroup
+from robustfair.evaluate.groups import read_groups, regroup
 from robustfair.report.compare import comparison_table, group_table
 from robustfair.report.layout import render
 from robustfair.report.table import percent, points

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from robustfair.methods import CCM, CCR, EMA, Method
-from robustfair.methods.base import compose
+from robustfair.methods.compose import compose
 from robustfair.objectives import PGDAT, Standard, Trades
 from robustfair.registry import METHODS, OBJECTIVES
 from robustfair.report.explain import explain_plan, summary

@@ -14,7 +14,7 @@ from reference.audits import made_audit
 from robustfair.errors import ConfigError, DataError
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.gates import check, parse_gate
-from robustfair.evaluate.grouping import read_groups, regroup
+from robustfair.evaluate.groups import read_groups, regroup
 from robustfair.report.html import breakable, render_report, strongest, write_report
 from robustfair.report.table import percent, points, shown_attacks
 

@@ -11,12 +11,12 @@ import pytest
 from rich.cells import cell_len
 
 from reference.audits import random_audit
-from robustfair.console import Screen
 from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.corruptions import CorruptionAudit
-from robustfair.evaluate.grouping import read_groups, regroup
+from robustfair.evaluate.groups import read_groups, regroup
 from robustfair.report.compare import comparison_table, group_table
+from robustfair.report.console import Screen
 from robustfair.report.corruptions import corruption_table
 from robustfair.report.layout import Sheet, render, short_names
 from robustfair.report.table import before_after_table, class_table

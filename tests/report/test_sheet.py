@@ -7,7 +7,7 @@ import pytest
 from reference.audits import made_audit, random_audit
 from robustfair.errors import UnknownNameError
 from robustfair.evaluate.compare import compare
-from robustfair.evaluate.grouping import read_groups, regroup
+from robustfair.evaluate.groups import read_groups, regroup
 from robustfair.report.sheet import Sheet, sheet_of
 from robustfair.report.table import percent, points, span
 

@@ -11,7 +11,7 @@ import pytest
 from reference.audits import made_audit, random_audit
 from robustfair.errors import ConfigError, UnknownNameError
 from robustfair.evaluate.compare import compare
-from robustfair.evaluate.grouping import read_groups, regroup
+from robustfair.evaluate.groups import read_groups, regroup
 from robustfair.report.text import escape_latex, latex, markdown
 
 HOSTILE = ("50% _of_ {a}", "a & b\\c", "[x]* $y$ ~^<|>#--`z`\n", "Äpfel")

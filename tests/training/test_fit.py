@@ -19,9 +19,10 @@ from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
 from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset, Loader, evaluation_batches
 from robustfair.errors import ConfigError, ConflictError, DivergedError, ModelError
+from robustfair.execution import bundle
 from robustfair.methods import AWP, CCM, CCR, EMA, Method
 from robustfair.objectives import PGDAT, Objective, Standard, Trades
-from robustfair.training import Fitted, Schedule, bundle, fit
+from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.fit import few_validation_images
 from robustfair.training.run import TrainingRun
 from robustfair.training.state import TrainState
@@ -637,7 +638,7 @@ def test_last_with_an_average_is_the_average(tiny_net: Net, tiny_data: Data) -> 
 
 def test_what_was_measured_is_what_the_weights_do(tiny_net: Net, tiny_data: Data) -> None:
     """The counts beside the chosen weights are those of an attack on them, on the same images."""
-    from robustfair.attacks.sweep import sweep
+    from robustfair.attacks.predict import sweep
 
     data, held = tiny_data((10, 8, 6)), tiny_data((5, 5, 5), seed=4)
     objective = Trades(eps=0.1, steps=2)

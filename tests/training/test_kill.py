@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from robustfair import checkpoint
-from robustfair.checkpoint import read_checkpoint
 from robustfair.data import load_dataset
-from robustfair.recipe import Recipe
-from robustfair.rundir import RunFolder
-from robustfair.runner import train
+from robustfair.runs import checkpoint
+from robustfair.runs.checkpoint import read_checkpoint
+from robustfair.runs.folder import RunFolder
+from robustfair.runs.recipe import Recipe
+from robustfair.runs.run import train
 
 CLOCK = ("seconds", "images_per_second")
 
@@ -70,7 +70,7 @@ def after_the_history_line() -> dict[str, Any]:
             die()
         write(*args)
 
-    sys.modules["robustfair.rundir"].write_state = write_state  # type: ignore[attr-defined]
+    sys.modules["robustfair.runs.folder"].write_state = write_state  # type: ignore[attr-defined]
     return {}
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import FreezeFooled, attacking, pgd
-from robustfair.checkpoint import checkpoint_names, read_state, write_state
+from robustfair.attacks.pgd import FreezeFooled, pgd
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ConflictError
 from robustfair.losses import MinimiseCE, cross_entropy, kl_divergence, soft_cross_entropy
 from robustfair.methods import CCM, EMA, LabelSmoothing, Method, Run, compose
+from robustfair.models.modes import attacking
 from robustfair.objectives import PGDAT, Standard, Trades
+from robustfair.runs.checkpoint import checkpoint_names, read_state, write_state
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
 from robustfair.values import Attack, Batch, Forward, Loss, Model, State

@@ -1,6 +1,6 @@
 """Attacks as users name them: `clean`, `fgsm`, `pgd-K`, `cw-K`, with options in brackets, read strictly.
 
-All of them are settings of `robustfair.attacks.pgd`; the AutoAttack family is named in `robustfair.attacks.strong`.
+All of them are settings of `robustfair.attacks.pgd`; the AutoAttack family is named in `autoattack.named`.
 "PGD-20" is not one attack: the papers' codes differ in step, start and freezing. Here `pgd-K` takes steps of eps/4
 (linf) from a uniform start and counts the last iterate, the most common reading (Rice, CFA, ARoW); `cw-K` keeps an
 image that was fooled once at that point, as FAAL's code does, which can only lower robust accuracy; `freeze` changes
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from robustfair.attacks.autoattack.named import AUTOATTACK, StrongAttack, strong_attack
+from robustfair.attacks.autoattack.named import OPTIONS as STRONG_OPTIONS
 from robustfair.attacks.pgd import STARTS, FreezeFooled
-from robustfair.attacks.strong import AUTOATTACK, StrongAttack, strong_attack
-from robustfair.attacks.strong import OPTIONS as STRONG_OPTIONS
 from robustfair.config import Term, build, canonical_key, format_eps, format_value, parse_composition, require
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 from robustfair.losses import MaximiseCE, MaximiseMargin
@@ -26,7 +26,7 @@ Kind = Literal["clean", "fgsm", "pgd", "cw"]
 
 OPTIONS = ("restarts", "step_size", "start", "freeze", "keep")
 STRONG = (AUTOATTACK, *STRONG_OPTIONS)
-"""Names of `robustfair.attacks.strong`."""
+"""Names of `robustfair.attacks.autoattack.named`."""
 CROSS_ENTROPY, MARGIN = "cross-entropy", "margin"
 
 _GOALS: Mapping[str, tuple[str, Goal]] = {

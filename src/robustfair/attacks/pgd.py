@@ -9,8 +9,7 @@ Source: Madry et al. 2018 (PGD); TRADES `trades.py` for its start, its KL goal a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 from robustfair.config import Norm
 from robustfair.errors import ConfigError, ModelError
-from robustfair.values import Attack, Goal, Mode, Model, still_statistics
+from robustfair.models.modes import attacking
+from robustfair.values import Attack, Goal, Model
 
 
 class Problem(NamedTuple):
@@ -348,35 +348,3 @@ class FreezeFooled:
     def __call__(self, state: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         active = state & (predicted(logits, y) == y)
         return active, active
-
-
-@contextmanager
-def attacking(model: Model, mode: Mode) -> Iterator[None]:
-    """Put a module into the attack's batch-norm mode with its parameters frozen; restore every flag on leaving.
-
-    "train_frozen" uses batch statistics and leaves the running ones untouched. Modules that are in eval mode while the
-    model trains are frozen, and stay so. A plain function passes through.
-    """
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    frozen = [module for module, training in modes if model.training and not training]
-    grads = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with ExitStack() as stack:
-        stack.callback(_restore, modes, grads)
-        model.train(mode != "eval")
-        for module in frozen:
-            module.training = False
-        for parameter in grads:
-            parameter.requires_grad_(False)
-        if mode == "train_frozen":
-            stack.enter_context(still_statistics(model))
-        yield
-
-
-def _restore(modes: Iterable[tuple[nn.Module, bool]], grads: Iterable[nn.Parameter]) -> None:
-    for parameter in grads:
-        parameter.requires_grad_(True)
-    for module, training in modes:
-        module.training = training

@@ -1,6 +1,6 @@
 """Data sets, splits, augmentation and batches."""
 
-from robustfair.data.augment import AUGMENTATIONS, Augmentation, CropFlip, Identity, parse_augmentation
+from robustfair.data.augment.crops import AUGMENTATIONS, Augmentation, CropFlip, Identity, parse_augmentation
 from robustfair.data.catalog import CATALOG, CatalogEntry
 from robustfair.data.datasets import ImageDataset, Splits, load_dataset
 from robustfair.data.loader import Loader, evaluation_batches

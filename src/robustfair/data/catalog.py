@@ -26,7 +26,7 @@ class CatalogEntry:
         parts: what a load gives. `("train",)` or `("test",)` alone: the whole source is that part.
         holdout: share of the train part that becomes the test part, for sources that ship only one; 0 for none.
         image_size: side in pixels that images are brought to where the user gives none; None keeps theirs.
-        augment: default augmentation, a key of `robustfair.data.augment.AUGMENTATIONS`.
+        augment: default augmentation, a key of `robustfair.data.augment.crops.AUGMENTATIONS`.
         folders: further folder names to look for under ROBUSTFAIR_DATA.
         selectors: columns whose values follow the name, as in `cifar10-c/gaussian_noise/3`.
         class_names: names where the source has none.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from robustfair.config import RobustFairWarning, read_path
-from robustfair.data import cache
-from robustfair.data.decode import bytes_hint, fingerprint
-from robustfair.data.parts import listed
-from robustfair.data.sources import Source, find_source, hold_out
+from robustfair.data.load import cache
+from robustfair.data.load.decode import bytes_hint, fingerprint
+from robustfair.data.load.parts import listed
+from robustfair.data.load.sources import Source, find_source, hold_out
 from robustfair.errors import ConfigError, DataError
 
 
@@ -33,7 +33,7 @@ class ImageDataset:
         labels: (N,) int64, on the device of `images`.
         class_names: one name per class; a class without images keeps its index.
         name: what reports call it.
-        augment: default augmentation, a key of `robustfair.data.augment.AUGMENTATIONS`.
+        augment: default augmentation, a key of `robustfair.data.augment.crops.AUGMENTATIONS`.
         groups: super-class index per class, as in CIFAR-100, or None.
         group_names: names of the super-classes, empty without groups.
 

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from robustfair.data.augment import Augmentation, parse_augmentation, to_unit
+from robustfair.data.augment.crops import Augmentation, parse_augmentation, to_unit
 from robustfair.data.datasets import ImageDataset
 from robustfair.errors import ConfigError, DataError
 from robustfair.values import Batch, derive_seed, seeded_generator

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from robustfair.config import read_path
-from robustfair.data.decode import Decoded, fingerprint
+from robustfair.data.load.decode import Decoded, fingerprint
 from robustfair.errors import ConfigError, DataError
 from robustfair.registry import canonical
 

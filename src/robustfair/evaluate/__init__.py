@@ -2,11 +2,8 @@
 
 from robustfair.evaluate.audit import Audit, WorstClass, audit, load_audit, threat
 from robustfair.evaluate.compare import Comparison, compare, compare_many
-from robustfair.evaluate.finding import Finding
-from robustfair.evaluate.gates import GateResult, check, parse_gate
-from robustfair.evaluate.grouping import GroupRates, read_groups, regroup
-from robustfair.evaluate.masking import thorough_findings
-from robustfair.evaluate.normalisation import (
+from robustfair.evaluate.diagnostics.diagnostic import Finding
+from robustfair.evaluate.diagnostics.inputs import (
     random_output,
     suspect_mode,
     suspect_model,
@@ -14,7 +11,10 @@ from robustfair.evaluate.normalisation import (
     suspect_outputs,
     suspect_pixels,
 )
-from robustfair.evaluate.sanity import compare_findings, findings
+from robustfair.evaluate.diagnostics.masking import thorough_findings
+from robustfair.evaluate.diagnostics.results import compare_findings, findings
+from robustfair.evaluate.gates import GateResult, check, parse_gate
+from robustfair.evaluate.groups import GroupRates, read_groups, regroup
 
 __all__ = [
     "Audit",

@@ -25,32 +25,25 @@ import torch
 from torch import Tensor, nn
 
 from robustfair import metrics
+from robustfair.attacks.autoattack.named import Engine, StrongAttack
 from robustfair.attacks.named import AnyAttack, NamedAttack, parse_attacks
-from robustfair.attacks.pgd import attacking
-from robustfair.attacks.strong import Engine, StrongAttack
-from robustfair.checkpoint import write_json
 from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, read_path, require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.devices import resolve_device, warn_of_slow_bf16
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
-from robustfair.evaluate.capacity import images_that_fit
+from robustfair.evaluate.autoattack import require_reference
 from robustfair.evaluate.columns import Progress, Sweeper, search_precisions
-from robustfair.evaluate.files import (
-    as_json,
-    paths,
-    points_path,
-    read_pair,
-    read_tensors,
-    write_arrays,
-    write_tensors,
-)
+from robustfair.evaluate.diagnostics.inputs import suspect_model
+from robustfair.evaluate.files import paths, points_path, read_pair
 from robustfair.evaluate.journal import Journal, weights_fingerprint
-from robustfair.evaluate.normalisation import suspect_model
-from robustfair.evaluate.strong import require_reference
-from robustfair.memory import kept_memory
+from robustfair.execution.capacity import images_that_fit
+from robustfair.execution.device import resolve_device, warn_of_slow_bf16
+from robustfair.execution.memory import kept_memory
+from robustfair.execution.precision import full_float32
+from robustfair.files import as_json, read_tensors, write_arrays, write_json, write_tensors
 from robustfair.models.head import check_outputs, head_norms, in_float32, prepared, unwrap
-from robustfair.rundir import versions
-from robustfair.training.precision import full_float32
+from robustfair.models.modes import attacking
+from robustfair.registry import REPORTS
+from robustfair.runs.folder import versions
 from robustfair.values import Threat, default_eps, default_step
 
 SCHEMA = "robustfair.audit/2"
@@ -342,9 +335,8 @@ class Audit:
 
     def to_html(self, path: Path | str, **options: Any) -> Path:
         """Write the report, one offline file; `options` are those of `robustfair.report.html.write_report`."""
-        from robustfair.report.html import write_report
-
-        return write_report(path, self, **options)
+        written: Path = REPORTS.get("html")(path, self, **options)
+        return written
 
     def _save_points(self, beside: Path) -> tuple[Path, ...]:
         path = points_path(beside)

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustfair.attacks.autoattack.named import Engine, StrongAttack
 from robustfair.attacks.named import AnyAttack, NamedAttack
 from robustfair.attacks.pgd import input_gradient, predicted
-from robustfair.attacks.strong import Engine, StrongAttack
-from robustfair.attacks.sweep import attacked_logits
+from robustfair.attacks.predict import attacked_logits
 from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.devices import has_bf16
 from robustfair.errors import CheckpointError
-from robustfair.evaluate.capacity import CPU_BUDGET
+from robustfair.evaluate.autoattack import SAVE_EVERY, Outcome, Terms, run_native, run_reference
 from robustfair.evaluate.journal import Journal
-from robustfair.evaluate.strong import SAVE_EVERY, Outcome, Terms, run_native, run_reference
+from robustfair.execution.capacity import CPU_BUDGET
+from robustfair.execution.device import has_bf16
+from robustfair.execution.precision import InPrecision
 from robustfair.losses import cross_entropy
 from robustfair.models.head import require_finite
-from robustfair.training.precision import InPrecision
 from robustfair.values import Batch, Threat, derive_seed
 
 Progress = Callable[[str, int, int], None]

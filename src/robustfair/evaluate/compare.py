@@ -20,7 +20,7 @@ from robustfair import metrics
 from robustfair.config import format_eps, format_value, require
 from robustfair.errors import DataError
 from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, WorstClass, find_attack, shortfall
-from robustfair.evaluate.files import as_json
+from robustfair.files import as_json
 from robustfair.values import Threat
 
 SCHEMA = "robustfair.compare/1"

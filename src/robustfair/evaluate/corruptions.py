@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from robustfair import metrics
-from robustfair.attacks.pgd import attacking
-from robustfair.attacks.sweep import predict
-from robustfair.checkpoint import write_json
+from robustfair.attacks.predict import predict
 from robustfair.config import canonical_key, read_path, require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.data.corruptions import (
+from robustfair.data.corruptions.generate import (
     CORRUPTIONS,
     EXTRA,
     FAIR_TAT,
@@ -36,14 +34,16 @@ from robustfair.data.corruptions import (
     parameter_scale,
     parse_corruption,
 )
-from robustfair.devices import resolve_device, warn_of_slow_bf16
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
 from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass, whole
-from robustfair.evaluate.files import as_json, paths, read_pair, write_arrays
-from robustfair.memory import kept_memory
+from robustfair.evaluate.files import paths, read_pair
+from robustfair.execution.device import resolve_device, warn_of_slow_bf16
+from robustfair.execution.memory import kept_memory
+from robustfair.execution.precision import InPrecision, Precision
+from robustfair.files import as_json, write_arrays, write_json
 from robustfair.models.head import check_outputs, in_float32, prepared, require_finite, unwrap
-from robustfair.rundir import versions
-from robustfair.training.precision import InPrecision, Precision
+from robustfair.models.modes import attacking
+from robustfair.runs.folder import versions
 
 SCHEMA = "robustfair.corruptions/1"
 ALL = "all"

@@ -26,7 +26,7 @@ from robustfair import metrics
 from robustfair.config import require
 from robustfair.errors import ConfigError, UnknownNameError
 from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, find_attack, shortfall
-from robustfair.evaluate.grouping import GroupRates
+from robustfair.evaluate.groups import GroupRates
 
 Status = Literal["passed", "failed", "undecided"]
 

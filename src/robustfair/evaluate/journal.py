@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from robustfair.errors import CheckpointError
-from robustfair.evaluate.files import left_beside, write_tensors
-from robustfair.lock import owned
+from robustfair.files import left_beside, write_tensors
+from robustfair.runs.lock import owned
 
 SCHEMA = "robustfair.audit-journal/3"
 

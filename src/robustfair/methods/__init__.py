@@ -3,8 +3,9 @@
 from robustfair.methods.averaging import EMA, SWA
 from robustfair.methods.avmixup import AVmixup
 from robustfair.methods.awp import AWP
-from robustfair.methods.base import Method, Plan, Run, compose
+from robustfair.methods.base import Method, Run
 from robustfair.methods.cfa import CCM, CCR
+from robustfair.methods.compose import Plan, compose
 from robustfair.methods.friendly_at import FriendlyAT
 from robustfair.methods.label_smoothing import LabelSmoothing
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from robustfair.config import require, require_at_least, require_literals, require_whole
 from robustfair.errors import ModelError
 from robustfair.methods.base import LossAt, Method, Run
+from robustfair.models.modes import still_statistics
 from robustfair.registry import METHODS
-from robustfair.values import Batch, State, still_statistics
+from robustfair.values import Batch, State
 
 GAMMA = {"pgd-at": 0.01}
 OTHER_GAMMA = 0.005

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from robustfair.errors import ModelError
-from robustfair.models.dm_wide_resnet import dm_wide_resnet_factory
 from robustfair.models.head import unwrap
+from robustfair.models.networks.dm_wide_resnet import dm_wide_resnet_factory
+from robustfair.models.networks.wide_resnet import wide_resnet_factory
 from robustfair.models.normalise import Normalisation, Normalise, named_statistics
-from robustfair.models.wide_resnet import wide_resnet_factory
 from robustfair.registry import MODELS
 
 DESCRIPTION_KEYS = ("name", "num_classes", "in_channels", "width", "mean", "std")

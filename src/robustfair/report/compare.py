@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from robustfair.evaluate.compare import Comparison
-from robustfair.evaluate.grouping import GroupRates
+from robustfair.evaluate.groups import GroupRates
 from robustfair.report.layout import Sheet
 from robustfair.report.sheet import sheet_of
 

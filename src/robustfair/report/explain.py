@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from robustfair.config import format_value
-from robustfair.methods.base import Plan
+from robustfair.methods.compose import Plan
 from robustfair.objectives.base import AdversarialObjective
 
 

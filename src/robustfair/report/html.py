@@ -20,14 +20,15 @@ import torch
 from markupsafe import Markup
 
 from robustfair import metrics
-from robustfair.checkpoint import write_text
 from robustfair.config import format_eps, needed, read_path
 from robustfair.errors import ConfigError
 from robustfair.evaluate.audit import CLEAN, Audit, WorstClass
 from robustfair.evaluate.compare import AttackComparison, Difference, PairedTest, check_comparable, compare_under
+from robustfair.evaluate.diagnostics.results import compare_findings, findings
 from robustfair.evaluate.gates import GateResult
-from robustfair.evaluate.grouping import GroupRates
-from robustfair.evaluate.sanity import compare_findings, findings
+from robustfair.evaluate.groups import GroupRates
+from robustfair.files import write_text
+from robustfair.registry import REPORTS
 from robustfair.report import figures
 from robustfair.report.figures import Bar, Curve
 from robustfair.report.sheet import sheet_of
@@ -80,6 +81,7 @@ MOST_DRAWN, DRAWN = 100, 50
 """A map of errors of more classes shows so many of them, those in the largest errors."""
 
 
+@REPORTS.register("html")
 def write_report(
     path: Path | str,
     audit: Audit,

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Literal
 
 from robustfair.config import needed
-from robustfair.console import Screen, encodable
+from robustfair.report.console import Screen, encodable
 
 with needed("rich", "a table or report"):
     from rich.cells import cell_len

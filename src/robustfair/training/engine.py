@@ -14,20 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import (
-    Ascent,
-    Problem,
-    ascend,
-    attacking,
-    functional_step,
-    pgd,
-    require_input_gradient,
-)
+from robustfair.attacks.pgd import Ascent, Problem, ascend, functional_step, pgd, require_input_gradient
 from robustfair.config import Precision
 from robustfair.errors import ConfigError, ModelError
+from robustfair.execution.precision import InPrecision
 from robustfair.losses import MaximiseCE
+from robustfair.models.modes import attacking
 from robustfair.training.capture import CapturedAscent
-from robustfair.training.precision import InPrecision
 from robustfair.values import Attack, Batch, Model
 
 

@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from robustfair import metrics
 from robustfair.config import Precision, RobustFairWarning, Select, require, require_one_way
 from robustfair.data import ImageDataset
-from robustfair.data.augment import Augmentation, parse_augmentation
+from robustfair.data.augment.crops import Augmentation, parse_augmentation
+from robustfair.data.load.parts import listed
 from robustfair.data.loader import Loader, evaluation_batches
-from robustfair.data.parts import listed
 from robustfair.data.split import stratified_split
-from robustfair.devices import warn_of_slow_bf16
 from robustfair.errors import ConfigError, DataError, DivergedError, ModelError
-from robustfair.memory import kept_memory
-from robustfair.methods.base import Method, Plan, compose
+from robustfair.execution.device import warn_of_slow_bf16
+from robustfair.execution.memory import kept_memory
+from robustfair.execution.precision import allow_deterministic_products, numerics
+from robustfair.methods.base import Method
+from robustfair.methods.compose import Plan, compose
 from robustfair.models.head import OnCopies, check_gradient, check_outputs, check_training_outputs, head_norms, laid_out
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine, require_pure
-from robustfair.training.precision import allow_deterministic_products, numerics
 from robustfair.training.run import Meter, TrainingRun, finite_or_none
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import Chosen, TrainState

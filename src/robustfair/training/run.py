@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import attacking, pgd
-from robustfair.attacks.sweep import sweep, tally
+from robustfair.attacks.pgd import pgd
+from robustfair.attacks.predict import sweep, tally
 from robustfair.data.datasets import ImageDataset
 from robustfair.data.loader import Loader, evaluation_batches
 from robustfair.errors import ConfigError
+from robustfair.models.modes import attacking
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine
 from robustfair.values import Attack, AttackOn, Batch, ClassTally, Loss, Model, seeded_generator

@@ -1,0 +1,1 @@
+"""The AutoAttack family: its searches, and the engine that runs them side by side."""

@@ -1,0 +1,321 @@
+"""The engine of the strong attacks: searches for adversarial points side by side, refilled as lanes fall free.
+
+An example is attacked until it is broken and then leaves. Lanes know nothing of each other, every draw is keyed by the
+example, and where several rounds of an example run side by side the earliest that breaks it counts: what becomes of an
+example depends neither on the batch size nor on its neighbours, up to the rounding of the network.
+
+An example is broken only by the verdict of the exact model: at a point inside the ball and the box its class is wrong
+there, or it has none because its logits are no finite numbers. The search may run in a lower precision; points that it
+takes for adversarial, or nearly so, are suspects that the exact model is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustfair.attacks.autoattack.base import Lanes, Passes, Search, distance, into_ball, margins
+from robustfair.attacks.pgd import predicted
+from robustfair.config import Norm
+from robustfair.errors import ModelError
+from robustfair.values import Model, seeded_generator
+
+ROUNDING = 1e-6
+"""By how much, and by which share of the radius, a point of a search may lie outside before it is put into the ball."""
+STANDS = -1
+NEVER = 2**31
+"""Round in which an example that stands was broken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victims:
+    """The examples to attack, all classified right as they are.
+
+    Attributes:
+        images: from rows (L,) to pixels (L, C, H, W) on the device.
+        labels: (n,) on the device.
+        keys: (n,) what each example's draws are keyed by: its place in the audited data set.
+    """
+
+    images: Callable[[Tensor], Tensor]
+    labels: Tensor
+    keys: Tensor
+
+
+@dataclass
+class Verdicts:
+    """What is known of each of n victims, on the CPU.
+
+    Attributes:
+        prediction: (n,) class that the exact model gives at the point found, the one after the label where it gives
+            none: the label while the example stands.
+        broken_by: (n,) number of the search that broke it, -1 while it stands.
+        points: example -> (C, H, W) where the exact model gives that class, inside ball and box.
+        not_finite: points at which the exact model's logits were no finite numbers.
+    """
+
+    prediction: Tensor
+    broken_by: Tensor
+    points: dict[int, Tensor] = field(default_factory=dict)
+    not_finite: int = 0
+
+    @staticmethod
+    def none_on(labels: Tensor) -> Verdicts:
+        """All examples stand."""
+        return Verdicts(labels.cpu().clone(), torch.full_like(labels, STANDS, device="cpu"))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `of_state` needs."""
+        found = {
+            "prediction": self.prediction,
+            "broken_by": self.broken_by,
+            "not_finite": torch.tensor(self.not_finite),
+        }
+        if self.points:
+            found["points/example"] = torch.tensor(list(self.points))
+            found["points/pixels"] = torch.stack(list(self.points.values()))
+        return found
+
+    @staticmethod
+    def of_state(state: Mapping[str, Tensor]) -> Verdicts:
+        """What `state` gave."""
+        examples = state.get("points/example", torch.empty(0)).tolist()
+        points = dict(zip(examples, state.get("points/pixels", torch.empty(0)), strict=True))
+        return Verdicts(state["prediction"].clone(), state["broken_by"].clone(), points, int(state["not_finite"]))
+
+
+@dataclass
+class Queue:
+    """The searches of one attack that wait: all examples in the first round before any in the second."""
+
+    examples: Tensor
+    rounds: int
+    position: int = 0
+
+    def __len__(self) -> int:
+        return self.rounds * len(self.examples)
+
+    def take(self, most: int, stands: Tensor) -> tuple[Tensor, Tensor]:
+        """Up to `most` searches whose example stands: examples (L,) and rounds (L,)."""
+        examples: list[int] = []
+        rounds: list[int] = []
+        while len(examples) < most and self.position < len(self):
+            turn, row = divmod(self.position, len(self.examples))
+            self.position += 1
+            example = int(self.examples[row])
+            if stands[example]:
+                examples.append(example)
+                rounds.append(turn)
+        return torch.tensor(examples, dtype=torch.int64), torch.tensor(rounds, dtype=torch.int64)
+
+
+class Ensemble:
+    """Searches one after another, each on the examples that all before it have left standing.
+
+    Args:
+        exact: the model as given, in eval mode; its word breaks an example.
+        passes: the network that the searches see.
+        fine: what those see that measure distances to a boundary, where it is another.
+        keep_points: keep where each example was broken.
+        searches: in order.
+        eps, norm: the ball.
+        seed: of all draws.
+        lanes: most searches at a time.
+    """
+
+    def __init__(
+        self,
+        exact: Model,
+        passes: Passes,
+        victims: Victims,
+        searches: Sequence[Search],
+        *,
+        eps: float,
+        norm: Norm,
+        seed: int,
+        lanes: int,
+        fine: Passes | None = None,
+        keep_points: bool = True,
+    ) -> None:
+        self.exact, self.passes, self.victims, self.searches = exact, passes, victims, tuple(searches)
+        self.fine, self.keep_points = passes if fine is None else fine, keep_points
+        self.eps, self.norm, self.seed, self.most = eps, norm, seed, lanes
+        self.verdicts = Verdicts.none_on(victims.labels)
+        self.broken_in = torch.full_like(self.verdicts.broken_by, NEVER)
+        self.member = 0
+        self.queue: Queue | None = None
+        self.lanes: Lanes = {}
+        self._ranking: Tensor | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every search has run."""
+        return self.member == len(self.searches)
+
+    def run(self, watch: Callable[[Ensemble], bool] = lambda ensemble: True) -> Verdicts:
+        """Go on until all is done, or until `watch`, called after every turn, says no.
+
+        A turn that is interrupted has not happened: the state is that before it.
+        """
+        while not self.finished:
+            before = self._standing()
+            try:
+                moved = self._advance()
+            except BaseException:
+                vars(self).update(before)
+                raise
+            if moved and not watch(self):
+                break
+        return self.verdicts
+
+    def ran(self) -> list[float]:
+        """Of every search, the share of its work that is done."""
+        found = [float(number < self.member) for number in range(len(self.searches))]
+        if self.queue is not None and len(self.queue):
+            turns = self.searches[self.member].turns
+            left = int((turns - self.lanes["turns"]).sum()) / turns if self.lanes else 0.0
+            found[self.member] = (self.queue.position - left) / len(self.queue)
+        return found
+
+    def progress(self) -> float:
+        """Share of all work that is done, counting forward passes as if no more examples broke."""
+        sizes = [search.rounds * search.turns * search.cost for search in self.searches]
+        return sum(size * share for size, share in zip(sizes, self.ran(), strict=True)) / sum(sizes)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `restore` needs, on the CPU."""
+        found = {**self.verdicts.state(), "broken_in": self.broken_in, "member": torch.tensor(self.member)}
+        for name, rows in self.lanes.items():
+            last = _channels_last(rows)
+            found[f"{'channels_last' if last else 'lanes'}/{name}"] = (rows.movedim(1, -1) if last else rows).cpu()
+        if self.queue is not None:
+            found |= {"queue/examples": self.queue.examples, "queue/position": torch.tensor(self.queue.position)}
+        return {name: value.contiguous().clone() for name, value in found.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where `state` was taken, with the same searches on the same victims."""
+        device = self.victims.labels.device
+        self.member, self.broken_in = int(state["member"]), state["broken_in"].clone()
+        self.queue, self.lanes, self.verdicts = None, {}, Verdicts.of_state(state)
+        if "queue/position" in state:
+            rounds = self.searches[self.member].rounds
+            self.queue = Queue(state["queue/examples"], rounds, int(state["queue/position"]))
+        for key, rows in state.items():
+            kind, _, name = key.partition("/")
+            if kind in ("lanes", "channels_last"):
+                self.lanes[name] = (rows.movedim(-1, 1) if kind == "channels_last" else rows).to(device)
+
+    def _standing(self) -> dict[str, Any]:
+        """What a turn changes. It replaces the tensors of lanes and never writes into them, so they need no copy."""
+        known = self.verdicts
+        verdicts = replace(
+            known, prediction=known.prediction.clone(), broken_by=known.broken_by.clone(), points=dict(known.points)
+        )
+        return {
+            "member": self.member,
+            "queue": None if self.queue is None else replace(self.queue),
+            "lanes": dict(self.lanes),
+            "broken_in": self.broken_in.clone(),
+            "verdicts": verdicts,
+        }
+
+    def _advance(self) -> bool:
+        """A turn of the search that is on; False where that was over, and the next one's comes."""
+        if self.queue is None:
+            standing = (self.verdicts.broken_by == STANDS).nonzero().squeeze(1)
+            self.queue = Queue(standing, self.searches[self.member].rounds)
+        if not self._fill():
+            self.member, self.queue = self.member + 1, None
+            return False
+        self._turn(self.searches[self.member])
+        return True
+
+    def _fill(self) -> bool:
+        """Begin searches in free lanes; whether any lane is at work."""
+        assert self.queue is not None, "filled only while an attack runs"
+        free = self.most - (len(self.lanes["y"]) if self.lanes else 0)
+        examples, rounds = self.queue.take(free, self.verdicts.broken_by == STANDS)
+        if len(examples):
+            new = self._begin(self.searches[self.member], examples, rounds)
+            self.lanes = {k: torch.cat([self.lanes[k], new[k]]) for k in new} if self.lanes else new
+        return bool(self.lanes)
+
+    def _begin(self, search: Search, examples: Tensor, rounds: Tensor) -> Lanes:
+        rows = examples.to(self.victims.labels.device)
+        x, y = self.victims.images(rows), self.victims.labels[rows]
+        target = self._targets()[examples, rounds] if search.targeted else rounds
+        keys = self.victims.keys[examples].tolist()
+        pairs = zip(keys, rounds.tolist(), strict=True)
+        rngs = [seeded_generator("cpu", "search", self.seed, search.name, key, turn) for key, turn in pairs]
+        own = search.begin(x, y, target.to(y), rngs)
+        zero = torch.zeros_like(y)
+        tested = torch.full_like(x[:, 0, 0, 0], -torch.inf)
+        return {**own, "example": rows, "round": rounds.to(y), "turns": zero, "tested": tested}
+
+    def _targets(self) -> Tensor:
+        """(n, K - 1) classes other than the label, the largest clean logit of the exact model first, on the CPU."""
+        if self._ranking is None:
+            labels = self.victims.labels
+            ranked = []
+            for rows in torch.arange(len(labels), device=labels.device).split(self.most):
+                logits = self._exact(self.victims.images(rows))
+                others = logits.scatter(1, labels[rows, None], -torch.inf)
+                ranked.append(others.argsort(dim=1, descending=True, stable=True)[:, :-1].cpu())
+            self._ranking = torch.cat(ranked)
+        return self._ranking
+
+    def _turn(self, search: Search) -> None:
+        lanes = self.lanes
+        passes = self.fine if search.fine else self.passes
+        point, logits = search.turn(lanes, passes)
+        margin = margins(logits, lanes["y"])
+        suspect = passes.suspects(logits, margin, lanes["tested"])
+        lanes["turns"] = lanes["turns"] + 1
+        leaves = lanes["turns"] >= search.turns
+        rows = suspect.nonzero().squeeze(1)
+        if len(rows):
+            most = self.eps * (1 + ROUNDING) + ROUNDING
+            rows = rows[distance(lanes["x"][rows], point[rows], self.norm) <= most]
+            inside = into_ball(lanes["x"][rows], point[rows], self.eps, self.norm)
+            self._judge(lanes["example"][rows], lanes["round"][rows], inside)
+            tested = torch.where(margin.isfinite(), margin, lanes["tested"])
+            lanes["tested"] = lanes["tested"].index_copy(0, rows, tested[rows].to(lanes["tested"]))
+            leaves = leaves | (self.broken_in.to(leaves.device)[lanes["example"]] <= lanes["round"])
+        stays = (~leaves).nonzero().squeeze(1)
+        if len(stays) < len(leaves):
+            self.lanes = {name: rows[stays] for name, rows in lanes.items()} if len(stays) else {}
+
+    def _judge(self, rows: Tensor, rounds: Tensor, points: Tensor) -> None:
+        """Ask the exact model about points (L, C, H, W) of the examples `rows`, and note what it breaks first."""
+        if len(rows) == 0:
+            return
+        logits = self._exact(points)
+        labels, finite = self.victims.labels[rows], logits.isfinite().all(1)
+        self.verdicts.not_finite += int((~finite).sum())
+        wrong = predicted(logits, labels)
+        broken = (wrong != labels).cpu()
+        for at in broken.nonzero().squeeze(1).tolist():
+            example, turn = int(rows[at]), int(rounds[at])
+            if turn >= self.broken_in[example]:
+                continue
+            self.broken_in[example] = turn
+            self.verdicts.prediction[example] = int(wrong[at])
+            self.verdicts.broken_by[example] = self.member
+            if self.keep_points:
+                self.verdicts.points[example] = points[at].cpu().clone()
+
+    def _exact(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = self.exact(x)
+        if logits.ndim != 2 or len(logits) != len(x):
+            raise ModelError(f"the model gives {tuple(logits.shape)} for {len(x)} images: it must give logits (B, K)")
+        return logits
+
+
+def _channels_last(rows: Tensor) -> bool:
+    """Whether images lie in memory with their channels last: a search goes on exactly only in the order it began."""
+    return rows.ndim == 4 and not rows.is_contiguous() and rows.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,7 @@
+"""`python -m robustfair.cli` is the command `robustfair`."""
+
+import sys
+
+from robustfair.cli.app import main
+
+sys.exit(main())

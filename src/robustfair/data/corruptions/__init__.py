@@ -1,0 +1,1 @@
+"""The common corruptions, made as they are needed."""

@@ -1,0 +1,1 @@
+"""Sources of images as they lie on disk, and what they are decoded into."""

@@ -1,0 +1,607 @@
+"""Where images come from: a name of the catalogue or a path, to a source that can be identified cheaply and decoded.
+
+A source knows its parts and its identity (paths, sizes, times of change) without opening a picture, so that a load
+which finds its cache file needs neither pyarrow nor Pillow. Packed data sets need neither at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from robustfair.config import needed, read_path
+from robustfair.data.catalog import CATALOG, CatalogEntry
+from robustfair.data.load.decode import (
+    Decoded,
+    Picture,
+    bytes_hint,
+    conversion_notes,
+    decode_pictures,
+    numbered_names,
+    resize_arrays,
+    share_shape,
+    super_classes,
+)
+from robustfair.data.load.folders import Folder, kinds_of, list_images, scan
+from robustfair.data.load.originals import Files, find_originals
+from robustfair.data.load.parts import as_parts, by_role, listed, role_of
+from robustfair.data.pack import HEADER, Pack, find_pack, pack_stem, read_pack
+from robustfair.data.split import stratified_split
+from robustfair.errors import DataError, UnknownNameError
+from robustfair.registry import canonical
+
+_IMAGE_KEYS = ("images", "x", "image")
+_LABEL_KEYS = ("labels", "y", "label")
+_ARCHIVES = frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"})
+_SEVERITIES = 5
+_BATCH = 256
+
+
+class Source(Protocol):
+    """A place that images come from.
+
+    Attributes:
+        name: how messages and cache files call it.
+        entry: its row of the catalogue, or what a pack says of itself; None for another path.
+        parts: "train" and/or "test", known before anything is decoded.
+        identity: what its pixels depend on, as JSON; None if decoding is no work and nothing is to be cached.
+        notes: what is left out of it, and how its names were read, a line each.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def entry(self) -> CatalogEntry | None: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+
+    @property
+    def identity(self) -> object | None: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    def decode(self, image_size: int | None) -> Decoded:
+        """All parts in memory, with shared names and one (C, H, W); a part whose images have no labels is left out."""
+        ...
+
+
+def find_source(name_or_path: str | Path) -> Source:
+    """The source that a user means: a name of the catalogue first, then a path (`./cifar10` is always a path).
+
+    Raises:
+        UnknownNameError: neither a name nor an existing path, but written like a name; shows the nearest ones.
+        DataError: the path does not exist or holds no images.
+    """
+    if not str(name_or_path).strip():
+        raise DataError("data: the name is empty: give a name such as cifar10, or a path")
+    head, *rest = str(name_or_path).split("/")
+    entry = CATALOG.get(canonical(head)) if isinstance(name_or_path, str) else None
+    if entry is not None and (not rest or (entry.selectors and rest != [""])):
+        return _named(entry, rest)
+    path = read_path(name_or_path)
+    if path.exists():
+        return _at(path.resolve(), path.resolve().stem if path.is_file() else path.resolve().name, None, {})
+    if isinstance(name_or_path, str) and not rest and not path.suffix:
+        raise UnknownNameError("data set", name_or_path, CATALOG)
+    raise DataError(f"data path {str(path)!r} does not exist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits:
+    """scikit-learn's digits: 1,797 grey 8x8 images with values 0 to 16, scaled to 0 to 255; part "train" alone."""
+
+    entry: CatalogEntry
+    name: str = "digits"
+    parts: tuple[str, ...] = ("train",)
+    identity: object | None = None
+    notes: tuple[str, ...] = ()
+
+    def decode(self, image_size: int | None) -> Decoded:
+        with needed("scikit-learn", "the digits data set"):
+            from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+        labels = digits.target.astype(np.int64)
+        names = tuple(str(name) for name in digits.target_names)
+        return Decoded(parts={"train": (resize_arrays(images, image_size), labels)}, class_names=names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Npz:
+    """An `.npz` of decoded images: keys `images`, `labels`, or the same with a part, as in `val_images`, `x_train`."""
+
+    path: Path
+    name: str
+    keys: Mapping[str, Mapping[str, str]]
+    """"train", "test", "validation" -> "images", "labels" -> key of the array."""
+    entry: CatalogEntry | None = None
+    identity: object | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, path: Path, name: str) -> Npz:
+        with _load_npz(path) as arrays:
+            if HEADER in arrays:
+                raise DataError(
+                    f"{path} is a part of a packed data set: give it back its name, like cifar10.1-of-2.npz"
+                )
+            keys, rest = _array_keys(path, list(arrays))
+        notes = (f"left out: the arrays {listed(rest)} (neither images nor labels of a part)",) if rest else ()
+        return cls(path=path, name=name, keys=keys, notes=notes)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(as_parts(self.keys)[0])
+
+    def decode(self, image_size: int | None) -> Decoded:
+        images = {}
+        with _load_npz(self.path) as arrays:
+            try:
+                names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else ()
+                held = {role: self._labels(arrays, role) for role in self.keys}
+                unlabelled = {role for role, labels in held.items() if len(held) > 1 and _is_unlabelled(labels)}
+                parts, notes = as_parts({role: (role, labels) for role, labels in held.items()}, unlabelled)
+                for part, (role, _) in parts.items():
+                    pixels = arrays[self._key(arrays, role, "images")]
+                    images[part] = resize_arrays(_channels_first(self.path, pixels), image_size)
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise DataError(f"{self.path} cannot be read: {_first_line(error)}") from error
+        images = share_shape(self.name, images)
+        labels = {part: values for part, (_, values) in parts.items()}
+        return Decoded(
+            parts={part: (images[part], labels[part]) for part in parts},
+            class_names=names or numbered_names(self.name, labels.values()),
+            notes=tuple(notes),
+        )
+
+    def _labels(self, arrays: Mapping[str, np.ndarray], role: str) -> np.ndarray:
+        """(N,) int64; empty for a part without an array of labels beside parts that have one."""
+        if "labels" not in self.keys[role] and any("labels" in keys for keys in self.keys.values()):
+            return np.empty(0, np.int64)
+        return _class_indices(self.path, arrays[self._key(arrays, role, "labels")])
+
+    def _key(self, arrays: Mapping[str, np.ndarray], role: str, what: str) -> str:
+        if what in self.keys[role]:
+            return self.keys[role][what]
+        allowed = ", ".join(f"{role}_{key}" for key in (_IMAGE_KEYS if what == "images" else _LABEL_KEYS))
+        raise DataError(f"{self.path}: no array of {what} ({allowed}), it holds {', '.join(arrays) or 'none'}")
+
+
+def _array_keys(path: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Part -> "images", "labels" -> name of the array; and the names of arrays that are neither."""
+    found: dict[str, dict[str, str]] = {}
+    rest = []
+    for name in names:
+        first, _, behind = name.partition("_")
+        before, _, last = name.rpartition("_")
+        for role, key in ((role_of(first), behind), (role_of(last), before), ("", name)):
+            what = "images" if key in _IMAGE_KEYS else "labels" if key in _LABEL_KEYS else None
+            if role is not None and what is not None:
+                other = found.setdefault(role, {}).setdefault(what, name)
+                if other != name:
+                    raise DataError(f"{path}: {other} and {name} both are the {what} of one part: keep one of them")
+                break
+        else:
+            rest += [] if name == "class_names" else [name]
+    plain = found.pop("", {})
+    if not any("images" in keys for keys in found.values()):
+        found = {"train": {**found.get("train", {}), **plain}}
+    elif len(found) == 1:
+        ((role, keys),) = found.items()
+        if "images" in plain or ("labels" in plain and "labels" in keys):
+            raise DataError(
+                f"{path}: {listed(list(plain.values()))} beside {listed(list(keys.values()))}: a part of its own or "
+                "the whole. Name the part of every array, as in train_images and test_images"
+            )
+        found = {role: {**plain, **keys}}
+    elif plain:
+        rest += plain.values()
+    order = [role for role in ("train", "test", "validation") if role in found]
+    return {role: found[role] for role in order}, rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """The parts that `robustfair.data.pack` wrote, with the names and the augmentation that they were packed with."""
+
+    name: str
+    entry: CatalogEntry
+    pack: Pack
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, pack: Pack, name: str, entry: CatalogEntry | None) -> Packed:
+        about = pack.contents
+        if entry is not None:
+            return cls(name=name, entry=entry, pack=pack)
+        own = CatalogEntry(name=about.name, summary="packed", num_classes=len(about.class_names), augment=about.augment)
+        return cls(name=about.name, entry=own, pack=pack)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.pack.contents.shapes)
+
+    @property
+    def identity(self) -> object:
+        return [_stamp(file) for file in self.pack.files]
+
+    def decode(self, image_size: int | None) -> Decoded:
+        decoded = read_pack(self.pack)
+        parts = {part: (resize_arrays(images, image_size), labels) for part, (images, labels) in decoded.parts.items()}
+        return replace(decoded, parts=parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionFiles:
+    """The corruption benchmark as its authors ship it: `<corruption>.npy`, five severities each, and `labels.npy`."""
+
+    folder: Path
+    name: str
+    corruption: str
+    severity: int
+    entry: CatalogEntry
+    parts: tuple[str, ...] = ("test",)
+    identity: object | None = None
+    notes: tuple[str, ...] = ()
+
+    def decode(self, image_size: int | None) -> Decoded:
+        files = {canonical(path.stem): path for path in self.folder.glob("*.npy") if path.stem != "labels"}
+        if self.corruption not in files:
+            raise UnknownNameError("corruption", self.corruption, files)
+        path = files[self.corruption]
+        images, labels = _load_npy(path), _load_npy(self.folder / "labels.npy")
+        if len(images) != len(labels) or len(images) % _SEVERITIES:
+            raise DataError(
+                f"{path}: expected {_SEVERITIES} severities of equal length and as many labels, "
+                f"got {len(images)} images and {len(labels)} labels"
+            )
+        count = len(images) // _SEVERITIES
+        rows = slice((self.severity - 1) * count, self.severity * count)
+        pixels = resize_arrays(_channels_first(path, np.array(images[rows])), image_size)
+        indices = _class_indices(self.folder / "labels.npy", np.array(labels[rows]))
+        return Decoded(parts={"test": (pixels, indices)}, class_names=self.entry.class_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder:
+    """`root/<class>/...` or `root/<split>/<class>/...`; classes are the folder names of all splits, as sorted text."""
+
+    name: str
+    entry: CatalogEntry | None
+    class_names: tuple[str, ...]
+    files: Mapping[str, Sequence[tuple[int, Path]]]
+    """Part -> (class index, file) per image, classes in order, files of a class sorted by path."""
+
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, root: Folder, name: str, entry: CatalogEntry | None) -> ImageFolder:
+        found = list_images(name, root, entry.parts[0] if entry else None)
+        return cls(name=name, entry=entry, class_names=found.class_names, files=found.files, notes=found.notes)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    @property
+    def identity(self) -> object:
+        stamps = {part: [(label, *_stamp(file)) for label, file in rows] for part, rows in self.files.items()}
+        return [self.class_names, stamps]
+
+    def decode(self, image_size: int | None) -> Decoded:
+        converted: Counter[str] = Counter()
+        images = {
+            part: decode_pictures(self.name, _in_batches(rows), len(rows), image_size, converted)
+            for part, rows in self.files.items()
+        }
+        images = share_shape(self.name, images)
+        labels = {part: np.array([label for label, _ in rows], np.int64) for part, rows in self.files.items()}
+        return Decoded(
+            parts={part: (images[part], labels[part]) for part in images},
+            class_names=self.class_names,
+            notes=conversion_notes(converted),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFiles:
+    """Parquet files in the hub's layout, or the Arrow files of a saved data set."""
+
+    name: str
+    entry: CatalogEntry | None
+    files: Mapping[str, Sequence[Path]]
+    """"train", "test", "validation" -> its files."""
+    wanted: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(as_parts(self.files)[0])
+
+    @property
+    def identity(self) -> object:
+        stamps = {part: [_stamp(file) for file in files] for part, files in self.files.items()}
+        return [stamps, dict(self.wanted)]
+
+    def decode(self, image_size: int | None) -> Decoded:
+        from robustfair.data.load.tables import Selection, decode_tables, open_file
+
+        shards = {part: [open_file(file) for file in files] for part, files in self.files.items()}
+        return decode_tables(
+            self.name, shards, entry=self.entry, selection=Selection(self.wanted), image_size=image_size
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """A named data set on the Hugging Face hub."""
+
+    name: str
+    entry: CatalogEntry
+    wanted: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.entry.parts
+
+    @property
+    def identity(self) -> object:
+        return [self.entry.hub, self.entry.config, dict(self.wanted)]
+
+    def decode(self, image_size: int | None) -> Decoded:
+        from robustfair.data.load.tables import Selection, decode_tables, open_hub
+
+        splits = open_hub(self.entry)
+        pieces = [(split, shard) for split, shards in splits.items() for shard in shards]
+        roles, notes = by_role(self.name, pieces, self.parts)
+        if set(as_parts(roles)[0]) != set(self.parts):
+            raise DataError(
+                f"{self.name}: expected {' and '.join(self.parts)}, {self.entry.hub} has {', '.join(splits)}"
+            )
+        decoded = decode_tables(
+            self.name, roles, entry=self.entry, selection=Selection(self.wanted), image_size=image_size
+        )
+        return replace(decoded, notes=(*notes, *decoded.notes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Originals:
+    """The files of a benchmark as its authors publish them."""
+
+    name: str
+    entry: CatalogEntry | None
+    files: Files
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.files.parts)
+
+    @property
+    def identity(self) -> object:
+        return [self.files.layout, [_stamp(file) for file in self.files.all]]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.files.notes
+
+    def decode(self, image_size: int | None) -> Decoded:
+        images, labels, coarse = {}, {}, {}
+        for part, paths in self.files.parts.items():
+            rows = list(self.files.read(paths))
+            images[part] = resize_arrays(np.concatenate([piece.images for piece in rows]), image_size)
+            labels[part] = np.concatenate([piece.labels for piece in rows])
+            coarse[part] = np.concatenate([piece.labels if piece.coarse is None else piece.coarse for piece in rows])
+        names, group_names = self.files.class_names()
+        names = names or (self.entry.class_names if self.entry else ()) or numbered_names(self.name, labels.values())
+        groups = super_classes(self.name, labels, coarse, len(names)) if group_names else None
+        return Decoded(
+            parts={part: (images[part], labels[part]) for part in images},
+            class_names=names,
+            groups=groups,
+            group_names=group_names if groups else (),
+        )
+
+
+def hold_out(decoded: Decoded, fraction: float) -> Decoded:
+    """Split the only part of a source into "train" and "test", stratified, always with the same seed."""
+    images, labels = decoded.parts["train"]
+    train, test = (index.numpy() for index in stratified_split(torch.from_numpy(labels), fraction))
+    parts = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+    return replace(decoded, parts=parts)
+
+
+def _named(entry: CatalogEntry, values: Sequence[str]) -> Source:
+    if not entry.hub:
+        return Digits(entry=entry)
+    name = "/".join([entry.name, *values])
+    wanted = _wanted(entry, values)
+    folder = _local_folder(entry)
+    return Hub(name=name, entry=entry, wanted=wanted) if folder is None else _at(folder, name, entry, wanted)
+
+
+def _wanted(entry: CatalogEntry, values: Sequence[str]) -> dict[str, str]:
+    """Column -> canonical value, from what follows the name in `cifar10-c/gaussian_noise/3`."""
+    if not entry.selectors:
+        return {}
+    severities = [str(severity) for severity in range(1, _SEVERITIES + 1)]
+    if len(values) != len(entry.selectors) or values[-1] not in severities:
+        got = "/".join([entry.name, *values])
+        raise DataError(
+            f"{got}: name a corruption and a severity of 1 to {_SEVERITIES}, as in {entry.name}/gaussian_noise/3"
+        )
+    return {column: canonical(value) for column, value in zip(entry.selectors, values, strict=True)}
+
+
+def _local_folder(entry: CatalogEntry) -> Path | None:
+    """The folder of a named data set under ROBUSTFAIR_DATA in any spelling; None if there is none."""
+    root = os.environ.get("ROBUSTFAIR_DATA")
+    if not root:
+        return None
+    path = read_path(root)
+    if not path.is_dir():
+        raise DataError(f"ROBUSTFAIR_DATA is {root!r}, which is not a folder")
+    found = [folder for folder in sorted(path.iterdir()) if canonical(folder.name) in entry.folder_names]
+    for folder in sorted((folder for folder in found if folder.is_dir()), key=lambda folder: entry.rank(folder.name)):
+        inner = folder / entry.config if entry.config else folder
+        return (inner if inner.is_dir() else folder).resolve()
+    return None
+
+
+def _at(path: Path, name: str, entry: CatalogEntry | None, wanted: Mapping[str, str]) -> Source:
+    """The source at an existing path, by what lies there."""
+    pack = find_pack(path, pack_stem(name) if entry is not None and entry.selectors else None)
+    if pack is not None:
+        return Packed.open(pack, name, entry)
+    if path.is_file():
+        if path.suffix == ".npz":
+            return Npz.open(path, name)
+        if path.suffix == ".parquet":
+            return TableFiles(name=name, entry=entry, files={"train": [path]}, wanted=wanted)
+        hint = "unpack it and name the folder" if path.suffix.lower() in _ARCHIVES else "name the folder it lies in"
+        raise DataError(f"{path} is a file of unknown kind; expected .npz, .parquet or a folder of images: {hint}")
+    if entry is not None and entry.selectors and (path / "labels.npy").is_file():
+        corruption, severity = wanted.values()
+        return CorruptionFiles(folder=path, name=name, corruption=corruption, severity=int(severity), entry=entry)
+    parts = entry.parts if entry is not None else ("train", "test")
+    if saved := _saved_files(path):
+        files, notes = by_role(name, saved, parts)
+        return TableFiles(name=name, entry=entry, files=files, wanted=wanted, notes=tuple(notes))
+    root = scan(path)
+    originals = find_originals(name, root)
+    tables = sorted(file for folder in root.walk() for file in folder.others if file.suffix.lower() == ".parquet")
+    _require_one_layout(name, root, originals, tables)
+    if originals is not None:
+        return Originals(name=name, entry=entry, files=originals)
+    if tables:
+        files, notes = by_role(name, [(str(file.relative_to(path)), file) for file in tables], parts)
+        read = set(tables)
+        rest = [file for folder in root.walk() for file in (*folder.pictures, *folder.others) if file not in read]
+        notes += [f"left out: {kinds_of(rest)} (no tables)"] if rest else []
+        return TableFiles(name=name, entry=entry, files=files, wanted=wanted, notes=tuple(notes))
+    return ImageFolder.open(root, name, entry)
+
+
+def _require_one_layout(name: str, root: Folder, originals: Files | None, tables: Sequence[Path]) -> None:
+    """Refuse a folder that is a data set in two ways."""
+    held = root.with_pictures()
+    found = {
+        "original files": [] if originals is None else [str(originals.all[0].relative_to(root.path))],
+        "parquet files": [str(file.relative_to(root.path)) for file in tables],
+        "image folders": list(held) if len(held) > 1 or any(map(role_of, held)) else [],
+    }
+    kinds = [f"{kind} ({listed(names)})" for kind, names in found.items() if names]
+    if len(kinds) > 1:
+        raise DataError(
+            f"{name}: {root.path} holds {' and '.join(kinds)}, and either can be the data set: move away what is not "
+            "meant, or name a folder or file that holds one of them alone"
+        )
+
+
+def _saved_files(root: Path) -> list[tuple[str, Path]]:
+    """(split, file) of a folder written by `save_to_disk`; empty if it is none."""
+    if (root / "dataset_dict.json").is_file():
+        splits = [root / split for split in _json(root / "dataset_dict.json").get("splits", [])]
+    elif (root / "state.json").is_file():
+        splits = [root]
+    else:
+        return []
+    files = []
+    for folder in splits:
+        state = _json(folder / "state.json")
+        split = folder.name if folder != root else str(state.get("_split") or "train")
+        files += [(split, folder / item["filename"]) for item in state.get("_data_files", [])]
+    for _, file in files:
+        if not file.is_file():
+            raise DataError(f"saved data set {root} is not whole, {file} is missing")
+    return files
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return str(file), status.st_size, status.st_mtime_ns
+
+
+def _in_batches(rows: Sequence[tuple[int, Path]]) -> Iterable[list[Picture]]:
+    for start in range(0, len(rows), _BATCH):
+        yield [Picture(str(file), file) for _, file in rows[start : start + _BATCH]]
+
+
+def _load_npz(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        arrays = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}") from error
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise DataError(f"{path} is no .npz archive")
+    return arrays
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _channels_first(path: Path, images: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with one or three channels, as contiguous (N, C, H, W)."""
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3):
+        is_number = images.dtype != np.uint8 and images.dtype.kind in "iuf" and images.size > 0
+        hint = f"; {bytes_hint(float(images.min()), float(images.max()))}" if is_number else ""
+        raise DataError(
+            f"{path}: images must be uint8 (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, "
+            f"got {images.dtype} {images.shape}{hint}"
+        )
+    return np.ascontiguousarray(images)
+
+
+def _is_unlabelled(labels: np.ndarray) -> bool:
+    return bool((labels == -1).all())
+
+
+def _class_indices(path: Path, labels: np.ndarray) -> np.ndarray:
+    """Whole numbers (N,) or (N, 1) as int64 (N,)."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        one = labels.dtype.kind in "biuf" and bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())
+        reason = (
+            "one-hot rows, or several labels an image that happen to be one: for the first store labels.argmax(1)"
+            if one
+            else "several labels an image (multi-label), where every image needs one class: store one number an image"
+        )
+        raise DataError(f"{path}: labels must be whole numbers (N,), got {labels.dtype} {labels.shape}: {reason}")
+    if labels.ndim == 2:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{path}: labels must be whole numbers (N,), got {labels.dtype} {labels.shape}")
+    return labels.astype(np.int64)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,1 @@
+"""What may be wrong with an audit beyond its numbers: its inputs, masked gradients, odd results."""

@@ -1,0 +1,1 @@
+"""How a network is run on a machine: precision, device, memory, and what fits into it."""

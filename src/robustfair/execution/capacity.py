@@ -1,0 +1,88 @@
+"""How many images a model can take at a time within a budget of memory, measured on the model itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robustfair.losses import cross_entropy
+from robustfair.models.head import no_gradient
+from robustfair.models.modes import attacking
+
+CPU_BUDGET = 2 << 30
+"""Bytes of activations on a CPU: fixed, so that the same audit runs in the same batches on every machine."""
+CUDA_SHARE = 0.6
+"""Of the free memory of a GPU."""
+HEADROOM = 1.5
+"""Workspaces and gradients, as a factor on what a pass saves for its backward pass."""
+
+
+def images_that_fit(model: nn.Module, example: Tensor, *, gradient: bool = True) -> int:
+    """Images (at least 1) whose forward and backward pass stays within the budget of their device.
+
+    Arguments and errors as for `bytes_per_image`.
+    """
+    device = example.device
+    budget = CUDA_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_BUDGET
+    return max(1, int(budget / (HEADROOM * bytes_per_image(model, example, gradient=gradient))))
+
+
+def bytes_per_image(model: nn.Module, example: Tensor, *, gradient: bool = True) -> int:
+    """What autograd keeps for the gradient of one image, weights left out.
+
+    Args:
+        example: (1, C, H, W) on the device of the model.
+        gradient: whether it must be possible to take it. Where it is not and need not be, what all layers return
+            counts, which is at least what a pass holds at a time.
+
+    Raises:
+        ModelError: the gradient cannot be taken, and must.
+    """
+    x = example[:1].detach().clone()
+    with attacking(model, "eval"):
+        try:
+            kept = _kept_for_gradient(model, x)
+        except Exception as error:  # a foreign module may raise anything in a graph that it was not made for
+            if gradient:
+                raise no_gradient(model, error) from error
+            kept = _returned(model, x)
+    return max(kept, x.nbytes)
+
+
+def _kept_for_gradient(model: nn.Module, x: Tensor) -> int:
+    """Bytes that the graph of the loss holds; the gradient is taken, to see that it can be."""
+    known = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    x = x.clone().requires_grad_(True)
+    with torch.enable_grad():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            logits = model(x)
+            loss = cross_entropy(logits, logits.argmax(1))
+        if loss.requires_grad:
+            torch.autograd.grad(loss.sum(), x)
+    return sum(kept.values())
+
+
+def _returned(model: nn.Module, x: Tensor) -> int:
+    """Bytes of what the modules of a model return in a pass without a graph."""
+    returned: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            returned.append(output)
+
+    handles = [module.register_forward_hook(keep) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum({value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in returned}.values())

@@ -1,0 +1,266 @@
+"""Methods that act together: refused before the first step where they cannot, and held to their claims in every one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from itertools import permutations
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from robustfair.errors import ConflictError
+from robustfair.methods.base import LossAt, Method, Run
+from robustfair.objectives.base import Objective
+from robustfair.registry import OBJECTIVES
+from robustfair.values import Attack, Batch, Loss, Model, State, StateDict
+
+Edited = TypeVar("Edited", Attack, Batch)
+
+
+def compose(
+    objective: Objective,
+    methods: Sequence[Method] = (),
+    *,
+    allow: frozenset[str] = frozenset(),
+    validation: bool = True,
+) -> Plan:
+    """Check that the methods can act together on the objective.
+
+    Args:
+        allow: claims that may have several owners, who then act in list order.
+        validation: whether the run holds images out.
+
+    Raises:
+        ConflictError: a method twice; two owners of one claim; a loss term, attacked or held out images that a method
+            needs and does not find; a write nobody reads.
+    """
+    owners: dict[str, str] = {}
+    names = [method.name for method in methods]
+    for method in methods:
+        if names.count(method.name) > 1:
+            raise ConflictError(f"{method.name} is listed twice: keep one")
+        for claim in sorted(method.claims):
+            other = owners.setdefault(claim, method.name)
+            if other != method.name and claim not in allow:
+                raise ConflictError(
+                    f"{other} and {method.name} both set {claim} ({CLAIM_TEXT.get(claim, 'one field, two owners')}): "
+                    f"keep one, or pass `allow={{'{claim}'}}` to apply both in list order"
+                )
+        lacking = _lacking(method, objective)
+        if lacking:
+            fitting = [name for name in OBJECTIVES if _fits(method, OBJECTIVES.get(name))]
+            use = " or ".join(fitting) or "another objective"
+            raise ConflictError(f"{method.name} {lacking}: use {use}, or drop {method.name}")
+        if "validation" in method.needs and not validation:
+            raise ConflictError(
+                f"{method.name} measures on held out images and this run has none: set validation to a share of each "
+                f"class, such as 0.02, or drop {method.name}"
+            )
+        for claim in sorted(method.claims):
+            unread = _unread(claim, objective)
+            if unread:
+                raise ConflictError(f"{method.name} sets {claim}, but {objective.name} {unread}: drop {method.name}")
+        if "attack.target" in method.claims and "attack.goal" not in method.claims:
+            raise ConflictError(f"{method.name} sets attack.target and keeps the goal, which is not made for one")
+    for method, replacing in permutations(methods, 2):
+        lost = _lost(method, replacing)
+        if lost:
+            raise ConflictError(f"{method.name} sets {lost}, and {replacing.name} replaces the term that reads it")
+    return Plan(objective=objective, methods=tuple(methods), allow=allow)
+
+
+CLAIM_TEXT = {
+    "attack.eps": "the class-wise radius",
+    "attack.goal": "what the attack maximises",
+    "attack.stop": "when the attack stops",
+    "batch.soft": "the soft labels",
+    "batch.x_adv": "the images that are trained on",
+    "loss.label": "the weight of the label term",
+    "loss.consistency": "the weight of the consistency term",
+    "role.class_weight": "the balance between classes",
+    "gradient": "the point where the gradient is taken",
+}
+
+
+def _fits(method: Method, objective: type[Objective]) -> bool:
+    """Whether `objective` has what `method` needs and reads what it sets."""
+    return not _lacking(method, objective) and not any(_unread(claim, objective) for claim in method.claims)
+
+
+def _lacking(method: Method, objective: Objective | type[Objective]) -> str:
+    """What `method` needs of `objective` and does not find; empty if nothing."""
+    if "x_adv" in method.needs and "x_adv" not in objective.reads:
+        return f"needs attacked images, and {objective.name} trains without an attack"
+    for need in sorted(method.needs - objective.terms - {"x_adv", "validation"}):
+        return f"needs the loss term {need!r}, and {objective.name} has only {', '.join(sorted(objective.terms))}"
+    if method.labels_of not in (None, objective.label_at):
+        return f"sets labels of {method.labels_of}, and {objective.name} asks for those of {objective.label_at}"
+    return ""
+
+
+def _unread(claim: str, objective: Objective | type[Objective]) -> str:
+    """Why a write to `claim` would be lost under `objective`; empty if it is read."""
+    owner, _, field = claim.partition(".")
+    if claim in objective.owns:
+        return "is defined by its own"
+    if owner == "attack" and "x_adv" not in objective.reads:
+        return "trains without an attack"
+    if owner == "batch" and field not in objective.reads | {"x", "y"}:
+        return f"does not read {field}"
+    return ""
+
+
+def _lost(method: Method, replacing: Method) -> str:
+    """A claim of `method` that nobody reads once `replacing` has acted; empty if there is none."""
+    lost = {f"loss.{term}" for term in replacing.replaces}
+    if "label" in replacing.replaces:
+        lost |= {"batch.soft", "batch.shift"}
+    return min(method.claims & lost, default="")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An objective with methods that may act together: each hook of all methods, in list order, checked."""
+
+    objective: Objective
+    methods: tuple[Method, ...]
+    allow: frozenset[str]
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether a method may move the weights between the attack and the loss."""
+        return any("around_gradient" in method.hooks() for method in self.methods)
+
+    def networks(self, model: nn.Module) -> dict[str, nn.Module]:
+        """All networks that methods want beside the model, as "method/name"."""
+        return {f"{m.name}/{name}": network for m in self.methods for name, network in m.networks(model).items()}
+
+    def prepare(self, batch: Batch, states: Mapping[str, State], run: Run) -> Batch:
+        """The batch as the attack finds it."""
+        for method in self.methods:
+            edited = method.prepare(batch, states[method.name], run)
+            if edited.x_adv is not None:
+                raise ConflictError(
+                    f"{method.name} sets x_adv before the attack, which sets it anew: do it in examples"
+                )
+            batch = _checked(method, "batch", batch, edited)
+        return batch
+
+    def attacks(self, batch: Batch, states: Mapping[str, State], run: Run) -> dict[str, Attack]:
+        """The training attacks on `batch` after all edits, by what they make: "x_adv", and views by name."""
+        made = self.objective.attacks(batch)
+        for name, attack in made.items():
+            for method in self.methods:
+                fresh = _fresh(attack)
+                edited = method.attack(fresh, batch, states[method.name], run)
+                attack = _checked(method, "attack", fresh, edited, original=attack)
+            made[name] = attack
+        return made
+
+    def examples(self, batch: Batch, states: Mapping[str, State], run: Run) -> Batch:
+        """The batch as the loss finds it."""
+        for method in self.methods:
+            batch = _checked(method, "batch", batch, method.examples(batch, states[method.name], run))
+        return batch
+
+    def loss(self, model: Model, batch: Batch, states: Mapping[str, State], run: Run) -> Loss:
+        """The objective's loss on `model` after all edits."""
+        loss = self.objective(model, batch)
+        for method in self.methods:
+            edited = method.loss(loss, batch, states[method.name], run)
+            _check_loss(method, loss, edited)
+            loss = edited
+        return loss
+
+    @contextmanager
+    def around_gradient(self, run: Run, batch: Batch, loss_at: LossAt, states: Mapping[str, State]) -> Iterator[None]:
+        """All scopes, entered in list order and left in reverse, so that each undoes its own change first."""
+        with ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(method.around_gradient(run, batch, loss_at, states[method.name]))
+            yield
+
+    def after_step(self, states: Mapping[str, State], batch: Batch, loss: Loss, run: Run) -> dict[str, State]:
+        return {m.name: m.after_step(states[m.name], batch, loss, run) for m in self.methods}
+
+    def at_epoch(self, states: Mapping[str, State], run: Run) -> dict[str, State]:
+        """All epoch ticks; weights may change here only under the claim "model"."""
+        new = {}
+        for method in self.methods:
+            before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+            new[method.name] = method.at_epoch(states.get(method.name, {}), run)
+            now = run.model.state_dict()
+            moved = any(not torch.equal(now[name], tensor) for name, tensor in before.items())
+            if moved and "model" not in method.claims:
+                raise ConflictError(f"{method.name} changed the weights at an epoch boundary without claiming 'model'")
+        return new
+
+    def export(self, states: Mapping[str, State], run: Run) -> dict[str, StateDict]:
+        """All candidates in the order of their names, whatever the order of the methods."""
+        candidates: dict[str, StateDict] = {}
+        for method in self.methods:
+            exported = method.export(states[method.name], run)
+            unclaimed = {f"export.{name}" for name in exported} - method.claims
+            if unclaimed:
+                raise ConflictError(f"{method.name} exports {', '.join(sorted(unclaimed))} without claiming it")
+            candidates.update(exported)
+        return dict(sorted(candidates.items()))
+
+
+class _Int(int):
+    """A whole number or a truth value with an identity of its own, see `_fresh`."""
+
+
+class _Float(float):
+    """A number with an identity of its own, see `_fresh`."""
+
+
+class _Str(str):
+    """A word with an identity of its own, see `_fresh`."""
+
+
+FRESH = {bool: _Int, int: _Int, float: _Float, str: _Str}
+
+
+def _fresh(value: Attack) -> Attack:
+    """The same attack with plain values that are no other object: whoever writes an equal one is seen to write it."""
+    plain = {field.name: getattr(value, field.name) for field in fields(value)}
+    return replace(value, **{name: FRESH[type(v)](v) for name, v in plain.items() if type(v) in FRESH})
+
+
+def _checked(method: Method, owner: str, before: Edited, after: Edited, *, original: Edited | None = None) -> Edited:
+    """`after` if the method claims all it changed, with what it left alone as `original` (or `before`) has it."""
+    kept = before if original is None else original
+    left = {}
+    for field in fields(before):
+        old: object = getattr(before, field.name)
+        new: object = getattr(after, field.name)
+        if new is old:
+            left[field.name] = getattr(kept, field.name)
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
+            if any(new.get(key) is not old.get(key) for key in (set(old) | set(new)) - {method.name}):
+                raise _unclaimed(method, f"{owner}.{field.name} under another name than its own")
+        elif f"{owner}.{field.name}" not in method.claims:
+            raise _unclaimed(method, f"{owner}.{field.name}")
+    return after if original is None else replace(after, **left)
+
+
+def _check_loss(method: Method, before: Loss, after: Loss) -> None:
+    if after.weight is not before.weight and "loss.weight" not in method.claims:
+        raise _unclaimed(method, "loss.weight")
+    if after.out is not before.out or before.terms.keys() - after.terms.keys():
+        raise _unclaimed(method, "the logits or the set of terms of the loss")
+    for name in after.terms:
+        term = name in before.terms and after.terms[name] is before.terms[name]
+        same = term and after.coef[name] is before.coef[name]
+        if not same and f"loss.{name}" not in method.claims:
+            raise _unclaimed(method, f"loss.{name}")
+        if name in before.terms and not term and name not in method.replaces:
+            raise ConflictError(f"{method.name} replaced the term {name!r} of the loss: add it to replaces")
+
+
+def _unclaimed(method: Method, what: str) -> ConflictError:
+    return ConflictError(f"{method.name} changed {what} without claiming it: add the claim, or leave the field alone")

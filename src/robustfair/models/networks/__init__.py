@@ -1,0 +1,1 @@
+"""The networks that are ours, a file each."""

@@ -1,0 +1,69 @@
+"""What can be named: one line per entry of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from robustfair.attacks.named import list_attacks
+from robustfair.data import AUGMENTATIONS, CATALOG
+from robustfair.errors import UnknownNameError
+from robustfair.registry import EDITS, METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
+from robustfair.report.explain import summary
+from robustfair.runs.recipe import read_recipe, shipped_recipes
+
+
+def listing(kind: str) -> list[tuple[str, str]]:
+    """(name, what it is) of every entry.
+
+    Args:
+        kind: recipes, objectives, methods, augmentations, models, datasets, attacks, repairs or edits.
+
+    Raises:
+        UnknownNameError: another word.
+    """
+    kinds: dict[str, Callable[[], list[tuple[str, str]]]] = {
+        "recipes": _recipes,
+        "objectives": lambda: _registered(OBJECTIVES),
+        "methods": lambda: _registered(METHODS),
+        "augmentations": _augmentations,
+        "models": _models,
+        "datasets": lambda: [(name, entry.summary) for name, entry in sorted(CATALOG.items())],
+        "attacks": list_attacks,
+        "repairs": lambda: _registered(REPAIRS),
+        "edits": lambda: _registered(EDITS),
+    }
+    if canonical(kind) not in kinds:
+        raise UnknownNameError("kind of entry", kind, kinds)
+    return kinds[canonical(kind)]()
+
+
+def _registered(registry: Registry) -> list[tuple[str, str]]:
+    return [(name, summary(registry.get(name))) for name in registry]
+
+
+def _models() -> list[tuple[str, str]]:
+    return [
+        *_registered(MODELS),
+        ("wrn-D-W", "WideResNet of depth D = 6 n + 4 and width W"),
+        ("dm-wrn-D-W", "DeepMind's WideResNet with SiLU, of depth D = 6 n + 4 and width W"),
+    ]
+
+
+def _augmentations() -> list[tuple[str, str]]:
+    """Each with the settings in which it differs from its class's defaults."""
+    found = []
+    for name, augmentation in AUGMENTATIONS.items():
+        defaults = vars(type(augmentation)())
+        changed = [f"{key}={value}" for key, value in vars(augmentation).items() if value != defaults[key]]
+        settings = f" ({', '.join(changed)})" if changed else ""
+        found.append((name, summary(type(augmentation)) + settings))
+    return found
+
+
+def _recipes() -> list[tuple[str, str]]:
+    found = []
+    for name in shipped_recipes():
+        recipe = read_recipe(name, {"data": "digits"})
+        what = recipe.train or ", then ".join(stage.what for stage in recipe.stages)
+        found.append((name, f"{what}, {recipe.model}, {recipe.epochs} epochs"))
+    return found

@@ -1,0 +1,344 @@
+"""From a recipe to a run: build everything it names, then train into a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustfair.config import RobustFairWarning, Term, build, format_value, parse_composition, parse_norm, read_path
+from robustfair.data import ImageDataset, Splits, load_dataset, split_hash
+from robustfair.data.augment.crops import Augmentation, parse_augmentation
+from robustfair.data.edits import Edited
+from robustfair.errors import DivergedError, ModelError, RecipeError, UnknownNameError
+from robustfair.execution.device import resolve_device
+from robustfair.methods.base import Method
+from robustfair.methods.compose import Plan, compose
+from robustfair.models.build import create_model, describe_model
+from robustfair.models.weights import load_weights, read_weight_file
+from robustfair.objectives.base import AdversarialObjective, Objective
+from robustfair.registry import METHODS, OBJECTIVES, REPAIRS
+from robustfair.repairs import Repair
+from robustfair.runs.folder import RunFolder, environment
+from robustfair.runs.recipe import SCRATCH, Recipe, read_recipe
+from robustfair.training.engine import require_compiler
+from robustfair.training.fit import Fitted, fit, held_out, require_validation
+from robustfair.training.schedule import Schedule
+from robustfair.training.state import TrainState
+from robustfair.values import derive_seed
+
+
+def read_composition(text: str, defaults: Mapping[str, Any] | None = None) -> tuple[Objective, list[Method]]:
+    """The objective and the methods of a composition string.
+
+    Args:
+        defaults: norm, eps, step_size, steps of the objective's attack; a key the string gives too must agree.
+    """
+    terms = parse_composition(text)
+    objectives = [term for term in terms if term.name in OBJECTIVES]
+    for term in terms:
+        if term.name not in OBJECTIVES and term.name not in METHODS:
+            raise UnknownNameError("objective or method", term.name, [*OBJECTIVES, *METHODS])
+    if len(objectives) != 1:
+        found = " and ".join(term.name for term in objectives) or "none"
+        raise RecipeError(f"{text!r} needs exactly one objective ({', '.join(OBJECTIVES)}), found {found}")
+    objective = _build_objective(objectives[0], defaults or {})
+    methods = [build(METHODS.get(t.name), t.args, owner=t.name) for t in terms if t is not objectives[0]]
+    return objective, methods
+
+
+def plan_of(what: str, allow: Iterable[str]) -> Plan:
+    """The plan of a composition string, a shipped recipe or a YAML file, nothing else read or built."""
+    recipe = read_recipe(what, {"data": "any", "allow": tuple(allow)} if allow else {"data": "any"})
+    return _plan(recipe)
+
+
+def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset | None, Tensor | None]:
+    """All parts of the data, what is left to train on once the validation images are out, these images, their rows."""
+    require_validation(recipe.validation, recipe.select)
+    splits = load_dataset(recipe.data, image_size=recipe.image_size)
+    train = splits.train
+    if recipe.limit_per_class is not None:
+        train = train.limit_per_class(recipe.limit_per_class)
+    if recipe.validation == 0:
+        return splits, train, None, None
+    kept, held = held_out(train.labels, recipe.validation)
+    return splits, train.subset(kept), train.subset(held), held
+
+
+def _plan(recipe: Recipe) -> Plan:
+    given = {"norm": recipe.norm, "eps": recipe.eps, "step_size": recipe.step_size, "steps": recipe.steps}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    objective, methods = read_composition(recipe.train, chosen)
+    if chosen and not isinstance(objective, AdversarialObjective):
+        ignored = ", ".join(chosen)
+        warnings.warn(f"{objective.name} trains without an attack: {ignored} will not act", RobustFairWarning, 2)
+    return compose(objective, methods, allow=frozenset(recipe.allow), validation=recipe.validation != 0)
+
+
+def _build_objective(term: Term, defaults: Mapping[str, Any]) -> Objective:
+    cls = OBJECTIVES.get(term.name)
+    args = dict(term.args)
+    if not issubclass(cls, AdversarialObjective):
+        return build(cls, args, owner=term.name)
+    objective = build(cls, {**defaults, **args}, owner=term.name)
+    for key, value in defaults.items():
+        if key in args and getattr(objective, key) != (parse_norm(value) if key == "norm" else value):
+            given = format_value(args[key])
+            raise RecipeError(f"{key} is {given} in {term} and {format_value(value)} beside it: give it once")
+    return objective
+
+
+def read_repair(text: str) -> Repair:
+    """The repair that `hwnwb` or `hwnwb(target_norm=mean)` names."""
+    terms = parse_composition(text, example="hwnwb(target_norm=mean)")
+    if len(terms) != 1:
+        raise RecipeError(f"repair {text!r} names {len(terms)} repairs: give one")
+    return build(REPAIRS.get(terms[0].name), terms[0].args, owner=terms[0].name)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with everything it names built and checked, nothing written.
+
+    Attributes:
+        train: the images to train on, edited where the recipe says so.
+        validation: the images held out before any edit, None where there are none.
+        held: (V,) their rows.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    splits: Splits
+    train: ImageDataset
+    validation: ImageDataset | None
+    held: Tensor | None
+    model: nn.Module
+    schedule: Schedule
+    augment: Augmentation
+    device: str
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know before the run: methods that will not act in so many epochs."""
+        found = [method.remark(self.schedule.epochs) for method in self.plan.methods]
+        return [text for text in found if text]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read data, build model, objective, methods and schedule; raises whatever is wrong with any of them."""
+    plan = _plan(recipe)
+    names = {field.name for field in dataclasses.fields(Schedule)} - {"kind"}
+    schedule = Schedule(kind=recipe.curve, **{name: getattr(recipe, name) for name in names})
+    device = resolve_device(recipe.device)
+    if recipe.compile:
+        require_compiler(torch.device(device).type)
+    splits, train, validation, held = training_images(recipe)
+    if recipe.images is not None:
+        train = Edited.read(read_path(recipe.images)).apply(train)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "init"))
+        classes, channels = train.num_classes, train.images.shape[1]
+        try:
+            model = create_model(recipe.model, num_classes=classes, in_channels=channels, width=recipe.width)
+        except (RuntimeError, MemoryError):
+            raise ModelError(f"{recipe.model} of width {recipe.width} does not fit in memory: lower --width") from None
+    recipe = _resolved(recipe, plan.objective, describe_model(model)["width"], train.augment)
+    augment = parse_augmentation(str(recipe.augment))
+    augment(train.images[:1], torch.Generator().manual_seed(0))
+    schedule.trainable(model)  # before anything is written: are the parameters there that alone shall train?
+    return Prepared(recipe, plan, splits, train, validation, held, model, schedule, augment, device)
+
+
+def begin_from(start: str, ready: Prepared) -> None:
+    """Put the weights that the recipe starts with into the model; "scratch" leaves it as it was drawn.
+
+    Raises:
+        ModelError: they do not fit the model of the recipe.
+        CheckpointError: there is nothing to read, or it is damaged.
+    """
+    if start == SCRATCH:
+        return
+    path = read_path(start)
+    if path.is_dir():
+        weights = RunFolder(path).model_folder().read()[0].state_dict()
+        try:
+            ready.model.load_state_dict(weights)
+        except RuntimeError:
+            raise ModelError(
+                f"--start {start}: its weights do not fit {ready.recipe.model} of width {ready.recipe.width} with "
+                f"{ready.train.num_classes} classes: give --model and --width as they are there"
+            ) from None
+    else:
+        load_weights(ready.model, read_weight_file(path))
+
+
+RESOLVED = ("norm", "eps", "step_size", "steps", "width", "augment")
+"""Keys that a user may leave open: the run's own recipe.yaml holds what they came to."""
+
+
+def _resolved(recipe: Recipe, objective: Objective, width: int, augment: str) -> Recipe:
+    """The recipe with every default of its objective, model and data written out, so that it repeats the run."""
+    filled: dict[str, Any] = {"width": width, "augment": augment if recipe.augment is None else recipe.augment}
+    if isinstance(objective, AdversarialObjective):
+        filled |= {"norm": objective.norm, "eps": objective.radius, "step_size": objective.step}
+        filled["steps"] = objective.steps
+    return dataclasses.replace(recipe, **filled)
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_start: Callable[[Prepared, TrainState | None], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[TrainState], None] | None = None,
+) -> Fitted:
+    """Run a recipe into the folder `out`, which this process owns meanwhile.
+
+    Raises:
+        CheckpointError: `out` holds something already (and `resume` is false), or no training (and it is true); or
+            another process owns it.
+        RecipeError: the run to be resumed was begun with another recipe.
+        DivergedError: the loss is not finite; diverged.json in `out` says where.
+    """
+    folder = RunFolder(out)
+    if resume:
+        folder.require_training()
+    with folder.owned():
+        return _train(recipe, folder, resume, on_start, on_step, on_epoch)
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    resume: bool,
+    on_start: Callable[[Prepared, TrainState | None], None] | None,
+    on_step: Callable[[int, int], None] | None,
+    on_epoch: Callable[[TrainState], None] | None,
+) -> Fitted:
+    """`train` into a folder that this process owns."""
+    state = None
+    if resume:
+        recipe = begun_recipe(recipe, folder)
+    else:
+        folder.require_free()
+    ready = prepare(recipe)
+    recipe = ready.recipe
+    about = {
+        "model": describe_model(ready.model),
+        "class_names": list(ready.train.class_names),
+        "data": {
+            "name": _from_anywhere(recipe.data),
+            "fingerprint": ready.splits.train.fingerprint,
+            "image_size": recipe.image_size,
+        },
+        "split_hash": None if ready.held is None else split_hash(ready.held),
+        "recipe": recipe.train,
+        "threat": _threat(ready.plan.objective),
+    }
+    if resume:
+        found = folder.manifest()["data"]["fingerprint"]
+        if found != ready.splits.train.fingerprint:
+            raise RecipeError(
+                f"--resume: the images of {recipe.data} changed since {folder.path} began: start a new run"
+            )
+        _require_unchanged(folder, about | {"seed": recipe.seed})
+        state = folder.resume_state()
+        folder.update_manifest(status="running")
+    if state is None:
+        begin_from(recipe.start, ready)
+    if not resume:
+        folder.create(recipe.to_yaml(), environment() | about | {"seed": recipe.seed, "status": "running"})
+    if on_start is not None:
+        on_start(ready, state)
+    for remark in ready.remarks:
+        warnings.warn(remark, RobustFairWarning, stacklevel=2)
+    started = time.time()
+    spent = folder.manifest().get("wall_seconds", 0.0)
+
+    def save(state: TrainState) -> None:
+        folder.save(state, about)
+        folder.update_manifest(wall_seconds=round(spent + time.time() - started, 1), epochs_done=state.epoch)
+        if on_epoch is not None:
+            on_epoch(state)
+
+    try:
+        fitted = fit(
+            ready.model,
+            ready.train,
+            ready.plan.objective,
+            methods=ready.plan.methods,
+            schedule=ready.schedule,
+            seed=recipe.seed,
+            validation=0 if ready.validation is None else ready.validation,
+            select=recipe.select,
+            augment=ready.augment,
+            precision=recipe.precision,
+            compile=recipe.compile,
+            deterministic=recipe.deterministic,
+            device=ready.device,
+            allow=ready.plan.allow,
+            resume=state,
+            save=save,
+            on_step=on_step,
+        )
+    except DivergedError as error:
+        folder.record_divergence(error)
+        raise
+    chosen = fitted.chosen
+    selected = {"candidate": chosen.candidate, "epoch": chosen.epoch, "rule": recipe.select}
+    speed = [record["images_per_second"] for record in fitted.history]
+    folder.update_manifest(
+        status="complete",
+        epochs_done=fitted.state.epoch,
+        selected=selected,
+        images_per_second=sorted(speed)[len(speed) // 2],
+    )
+    return fitted
+
+
+def begun_recipe(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe that the run in `folder` was begun with; refuses a key that is given and differs."""
+    begun = read_recipe(str(folder.recipe), {})
+    for field in dataclasses.fields(Recipe):
+        old, new = getattr(begun, field.name), getattr(recipe, field.name)
+        left_open = new is None and field.name in RESOLVED
+        if old != new and not left_open and field.name != "device":
+            raise RecipeError(
+                f"--resume: {field.name} is {format_value(new)}, but {folder.path} was begun with {format_value(old)}: "
+                "leave it out to go on, or start a new run"
+            )
+    return dataclasses.replace(begun, device=recipe.device)
+
+
+def _require_unchanged(folder: RunFolder, about: Mapping[str, Any]) -> None:
+    """Refuse to go on where recipe.yaml no longer is what the run in `folder` was begun with."""
+    known, now = folder.manifest(), json.loads(json.dumps(about))
+    for key in ("recipe", "threat", "seed", "split_hash"):
+        if key in known and known[key] != now[key]:
+            raise RecipeError(
+                f"--resume: {key} is {format_value(now[key])} by {folder.recipe}, but the run was begun with "
+                f"{format_value(known[key])}: change the file back, or start a new run"
+            )
+
+
+def _from_anywhere(data: str) -> str:
+    """The name of a data set, or the absolute form of a path, which holds in another working folder too."""
+    path = read_path(data)
+    return str(path.resolve()) if path.exists() else data
+
+
+def _threat(objective: Objective) -> dict[str, Any] | None:
+    if not isinstance(objective, AdversarialObjective):
+        return None
+    return {"norm": objective.norm, "eps": objective.radius, "step_size": objective.step}

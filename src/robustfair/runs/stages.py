@@ -1,0 +1,186 @@
+"""Recipes of stages: they train, repair, or edit the training images in turn, each in a run folder of its own.
+
+    out/recipe.yaml, manifest.json      the whole; names its stages
+    out/stages/1-train/                 a run like any other
+    out/stages/2-edit/                  images.safetensors: rows and labels to train on from here on
+    out/stages/3-repair/                as `robustfair repair` writes it
+
+The validation images are taken out once, before all stages, from the images as they are: every stage computes the same
+split, and edits act on the rest. What an edit decided is kept, so that a run that goes on trains on the same images. A
+stage that is complete is never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustfair.config import build, parse_composition
+from robustfair.data import ImageDataset
+from robustfair.data.edits import Edit, Edited, Predict
+from robustfair.data.loader import evaluation_batches
+from robustfair.errors import RecipeError
+from robustfair.execution.device import resolve_device
+from robustfair.files import write_text
+from robustfair.models.modes import attacking
+from robustfair.registry import EDITS
+from robustfair.runs.folder import RunFolder, environment
+from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe
+from robustfair.runs.repair import repair_run
+from robustfair.runs.run import begun_recipe, prepare, read_repair, train, training_images
+
+PREDICTION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """A stage that is over: its folder, and a sentence for the user."""
+
+    folder: RunFolder
+    text: str
+
+
+def run_stages(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_stage: Callable[[StageDone], None] | None = None,
+    **on: Any,
+) -> RunFolder:
+    """Run all stages of a recipe into the folder `out`, which this process owns meanwhile.
+
+    Args:
+        on_stage: called after each stage.
+        on: what `train` calls while a stage trains.
+
+    Returns:
+        The folder of the last stage that leaves a model.
+
+    Raises:
+        RecipeError: a stage needs a model, and none comes before it; or `resume` with another recipe.
+        CheckpointError: `out` holds something already (and `resume` is false), or no run of stages (and it is true).
+    """
+    names = require_runnable(recipe)
+    folder = RunFolder(out)
+    if resume:
+        folder.require_training()
+    with folder.owned():
+        if resume:
+            recipe = begun_recipe(recipe, folder)
+            folder.update_manifest(status="running")
+        else:
+            folder.require_free()
+            about = {"stages": names, "seed": recipe.seed, "status": "running"}
+            folder.create(recipe.to_yaml(), environment() | about)
+        model: RunFolder | None = None
+        images: RunFolder | None = None
+        for number, stage in enumerate(recipe.stages):
+            place = folder.stage(names[number])
+            done = _run_stage(recipe, number, place, model, images, on)
+            model, images = (model, place) if stage.does == "edit" else (place, images)
+            if on_stage is not None:
+                on_stage(StageDone(place, f"stage {names[number]}: {done}"))
+        folder.update_manifest(status="complete")
+    assert model is not None, "a recipe without a stage that leaves a model is refused"
+    return model
+
+
+def require_runnable(recipe: Recipe) -> list[str]:
+    """Build everything that the stages name, so that the last one's mistake shows before the first one runs.
+
+    Returns:
+        Names of the stages, which are those of their folders.
+
+    Raises:
+        RecipeError: a stage needs a model, and none comes before it; no stage leaves one.
+    """
+    left = False
+    for number, stage in enumerate(recipe.stages):
+        start = stage.keys.get("start", PREVIOUS if left else SCRATCH)
+        if stage.does == "train":
+            prepare(recipe.of_stage(number, start=SCRATCH))
+        elif stage.does == "repair":
+            read_repair(stage.what)
+        wants = start == PREVIOUS if stage.does == "train" else start in (PREVIOUS, SCRATCH)
+        wants = read_edit(stage.what).needs_model if stage.does == "edit" else wants
+        if wants and not left:
+            raise RecipeError(
+                f"recipe: stage {number + 1} ({stage.does}: {stage.what}) works on the model before it and there is "
+                "none: let a stage train before it, or name one with start"
+            )
+        left = left or stage.does != "edit"
+    if not left:
+        raise RecipeError("recipe: no stage trains or repairs, so that no model comes of it: add one that does")
+    return [f"{number}-{stage.does}" for number, stage in enumerate(recipe.stages, 1)]
+
+
+def read_edit(text: str) -> Edit:
+    """The edit that `long-tail` or `long-tail(factor=100)` names."""
+    terms = parse_composition(text, example="long-tail(factor=100)")
+    if len(terms) != 1:
+        raise RecipeError(f"edit {text!r} names {len(terms)} edits: give one, and a stage for each")
+    return build(EDITS.get(terms[0].name), terms[0].args, owner=terms[0].name)
+
+
+def _run_stage(
+    recipe: Recipe,
+    number: int,
+    place: RunFolder,
+    model: RunFolder | None,
+    images: RunFolder | None,
+    on: Mapping[str, Any],
+) -> str:
+    """One stage into its folder, unless it is there; what came of it."""
+    stage = recipe.stages[number]
+    if place.exists() and place.manifest().get("status") == "complete":
+        return "was there already"
+    before = None if model is None else str(model.path)
+    start = stage.keys.get("start", PREVIOUS)
+    start = (before or SCRATCH) if start == PREVIOUS else start
+    if stage.does == "train":
+        own = recipe.of_stage(number, start=start, images=None if images is None else str(images.images))
+        fitted = train(own, place.path, resume=place.exists(), **on)
+        return f"{fitted.state.epoch} epochs; the model is '{fitted.chosen.candidate}' of epoch {fitted.chosen.epoch}"
+    if stage.does == "repair":
+        return repair_run(start, stage.what, place.path)[1]
+    return _edit(recipe, number, place, model, images)
+
+
+def _edit(recipe: Recipe, number: int, place: RunFolder, model: RunFolder | None, images: RunFolder | None) -> str:
+    """Edit the training images as the stages before left them, and write down what was decided."""
+    stage = recipe.stages[number]
+    edit = read_edit(stage.what)
+    kept = training_images(recipe)[1]
+    before = None if images is None else Edited.read(images.images)
+    given = kept if before is None else before.apply(kept)
+    found = edit(given, _asks(model, recipe.device), int(stage.keys.get("seed", recipe.seed)))
+    whole = found if before is None else found.after(before)
+    edited = whole.apply(kept)
+    counts = {"before": given.class_counts().tolist(), "after": edited.class_counts().tolist()}
+    about = {"edit": stage.what, "images_per_class": counts}
+    with place.owned(), place.filling(environment() | about | {"status": "complete"}) as new:
+        write_text(new.recipe, recipe.up_to(number).to_yaml())
+        whole.save(new.images)
+    return f"{stage.what}: {len(given):,} images became {len(edited):,}, by class {counts['after']}"
+
+
+def _asks(model: RunFolder | None, device: str) -> Predict:
+    """Probabilities (N, C) that the model of a stage gives, on the CPU."""
+
+    @torch.no_grad()
+    def predict(images: ImageDataset) -> Tensor:
+        assert model is not None, "refused before the first stage"
+        network = model.read()[0].to(resolve_device(device))
+        found = []
+        with attacking(network, "eval"):
+            for batch in evaluation_batches(images.to(resolve_device(device)), PREDICTION_BATCH):
+                found.append(torch.softmax(network(batch.x).float(), 1).cpu())
+        return torch.cat(found)
+
+    return predict

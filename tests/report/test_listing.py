@@ -1,0 +1,65 @@
+"""Lists of what can be named: complete, and every line says what the entry is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from robustfair.attacks.named import STRONG, parse_attacks
+from robustfair.data import AUGMENTATIONS, CATALOG
+from robustfair.errors import UnknownNameError
+from robustfair.models import create_model
+from robustfair.registry import METHODS, MODELS, OBJECTIVES, REPAIRS
+from robustfair.report.listing import listing
+from robustfair.runs.recipe import shipped_recipes
+
+ENTRIES: dict[str, Callable[[], list[str]]] = {
+    "recipes": lambda: list(shipped_recipes()),
+    "objectives": lambda: list(OBJECTIVES),
+    "methods": lambda: list(METHODS),
+    "augmentations": lambda: list(AUGMENTATIONS),
+    "models": lambda: [*MODELS, "wrn-D-W", "dm-wrn-D-W"],
+    "datasets": lambda: sorted(CATALOG),
+    "attacks": lambda: ["clean", "fgsm", "pgd-K", "cw-K", *STRONG],
+    "repairs": lambda: list(REPAIRS),
+}
+
+
+@pytest.mark.parametrize("kind", list(ENTRIES))
+def test_every_entry_is_listed_with_a_sentence_of_its_own(kind: str) -> None:
+    found = listing(kind)
+    assert [name for name, _ in found] == ENTRIES[kind]()
+    for name, text in found:
+        assert len(text) > 10, name
+        assert "\n" not in text, name
+        assert "partial(" not in text, name
+
+
+@pytest.mark.parametrize("word", ["Methods", " METHODS ", "methods"])
+def test_kinds_in_any_spelling(word: str) -> None:
+    assert listing(word) == listing("methods")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("method", "unknown kind of entry 'method': did you mean methods"),
+        ("modles", "did you mean models"),
+        ("zzz", "known: attacks, augmentations, datasets, edits, methods, models, objectives, recipes, repairs"),
+        ("", "known: attacks"),
+    ],
+)
+def test_other_words_show_the_nearest(word: str, message: str) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        listing(word)
+
+
+def test_attack_patterns_are_names() -> None:
+    names = [name.replace("K", "3") for name, _ in listing("attacks")]
+    assert [attack.name for attack in parse_attacks(names)] == names
+
+
+@pytest.mark.parametrize("name", [name for name, _ in listing("models")])
+def test_listed_models_can_be_built(name: str) -> None:
+    create_model(name.replace("D-W", "10-1"), num_classes=3, in_channels=1, width=1)
