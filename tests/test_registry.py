@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from robustfair.errors import UnknownNameError
-from robustfair.registry import METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
+from robustfair.errors import RobustFairError, UnknownNameError
+from robustfair.registry import METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical, load_plugin
 
 
 def filled() -> Registry[int]:
@@ -65,3 +65,40 @@ def test_what_ships_is_there() -> None:
 @pytest.mark.parametrize("registry", [OBJECTIVES, METHODS, REPAIRS], ids=lambda r: r.kind)
 def test_entries_bear_the_name_they_are_filed_under(registry: Registry[type]) -> None:
     assert all(registry.get(name).name == name for name in registry)
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from robustfair.methods import Method
+from robustfair.registry import METHODS
+
+@METHODS.register("{name}")
+@dataclass(frozen=True, kw_only=True)
+class Idle(Method):
+    name = "{name}"
+"""
+
+
+def test_a_file_of_the_users_own_registers_and_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+    path = tmp_path / "my_method.py"
+    path.write_text(PLUGIN.format(name="idle-of-a-plugin"))
+    load_plugin(path)
+    load_plugin(str(path))
+    assert METHODS.get("idle_of_a_plugin")().name == "idle-of-a-plugin"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is no Python file"),
+        ("x = (\n", "line 1: SyntaxError"),
+        ("a = 1\nb = a / 0\n", "line 2: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_file_that_does_not_run_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "broken.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RobustFairError, match=message):
+        load_plugin(path)

@@ -51,6 +51,7 @@ _PUBLIC = {
     "find_head": "robustfair.models.head",
     "fit": "robustfair.training.fit",
     "load_audit": "robustfair.evaluate.audit",
+    "load_plugin": "robustfair.registry",
     "load_dataset": "robustfair.data.datasets",
     "load_weights": "robustfair.models.weights",
     "pgd": "robustfair.attacks.pgd",

@@ -7,10 +7,13 @@ A registry imports the modules that fill it on first use, so that importing the 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from robustfair.errors import UnknownNameError
+from robustfair.errors import RobustFairError, UnknownNameError
 
 T = TypeVar("T")
 
@@ -69,6 +72,33 @@ class Registry(Generic[T]):
             for module in self._modules:
                 importlib.import_module(module)
             self._loaded = True
+
+
+def load_plugin(path: Path | str) -> None:
+    """Run a Python file of the user's own, which registers methods, objectives, repairs, ...; once, however often asked.
+
+    It is code and runs as such: load only what you would run.
+
+    Raises:
+        RobustFairError: no such file, or an error in it, with its line.
+    """
+    file = Path(path).expanduser().resolve()
+    name = f"robustfair_plugin_{file.stem}"
+    if getattr(sys.modules.get(name), "__file__", None) == str(file):
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise RobustFairError(f"plugin {path} is no Python file: name one that registers what you add")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        at = error.__traceback__
+        while at is not None and at.tb_next is not None and at.tb_frame.f_code.co_filename != str(file):
+            at = at.tb_next
+        line = getattr(error, "lineno", None) or (at.tb_lineno if at is not None else "?")
+        raise RobustFairError(f"plugin {path}, line {line}: {type(error).__name__}: {error}") from error
 
 
 OBJECTIVES: Registry[Any] = Registry("objective", ("robustfair.objectives",))

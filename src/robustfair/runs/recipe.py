@@ -143,6 +143,7 @@ class Recipe:
     start: Annotated[str, "Weights to begin with: scratch, a run folder, or a weight file."] = SCRATCH
     only: Annotated[tuple[str, ...], "Train these parameters alone: head, head.weight, head.bias, or their names."] = ()
     images: Annotated[str | None, "Edit of the training images, as a stage wrote it: its images.safetensors."] = None
+    plugin: Annotated[tuple[str, ...], "Python files of your own that register methods, objectives or repairs."] = ()
     stages: Annotated[tuple[Stage, ...], "Things to do one after another; in a file."] = ()
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from robustfair.methods.compose import Plan, compose
 from robustfair.models.build import create_model, describe_model
 from robustfair.models.weights import load_weights, read_weight_file
 from robustfair.objectives.base import AdversarialObjective, Objective
-from robustfair.registry import METHODS, OBJECTIVES, REPAIRS
+from robustfair.registry import METHODS, OBJECTIVES, REPAIRS, load_plugin
 from robustfair.repairs import Repair
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.recipe import SCRATCH, Recipe, read_recipe
@@ -75,6 +75,8 @@ def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset 
 
 
 def _plan(recipe: Recipe) -> Plan:
+    for path in recipe.plugin:
+        load_plugin(path)
     given = {"norm": recipe.norm, "eps": recipe.eps, "step_size": recipe.step_size, "steps": recipe.steps}
     chosen = {key: value for key, value in given.items() if value is not None}
     objective, methods = read_composition(recipe.train, chosen)
