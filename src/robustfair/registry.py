@@ -75,7 +75,7 @@ class Registry(Generic[T]):
 
 
 def load_plugin(path: Path | str) -> None:
-    """Run a Python file of the user's own, which registers methods, objectives, repairs, ...; once, however often asked.
+    """Run a Python file of the user's own, which registers what it adds; once, however often asked.
 
     It is code and runs as such: load only what you would run.
 
