@@ -3,9 +3,12 @@
     import robustfair as rf
     data = rf.load_dataset("digits")
     model = rf.create_model("small-cnn", in_channels=1)
-    run = rf.fit(model, data.train, rf.PGDAT(eps=0.2), schedule=rf.Schedule(epochs=40))
+    run = rf.fit(model, data.train, rf.PGDAT(eps=0.2), schedule=rf.Schedule(epochs=40), select="last")
     audit = rf.audit(run.model, data.test, attacks=["clean", "pgd-20"], eps=0.2)
     fixed = rf.repair(run.model, "hwnwb")
+
+`rf.compare` holds two audits of the same images against each other. A method, an objective or a repair of your own is a
+class that these functions take; `rf.load_plugin` gives those of a file their names in compositions.
 
 Names are imported on first use, so that `import robustfair` does not load torch.
 """
