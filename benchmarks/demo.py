@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT, Report, Row, Table, machine, say
-from robustfair.cli.workflows import run_demo
+from robustfair.cli.demo import run_demo
 from robustfair.config import format_eps
 from robustfair.evaluate.audit import ROBUST
 from robustfair.evaluate.compare import compare

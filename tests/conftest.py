@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from reference.runs import CFA, TINY
 from robustfair.data import ImageDataset
 from robustfair.objectives import Objective, Trades
+from robustfair.runs.recipe import read_recipe
+from robustfair.runs.run import train
 from robustfair.training.state import TrainState
 from robustfair.values import Batch, ClassTally, seeded_generator
 
@@ -152,3 +157,17 @@ def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     return a == b
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(read_recipe(CFA, TINY), out)
+    return out
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a finished run that a test may write into; decoded images are cached elsewhere."""
+    monkeypatch.setenv("ROBUSTFAIR_CACHE", str(tmp_path / "cache"))
+    return shutil.copytree(trained, tmp_path / "run")

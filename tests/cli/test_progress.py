@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 
 from robustfair.cli import progress
 from robustfair.cli.progress import AuditProgress
+from robustfair.evaluate.request import AuditRequest, audit_target
+from robustfair.runs.load import load_target
 
 Report = tuple[float, str, int, int]
 """Seconds, attack, images done, images in all."""
@@ -109,3 +112,16 @@ def test_a_terminal_has_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch) -> N
     assert (task.description, task.completed, task.total) == ("pgd-20", 10, 10)
     assert "pgd-20" in terminal.getvalue()
     assert "images" not in terminal.getvalue()
+
+
+def test_progress_is_a_line_an_attack_where_stderr_is_no_terminal(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = AuditRequest(attacks="clean,pgd-2", limit_per_class=3, device="cpu")
+    for quiet in (False, True):
+        with AuditProgress(quiet=quiet) as follow:
+            found = audit_target(load_target(str(run)), request, on_images=follow.images, on_progress=follow)
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        told = [] if quiet else ["digits, test part", *found.attacks]
+        assert [line.partition(":")[0] for line in shown.err.splitlines()] == told

@@ -57,7 +57,7 @@ class _Bar:
 
 
 class TrainingProgress(_Bar):
-    """Follows `runner.train` through its three callbacks."""
+    """Follows `runs.run.train` through its three callbacks."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         super().__init__(quiet=quiet)
@@ -89,15 +89,18 @@ class AuditProgress(_Bar):
     """Follows `evaluate.audit` and `evaluate.corruptions`: a bar per attack, or lines where stderr is no terminal.
 
     Args:
-        images: a line on them, printed when the first attack is heard of: before, the request may yet be refused.
         clock: seconds since some moment.
     """
 
-    def __init__(self, *, quiet: bool = False, images: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(quiet=quiet)
-        self._images = images
+        self._images = ""
         self._tasks: dict[str, TaskID] = {}
         self._lines = _Lines(self.console, clock)
+
+    def images(self, line: str) -> None:
+        """A line on the images, printed when the first attack is heard of: before, the request may yet be refused."""
+        self._images = line
 
     def __call__(self, attack: str, done: int, total: int) -> None:
         if self._images:

@@ -1,0 +1,34 @@
+"""`robustfair explain`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from robustfair.report.console import say
+
+
+def explain(
+    composition: str,
+    /,
+    *,
+    allow: Annotated[list[str] | None, Parameter(negative=())] = None,
+    epochs: int | None = None,
+) -> int:
+    """Say what a composition computes and which method edits what; runs nothing, exits 2 on a clash.
+
+    Parameters
+    ----------
+    composition
+        Such as "trades(beta=6) + ccm + ccr", or the name of a shipped recipe.
+    allow
+        Claims that several methods may share.
+    epochs
+        Length of the run, to say which methods would not act in it.
+    """
+    from robustfair.report.explain import explain_plan
+    from robustfair.runs.run import plan_of
+
+    say(explain_plan(plan_of(composition, allow or ()), epochs))
+    return 0

@@ -1,0 +1,30 @@
+"""`robustfair list`."""
+
+from __future__ import annotations
+
+import json
+
+from robustfair.cli.flags import JsonSwitch
+from robustfair.report.console import say, screen
+
+
+def list_(kind: str, /, *, json_: JsonSwitch = False) -> int:
+    """List what can be named: recipes, objectives, methods, augmentations, models, datasets, attacks or repairs.
+
+    Parameters
+    ----------
+    kind
+        One of these words.
+    json_
+        Print JSON.
+    """
+    from robustfair.report.listing import listing
+
+    entries = listing(kind)
+    if json_:
+        say(json.dumps(dict(entries)))
+        return 0
+    width = max(len(name) for name, _ in entries)
+    for name, text in entries:
+        say(screen().fold(f"{name:<{width}}  {text}"))
+    return 0

@@ -1,0 +1,77 @@
+"""Audits and comparisons as text, in the form that a user asked for: table, json, markdown or latex."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from robustfair.evaluate.audit import Audit
+from robustfair.evaluate.compare import Comparison, compare
+from robustfair.evaluate.diagnostics.diagnostic import Finding
+from robustfair.evaluate.diagnostics.results import compare_findings, findings
+from robustfair.evaluate.gates import GateResult
+from robustfair.evaluate.groups import GroupRates
+from robustfair.report.compare import comparison_table, group_table
+from robustfair.report.console import Screen
+from robustfair.report.layout import ALL_ROWS, render
+from robustfair.report.table import before_after_table, class_table, member_lines, summary_lines
+from robustfair.report.text import latex, markdown
+
+SEVERITY = {"warn": "warning", "note": "note"}
+
+
+def audit_lines(result: Audit, screen: Screen = ALL_ROWS) -> list[str]:
+    """An audit in text: class table, a line per attack, findings."""
+    lines = [*summary_lines(result), *member_lines(result), *_finding_lines(findings(result))]
+    return [render(class_table(result), screen), *map(screen.fold, lines)]
+
+
+def audit_text(
+    result: Audit,
+    form: str,
+    *,
+    baseline: Audit | None = None,
+    rates: GroupRates | None = None,
+    checked: Sequence[GateResult] = (),
+    screen: Screen = ALL_ROWS,
+) -> str:
+    """An audit, its groups and its gates as "table" (without the gates), "json", "markdown" or "latex"."""
+    if form == "json":
+        about = result.to_dict()
+        if baseline is not None:
+            about["comparison"] = compare(baseline, result).to_dict()
+        if rates is not None:
+            about["by_group"] = rates.to_dict()
+        if checked:
+            about["gates"] = [gate.to_dict() for gate in checked]
+        return json.dumps(about, allow_nan=False)
+    if form == "table":
+        shown = audit_lines(result, screen) if baseline is None else before_after_lines(baseline, result, screen)
+        return "\n".join([*shown, *([] if rates is None else [render(group_table(rates), screen)])])
+    write = {"markdown": markdown, "latex": latex}[form]
+    first = result if baseline is None else compare(baseline, result)
+    return "\n".join(write(part) for part in (first, rates) if part is not None)
+
+
+def before_after_lines(before: Audit, after: Audit, screen: Screen = ALL_ROWS) -> list[str]:
+    """Two audits in text: classes side by side, a line per attack, findings on the second and on the change."""
+    lines = [
+        *(f"before  {line}" for line in summary_lines(before)),
+        *(f"after   {line}" for line in summary_lines(after)),
+        *_finding_lines([*findings(after), *compare_findings(before, after)]),
+    ]
+    return [render(before_after_table(before, after), screen), *map(screen.fold, lines)]
+
+
+def comparison_text(found: Sequence[Comparison], form: str, screen: Screen = ALL_ROWS) -> str:
+    """Comparisons as "table", "json", "markdown" or "latex"."""
+    if form == "json":
+        dicts = [one.to_dict() for one in found]
+        return json.dumps(dicts if len(dicts) > 1 else dicts[0], allow_nan=False)
+    if form == "table":
+        return "\n".join(render(comparison_table(one), screen) for one in found)
+    return "\n".join({"markdown": markdown, "latex": latex}[form](one) for one in found)
+
+
+def _finding_lines(found: Iterable[Finding]) -> list[str]:
+    return [f"{SEVERITY[finding.severity]}: {finding.text} {finding.advice}" for finding in found]
