@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def test_a_file_of_the_users_own_registers_and_is_run_once(tmp_path: Path, monke
     [
         (None, "is no Python file"),
         ("x = (\n", "line 1: SyntaxError"),
+        ("import sys\nsys.exit(3)\n", "line 2: SystemExit: 3"),
         ("a = 1\nb = a / 0\n", "line 2: ZeroDivisionError: division by zero"),
     ],
 )
@@ -102,3 +104,23 @@ def test_a_file_that_does_not_run_is_one_line(tmp_path: Path, text: str | None, 
         path.write_text(text)
     with pytest.raises(RobustFairError, match=message):
         load_plugin(path)
+
+
+def test_files_of_one_name_in_two_folders_are_two_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+    paths = [tmp_path / folder / "mine.py" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(PLUGIN.format(name=f"idle-{path.parent.name}"))
+    for path in (*paths, *paths):
+        load_plugin(path)
+    assert {"idle-a", "idle-b"} <= {*METHODS}
+
+
+def test_a_name_of_ours_that_a_plugin_takes_shows_in_its_own_line(tmp_path: Path) -> None:
+    """In a fresh process too, where nothing of ours is registered yet."""
+    path = tmp_path / "mine.py"
+    path.write_text("from robustfair.registry import REPAIRS\n\nREPAIRS.register('hwnwb')(int)\n")
+    code = f"from robustfair.registry import load_plugin; load_plugin({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "mine.py, line 3: AssertionError: repair 'hwnwb' is registered twice" in done.stderr

@@ -6,6 +6,7 @@ A registry imports the modules that fill it on first use, so that importing the 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -83,16 +84,18 @@ def load_plugin(path: Path | str) -> None:
         RobustFairError: no such file, or an error in it, with its line.
     """
     file = Path(path).expanduser().resolve()
-    name = f"robustfair_plugin_{file.stem}"
-    if getattr(sys.modules.get(name), "__file__", None) == str(file):
+    name = f"robustfair_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, file)
     if not file.is_file() or spec is None or spec.loader is None:
         raise RobustFairError(f"plugin {path} is no Python file: name one that registers what you add")
+    for registry in (OBJECTIVES, METHODS, MODELS, REPAIRS, EDITS):
+        registry._load()  # so that a name that is taken shows in the line of the plugin that takes it again
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # it is the user's code
         del sys.modules[name]
         at = error.__traceback__
         while at is not None and at.tb_next is not None and at.tb_frame.f_code.co_filename != str(file):
