@@ -443,6 +443,7 @@ def test_going_on_with_another_key_names_it(finished: tuple[Path, Fitted, list[T
     began = recipe()
     old = getattr(began, field)
     other = {"select": "last", "schedule": "cosine", "norm": "l2", "precision": "bf16", "optimizer": "adam"}
+    other |= {"plugin": ("mine.py",)}
     new = other.get(
         field,
         1 if old is None else f"{old}x" if isinstance(old, str) else (0.3,) if isinstance(old, tuple) else old + 1,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from robustfair.cli.flags import PluginFlag
 from robustfair.report.console import say
 
 
@@ -15,6 +16,7 @@ def explain(
     *,
     allow: Annotated[list[str] | None, Parameter(negative=())] = None,
     epochs: int | None = None,
+    plugin: PluginFlag = None,
 ) -> int:
     """Say what a composition computes and which method edits what; runs nothing, exits 2 on a clash.
 
@@ -30,5 +32,5 @@ def explain(
     from robustfair.report.explain import explain_plan
     from robustfair.runs.run import plan_of
 
-    say(explain_plan(plan_of(composition, allow or ()), epochs))
+    say(explain_plan(plan_of(composition, allow or (), plugin or ()), epochs))
     return 0

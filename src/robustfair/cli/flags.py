@@ -12,11 +12,16 @@ from cyclopts import Parameter
 
 from robustfair.config import read_path
 from robustfair.errors import as_flags
+from robustfair.registry import load_plugin
 from robustfair.runs.recipe import Recipe
 
 PathFlag = Annotated[Path, Parameter(converter=lambda hint, tokens: read_path(tokens[0].value))]
 Switch = Annotated[bool, Parameter(negative=())]
 JsonSwitch = Annotated[bool, Parameter(name="--json", negative=())]
+PluginFlag = Annotated[
+    list[str] | None,
+    Parameter(negative=(), help="Python file of your own, run to register what it adds; may be repeated."),
+]
 FormatFlag = Annotated[Literal["table", "json", "markdown", "latex"], Parameter(name="--format")]
 
 
@@ -31,7 +36,7 @@ def _recipe_flags() -> type:
         if field.default not in (None, dataclasses.MISSING, ()):
             about += f" Default: {field.default}."
         names = ("--step-size", "--alpha") if field.name == "step_size" else None
-        many = typing.get_origin(hint) is tuple
+        many = typing.get_origin(hint) is tuple and field.name != "plugin"  # a composition may follow a file
         negative = None if hint is bool else ()
         flag = Parameter(name=names, help=about, negative=negative, consume_multiple=many)
         text_first = str if field.name in ("norm", "eps", "step_size") else hint
@@ -65,11 +70,14 @@ class TargetFlags:
     batch_size: Annotated[int | None, Parameter(help="Images per batch.")] = None
     seed: Annotated[int, Parameter(help="Of everything random.")] = 0
     device: Annotated[str, Parameter(help="cpu, cuda, or auto.")] = "auto"
+    plugin: PluginFlag = None
 
     def load(self, target: str, images: tuple[Any, str] | None) -> Any:
         """The target, ready for these images; says on stderr what was done to read it."""
         from robustfair.runs.load import load_target
 
+        for path in self.plugin or ():
+            load_plugin(path)
         shape = images[0].images.shape if images else None
         found = load_target(
             target,

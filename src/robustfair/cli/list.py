@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from robustfair.cli.flags import JsonSwitch
+from robustfair.cli.flags import JsonSwitch, PluginFlag
+from robustfair.registry import load_plugin
 from robustfair.report.console import say, screen
 
 
-def list_(kind: str, /, *, json_: JsonSwitch = False) -> int:
+def list_(kind: str, /, *, plugin: PluginFlag = None, json_: JsonSwitch = False) -> int:
     """List what can be named: recipes, objectives, methods, augmentations, models, datasets, attacks or repairs.
 
     Parameters
@@ -20,6 +21,8 @@ def list_(kind: str, /, *, json_: JsonSwitch = False) -> int:
     """
     from robustfair.report.listing import listing
 
+    for path in plugin or ():
+        load_plugin(path)
     entries = listing(kind)
     if json_:
         say(json.dumps(dict(entries)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from robustfair.cli.flags import PathFlag, Switch
+from robustfair.cli.flags import PathFlag, PluginFlag, Switch
 from robustfair.cli.output import audit_next
 from robustfair.report.console import say, screen
 
@@ -30,13 +31,14 @@ def repair(
     batch_size: int | None = None,
     device: str = "auto",
     quiet: Switch = False,
+    plugin: PluginFlag = None,
 ) -> int:
     """Repair a trained run into a new run folder, without touching the old one.
 
     Parameters
     ----------
     target
-        Folder of a trained run.
+        Folder of a trained run. Plugins that its recipe names are run too.
     out
         Folder of the repaired run; must be new.
     method
@@ -65,7 +67,7 @@ def repair(
     from robustfair.runs.repair import repair_run
 
     if attacks is None:
-        say(repair_run(target, method, out, checkpoint)[-1])
+        say(repair_run(target, method, out, checkpoint, plugins=plugin or ())[-1])
         say(audit_next(out))
         return 0
     request = AuditRequest(
@@ -77,7 +79,7 @@ def repair(
         batch_size=batch_size,
         device=device,
     )
-    done = repair_with_audits(target, method, out, request, checkpoint=checkpoint, quiet=quiet)
+    done = repair_with_audits(target, method, out, request, checkpoint=checkpoint, plugins=plugin or (), quiet=quiet)
     shown = before_after_lines(done.first, done.second, screen())
     say(done.text, *shown, *(f"wrote {path}" for path in done.written))
     return 0
@@ -99,6 +101,7 @@ def repair_with_audits(
     request: AuditRequest,
     *,
     checkpoint: str | None = None,
+    plugins: Sequence[str] = (),
     html: bool = False,
     quiet: bool = False,
 ) -> RepairAudits:
@@ -107,24 +110,24 @@ def repair_with_audits(
     A request that cannot be audited leaves no folder. Killed at any moment, the same call goes on.
 
     Args:
+        plugins: see `robustfair.runs.repair.repair_run`.
         html: write a report of the run before its repair too.
     """
     from robustfair.cli.progress import AuditProgress
     from robustfair.evaluate.request import audit_target
     from robustfair.report.files import write_outputs
     from robustfair.runs.folder import RunFolder
-    from robustfair.runs.repair import repair_into, to_repair
-    from robustfair.runs.run import read_repair
+    from robustfair.runs.repair import repair_into, repair_of, to_repair
 
     def audited(target: Target) -> Audit:
         with AuditProgress(quiet=quiet) as progress:
             return audit_target(target, request, on_images=progress.images, on_progress=progress)
 
-    fix, folder = read_repair(method), RunFolder(out)
+    fix, folder = repair_of(source, method, plugins), RunFolder(out)
     with folder.owned() as killed:
         before = to_repair(source, method, folder, checkpoint, killed)
         first = audited(before)
-        after, text = repair_into(before, fix, method, folder)
+        after, text = repair_into(before, fix, method, folder, plugins)
         second = audited(after)
         written = write_outputs(before, first, request=request, html=html)
         written += write_outputs(after, second, baseline=first, request=request)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from robustfair.config import read_path
-from robustfair.errors import ModelError, RobustFairError
+from robustfair.errors import ModelError, RobustFairError, UnknownNameError
 from robustfair.models.build import create_model
 from robustfair.models.head import other_dtypes
 from robustfair.models.normalise import Normalise, Normalised, named_statistics
@@ -25,6 +25,7 @@ from robustfair.models.weight_file import read_weight_file, require_weight_file
 from robustfair.models.weights import LoadReport, load_weights
 from robustfair.models.zoo import Found, robustbench_model, timm_model
 from robustfair.runs.folder import RunFolder
+from robustfair.runs.recipe import read_recipe
 
 TIMM, ROBUSTBENCH = "timm:", "robustbench:"
 
@@ -125,7 +126,14 @@ class _Images(NamedTuple):
 
 def _from_run(path: Path, checkpoint: str | None) -> Target:
     folder = RunFolder(path).model_folder()
-    model, found, name = folder.read(checkpoint)
+    try:
+        model, found, name = folder.read(checkpoint)
+    except UnknownNameError as error:
+        plugins = read_recipe(str(folder.recipe), {}).plugin if folder.recipe.is_file() else ()
+        if not plugins or checkpoint not in (None, *folder.available()):
+            raise
+        hint = f"its recipe names {' and '.join(plugins)}, which reading a run does not run: name it with `plugin`"
+        raise ModelError(f"{path}: {error}; {hint}") from None
     about = f"{found.meta['candidate']}, epoch {found.meta['epoch']}"
     return Target(
         model=model, label=f"{folder.path} ({name}: {about})", folder=folder, checkpoint=name, meta=dict(found.meta)

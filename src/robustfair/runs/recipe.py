@@ -50,8 +50,8 @@ SCHEMA = "robustfair.recipe/1"
 
 Does = Literal["train", "repair", "edit"]
 SCRATCH, PREVIOUS = "scratch", "previous"
-SHARED = ("data", "image_size", "limit_per_class", "validation", "device")
-"""Keys that hold for all stages: one data set, one validation split, taken out before any edit."""
+SHARED = ("data", "image_size", "limit_per_class", "validation", "device", "plugin")
+"""Keys that hold for all stages: one data set, one validation split, taken out before any edit; what can be named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,10 @@ OWN = {"repair": {"start"}, "edit": {"seed"}}
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training run, resolved: reading its YAML back repeats it. `robustfair train --help` tells each key."""
+    """One training run, resolved: reading its YAML back repeats it. `robustfair train --help` tells each key.
+
+    Paths of plugins are made absolute, so that they hold in another working folder too; reading a recipe runs none.
+    """
 
     train: Annotated[str, "Composition of an objective and methods."] = ""
     data: Annotated[str, "Name of a data set, or a path to images."]
@@ -147,6 +150,8 @@ class Recipe:
     stages: Annotated[tuple[Stage, ...], "Things to do one after another; in a file."] = ()
 
     def __post_init__(self) -> None:
+        plugins = (str(read_path(path).resolve()) for path in self.plugin)
+        object.__setattr__(self, "plugin", tuple(dict.fromkeys(plugins)))
         if not self.train and not self.stages:
             raise RecipeError("recipe: train is missing: add a composition such as 'trades + ccm'")
         beside = "left out beside stages, which have their own"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
-from robustfair.config import read_path
+from robustfair.config import RobustFairWarning, read_path
 from robustfair.errors import CheckpointError, ModelError
 from robustfair.files import write_text
 from robustfair.models.head import head_norms
+from robustfair.registry import load_plugin
 from robustfair.repairs import Repair
 from robustfair.runs.checkpoint import Checkpoint, write_checkpoint
 from robustfair.runs.folder import RunFolder, environment
@@ -16,8 +19,13 @@ from robustfair.runs.recipe import Stage, read_recipe
 from robustfair.runs.run import read_repair
 
 
-def repair_run(source: str, method: str, out: Path, checkpoint: str | None = None) -> tuple[Target, str]:
+def repair_run(
+    source: str, method: str, out: Path, checkpoint: str | None = None, *, plugins: Sequence[str] = ()
+) -> tuple[Target, str]:
     """Repair a run's weights into the new run folder `out`, or end a repair that was begun there and killed.
+
+    Args:
+        plugins: files to load beside those that the recipe of the run names; the new run's recipe names them all.
 
     Returns:
         The repaired model, and a sentence for the user.
@@ -25,12 +33,29 @@ def repair_run(source: str, method: str, out: Path, checkpoint: str | None = Non
     Raises:
         CheckpointError: `source` is no run, `out` holds something already, or another process owns it.
     """
-    fix, folder = read_repair(method), RunFolder(out)
+    fix, folder = repair_of(source, method, plugins), RunFolder(out)
     with folder.owned() as killed:
         before = to_repair(source, method, folder, checkpoint, killed)
-        after, text = repair_into(before, fix, method, folder)
+        after, text = repair_into(before, fix, method, folder, plugins)
         folder.update_manifest(status="complete")
     return after, text
+
+
+def repair_of(source: str, method: str, plugins: Sequence[str] = ()) -> Repair:
+    """The repair that `method` names, once `plugins` and those that the recipe of the run names are loaded.
+
+    A plugin of the run that is gone is said: what it registered may not be needed here.
+    """
+    for path in plugins:
+        load_plugin(path)
+    recipe = RunFolder(Path(source)).recipe
+    for path in read_recipe(str(recipe), {}).plugin if recipe.is_file() else ():
+        if Path(path).is_file():
+            load_plugin(path)
+        else:
+            text = f"{source} names the plugin {path}, which is gone: what it registers cannot be named"
+            warnings.warn(text, RobustFairWarning, stacklevel=3)
+    return read_repair(method)
 
 
 def to_repair(source: str, method: str, folder: RunFolder, checkpoint: str | None, killed: bool) -> Target:
@@ -54,11 +79,15 @@ def to_repair(source: str, method: str, folder: RunFolder, checkpoint: str | Non
     return before
 
 
-def repair_into(before: Target, fix: Repair, method: str, folder: RunFolder) -> tuple[Target, str]:
+def repair_into(
+    before: Target, fix: Repair, method: str, folder: RunFolder, plugins: Sequence[str] = ()
+) -> tuple[Target, str]:
     """Repair `before` into `folder`, where a call of the same repair may have come before and not to its end."""
     assert before.folder is not None
     source, repaired = before.folder, fix(before.model)
-    recipe = read_recipe(str(source.recipe), {}).then(Stage(does="repair", what=method))
+    begun = read_recipe(str(source.recipe), {})
+    named = {"plugin": (*begun.plugin, *plugins)} if plugins else {}
+    recipe = read_recipe(str(source.recipe), named).then(Stage(does="repair", what=method))
     about = {key: value for key, value in before.meta.items() if key not in ("schema", "files", "methods")}
     made = {"repair": method, "repaired_from": {"run": str(source.path), "checkpoint": before.checkpoint}}
     known = source.manifest()

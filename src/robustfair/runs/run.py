@@ -55,10 +55,10 @@ def read_composition(text: str, defaults: Mapping[str, Any] | None = None) -> tu
     return objective, methods
 
 
-def plan_of(what: str, allow: Iterable[str]) -> Plan:
-    """The plan of a composition string, a shipped recipe or a YAML file, nothing else read or built."""
-    recipe = read_recipe(what, {"data": "any", "allow": tuple(allow)} if allow else {"data": "any"})
-    return _plan(recipe)
+def plan_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> Plan:
+    """The plan of a composition string, a shipped recipe or a YAML file, nothing else read or built but plugins."""
+    given = {"allow": tuple(allow), "plugin": tuple(plugins)}
+    return _plan(read_recipe(what, {"data": "any"} | {key: value for key, value in given.items() if value}))
 
 
 def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset | None, Tensor | None]:

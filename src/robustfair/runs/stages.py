@@ -28,7 +28,7 @@ from robustfair.errors import RecipeError
 from robustfair.execution.device import resolve_device
 from robustfair.files import write_text
 from robustfair.models.modes import attacking
-from robustfair.registry import EDITS
+from robustfair.registry import EDITS, load_plugin
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe
 from robustfair.runs.repair import repair_run
@@ -100,6 +100,8 @@ def require_runnable(recipe: Recipe) -> list[str]:
     Raises:
         RecipeError: a stage needs a model, and none comes before it; no stage leaves one.
     """
+    for path in recipe.plugin:
+        load_plugin(path)
     left = False
     for number, stage in enumerate(recipe.stages):
         start = stage.keys.get("start", PREVIOUS if left else SCRATCH)
@@ -148,7 +150,7 @@ def _run_stage(
         fitted = train(own, place.path, resume=place.exists(), **on)
         return f"{fitted.state.epoch} epochs; the model is '{fitted.chosen.candidate}' of epoch {fitted.chosen.epoch}"
     if stage.does == "repair":
-        return repair_run(start, stage.what, place.path)[1]
+        return repair_run(start, stage.what, place.path, plugins=recipe.plugin)[1]
     return _edit(recipe, number, place, model, images)
 
 
