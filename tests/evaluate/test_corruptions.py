@@ -174,7 +174,7 @@ def test_one_cell() -> None:
     assert torch.equal(lower[:2], expected[0][:2])
     assert bool(upper[2].isnan())
     assert audit.average_interval("fog", 4) == tuple(float(end) for end in metrics.wilson(2, 6))
-    found = metrics.bootstrap_worst(audit.prediction("fog", 4) == audit.labels, audit.labels, 3)
+    found = metrics.bootstrap_statistic(torch.tensor([1, 1, 0]), torch.tensor([2, 4, 0]), "worst")
     assert audit.worst_interval("fog", 4) == (found.lower, found.upper)
 
 

@@ -253,7 +253,7 @@ class Audit:
 
         It is an interval for the minimum, whichever class that is; see `metrics.bootstrap_statistic`.
         """
-        found = metrics.bootstrap_worst(self.hits(attack), self.labels, self.num_classes, level=level)
+        found = metrics.bootstrap_statistic(self.correct(attack), self.count(), "worst", level=level)
         return found.lower, found.upper
 
     def summary(self, attack: str) -> dict[str, Any]:
