@@ -242,7 +242,14 @@ def test_thirds_follow_the_baseline_and_leave_absent_classes_out():
     by = np.array([0.1, 0.9, 0.5, 0.5, NAN, 0.8, 0.2, 0.3])
     acc = np.array([0.0, 1.0, 0.6, 0.4, 0.9, 0.8, 0.2, 0.3])
     assert metrics.thirds(acc, by=by) == metrics.Thirds(
-        easy=pytest.approx((1.0 + 0.8 + 0.6) / 3), medium=pytest.approx(0.35), hard=pytest.approx(0.1)
+        easy=pytest.approx(0.9), medium=pytest.approx((0.6 + 0.4) / 2), hard=pytest.approx((0.0 + 0.2 + 0.3) / 3)
+    )
+
+
+def test_thirds_of_ten_classes_are_those_of_csr():
+    acc = np.array(FAAL["prn-at-pgd"][0])
+    assert metrics.thirds(acc, by=acc) == metrics.Thirds(
+        easy=pytest.approx(61.533, abs=5e-4), medium=pytest.approx(45.6), hard=pytest.approx(33.425)
     )
 
 

@@ -122,7 +122,8 @@ def thirds(acc: Array, *, by: Array) -> Thirds:
     """Mean of `acc` (C,) over thirds of the classes, from the largest to the smallest value of `by` (C,).
 
     `by` is the accuracy of a baseline, so that every model is judged on the same thirds. Where three does not divide
-    the classes, the easier thirds take one more; ties go by index; a class missing in either vector is left out.
+    the classes, the harder thirds take one more, as in CSR's tables: of ten classes four are hard. Ties go by index; a
+    class missing in either vector is left out.
 
     Raises:
         ConfigError: vectors of different length.
@@ -131,8 +132,8 @@ def thirds(acc: Array, *, by: Array) -> Thirds:
     Thirds(easy=0.5, medium=0.75, hard=0.25)
     """
     values, baseline = _paired_present(acc, by, owner="thirds")
-    order = torch.argsort(baseline, descending=True, stable=True)
-    easy, medium, hard = (float(part.mean()) for part in torch.tensor_split(values[order], 3))
+    order = torch.argsort(baseline, descending=True, stable=True).flip(0)
+    hard, medium, easy = (float(part.mean()) for part in torch.tensor_split(values[order], 3))
     return Thirds(easy=easy, medium=medium, hard=hard)
 
 
