@@ -27,9 +27,11 @@ from robustfair.cli.workflows import (
 from robustfair.config import RobustFairWarning
 from robustfair.data import load_dataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
-from robustfair.evaluate.audit import BATCH_SIZE, audit, load_audit
 from robustfair.evaluate.columns import Sweeper
 from robustfair.evaluate.diagnostics.diagnostic import Finding
+from robustfair.evaluate.plan import BATCH_SIZE
+from robustfair.evaluate.result import load_audit
+from robustfair.evaluate.run import audit
 from robustfair.models import head_norms
 from robustfair.runs.folder import RunFolder
 from robustfair.runs.load import Target, load_target

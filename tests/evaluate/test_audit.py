@@ -23,9 +23,11 @@ from robustfair import metrics
 from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, UnknownNameError
-from robustfair.evaluate.audit import Audit, audit, load_audit, threat
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.diagnostics.results import findings
+from robustfair.evaluate.plan import threat
+from robustfair.evaluate.result import Audit, load_audit
+from robustfair.evaluate.run import audit
 from robustfair.models import OnCopies, unwrap
 from robustfair.values import Threat
 

@@ -24,8 +24,9 @@ from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError, ConfigError, ModelError
 from robustfair.evaluate import autoattack as strong
 from robustfair.evaluate import columns
-from robustfair.evaluate.audit import Audit, audit, load_audit
 from robustfair.evaluate.diagnostics.results import findings
+from robustfair.evaluate.result import Audit, load_audit
+from robustfair.evaluate.run import audit
 
 Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]

@@ -180,7 +180,7 @@ def test_one_cell() -> None:
 
 def test_a_mean_gives_every_cell_the_same_weight() -> None:
     audit = small()
-    assert audit.share("fog").tolist() == [1, 0.5, 1, 0.5, 0, 0]
+    assert audit.hits("fog").tolist() == [1, 0.5, 1, 0.5, 0, 0]
     assert audit.rate("fog")[:2].tolist() == [0.75, 0.375]
     assert audit.worst("snow")[:3] == (0, "a", 0.25)
     assert audit.average("snow") == pytest.approx((5 / 6 + 4 / 6) / 2)

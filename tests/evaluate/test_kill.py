@@ -29,8 +29,8 @@ from robustfair.cli import workflows
 from robustfair.data import load_dataset
 from robustfair.evaluate import autoattack as strong
 from robustfair.evaluate import columns, journal
-from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.columns import Sweeper
+from robustfair.evaluate.result import Audit
 from robustfair.models import create_model
 from robustfair.objectives import Standard
 from robustfair.training import Schedule, fit

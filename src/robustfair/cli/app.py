@@ -272,9 +272,9 @@ def audit(
         write_outputs,
     )
     from robustfair.config import require
-    from robustfair.evaluate.audit import load_audit
     from robustfair.evaluate.gates import parse_gate, require_known
     from robustfair.evaluate.groups import read_groups
+    from robustfair.evaluate.result import load_audit
 
     gates = [parse_gate(text) for text in fail_under or ()]
     form = "json" if json_ else format_
@@ -454,9 +454,9 @@ def compare(
     from robustfair.attacks.named import parse_attacks
     from robustfair.cli.workflows import before_after_lines, comparison_text
     from robustfair.config import require
-    from robustfair.evaluate.audit import ROBUST
     from robustfair.evaluate.compare import _OUTER_COMMA, compare_many
     from robustfair.evaluate.find import comparable_audits
+    from robustfair.evaluate.result import ROBUST
     from robustfair.files import write_text
     from robustfair.registry import canonical
 

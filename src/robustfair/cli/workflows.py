@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,12 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from robustfair.attacks.named import parse_attacks
 from robustfair.cli.progress import AuditProgress, TrainingProgress
-from robustfair.config import RobustFairWarning, format_eps, parse_norm, require
+from robustfair.config import RobustFairWarning, parse_norm, require
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import DataError, RobustFairError
-from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Audit, audit, threat
 from robustfair.evaluate.compare import Comparison, check_comparable, compare
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
 from robustfair.evaluate.diagnostics.diagnostic import Finding
@@ -28,6 +25,9 @@ from robustfair.evaluate.diagnostics.results import compare_findings, findings
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
 from robustfair.evaluate.journal import Journal
+from robustfair.evaluate.plan import AuditPlan, attack_names, threat
+from robustfair.evaluate.result import CLEAN, Audit
+from robustfair.evaluate.run import audit
 from robustfair.report.compare import comparison_table, group_table
 from robustfair.report.console import Screen
 from robustfair.report.corruptions import write_corruption_report
@@ -54,7 +54,7 @@ class AuditRequest:
         attacks: comma-separated names.
         data, image_size, limit_per_class: the images: test split of a named set, or all of a source without splits.
         norm, eps, step_size: the threat; 8/255 under linf if the run does not say.
-        batch_size, seed, precision, engine, max_minutes, device: see `robustfair.evaluate.audit.audit`.
+        batch_size, seed, precision, engine, max_minutes, device: see `robustfair.evaluate.run.audit`.
         points: keep where the model fails under attacks of the AutoAttack family.
         checks: attack a sample again and again after the audit, in what is left of its time, to see whether the
             gradients lead anywhere.
@@ -160,8 +160,8 @@ def audit_target(
             step_size=request.step_size,
             batch_size=request.batch_size,
             seed=request.seed,
-            precision=request.precision,  # type: ignore[arg-type]
-            engine=request.engine,  # type: ignore[arg-type]
+            precision=request.precision,
+            engine=request.engine,
             max_minutes=request.max_minutes,
             journal=_journal(target, request, data.fingerprint, len(data), limits, out),
             keep_journal=True,
@@ -285,23 +285,20 @@ def _journal(
     audits = out or (target.folder.audits if target.folder else None)
     if audits is None:
         return None
-    names = [attack.name for attack in parse_attacks(request.attacks)]
-    about = repr(
-        [
-            [CLEAN, *(name for name in names if name != CLEAN)],
-            limits,
-            request.seed,
-            request.precision,
-            request.engine,
-            BATCH_SIZE if request.batch_size is None else request.batch_size,
-            fingerprint,
-            images,
-            target.checkpoint,
-            request.points,
-            target.label if out is not None or target.folder is None else None,
-        ]
+    plan = AuditPlan(
+        attacks=attack_names(request.attacks),
+        threat=limits,
+        seed=request.seed,
+        precision=request.precision,  # type: ignore[arg-type]
+        engine=request.engine,  # type: ignore[arg-type]
+        batch_size=request.batch_size,
+        points=request.points,
+        fingerprint=fingerprint,
+        images=images,
+        checkpoint=target.checkpoint,
+        model=target.label if out is not None or target.folder is None else None,
     )
-    return audits / f"unfinished-{hashlib.sha256(about.encode()).hexdigest()[:8]}.safetensors"
+    return audits / plan.journal_name
 
 
 def write_outputs(
@@ -343,27 +340,9 @@ def write_outputs(
 
 def _stem(target: Target, result: Audit, *, elsewhere: bool) -> str:
     """A name that only the same audit has; `elsewhere` than in a run's own folder it tells models apart too."""
-    attacks = ",".join(result.attacks)
-    parts = [
-        attacks if len(attacks) <= 80 else f"{attacks[:80]}...",
-        f"{result.threat.norm}-{format_eps(result.threat.eps)}",
-        target.checkpoint,
-    ]
-    seed = result.provenance["seed"]
-    parts += [f"{len(result.labels)}-images", f"seed-{seed}" if seed else None, None if result.complete else "cut"]
-    identity = [
-        attacks,
-        result.fingerprint,
-        result.threat.step_size,
-        result.provenance["precision"],
-        result.provenance["engine"],
-        result.provenance["batch_size"],
-        result.provenance["not_run"],
-        bool(result.points),
-        target.label if elsewhere or target.folder is None else None,
-    ]
-    parts.append(hashlib.sha256(repr(identity).encode()).hexdigest()[:8])
-    return re.sub(r"[^\w.,=+-]+", "-", "_".join(part for part in parts if part))
+    model = target.label if elsewhere or target.folder is None else None
+    plan = AuditPlan.of(result, checkpoint=target.checkpoint, model=model)
+    return plan.stem(result.attacks, complete=result.complete)
 
 
 class RepairAudits(NamedTuple):

@@ -35,8 +35,11 @@ from robustfair.data.corruptions.generate import (
     parse_corruption,
 )
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
-from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass, whole
+from robustfair.evaluate.columns import Progress
 from robustfair.evaluate.files import paths, read_pair
+from robustfair.evaluate.plan import BATCH_SIZE, whole
+from robustfair.evaluate.rates import ClassRates
+from robustfair.evaluate.result import CLEAN
 from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import InPrecision, Precision
@@ -55,7 +58,7 @@ Images = Callable[[str, int, slice], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CorruptionAudit:
+class CorruptionAudit(ClassRates):
     """What a model predicts for every image of a data set, clean and under each corruption and severity.
 
     Most methods take `what`, and a `severity` or None for the mean over all. `what` is a corruption of this audit,
@@ -121,11 +124,6 @@ class CorruptionAudit:
         """Names of the sets whose corruptions are all here, see `SETS`."""
         return tuple(name for name, members in SETS.items() if name == ALL or set(members) <= set(self.corruptions))
 
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return len(self.class_names)
-
     def prediction(self, corruption: str, severity: int) -> Tensor:
         """(N,) predicted classes.
 
@@ -145,7 +143,7 @@ class CorruptionAudit:
         predicted = self.prediction(corruption, severity)
         return metrics.confusion_pred_true(predicted, self.labels, self.num_classes, check=False)
 
-    def share(self, what: str, severity: int | None = None) -> Tensor:
+    def hits(self, what: str, severity: int | None = None) -> Tensor:
         """(N,) float64, of how many of the cells each image is classified right; 0 or 1 for one cell.
 
         Raises:
@@ -154,46 +152,6 @@ class CorruptionAudit:
         """
         cells = self._cells(what, severity)
         return torch.stack([(cell == self.labels).double() for cell in cells]).mean(0)
-
-    def correct(self, what: str, severity: int | None = None) -> Tensor:
-        """(C,) float64 images of each class that are classified right, in the mean over the cells."""
-        counts = torch.zeros(self.num_classes, dtype=torch.float64)
-        return counts.index_add_(0, self.labels, self.share(what, severity))
-
-    def count(self) -> Tensor:
-        """(C,) int64 images of each class."""
-        return torch.bincount(self.labels, minlength=self.num_classes)
-
-    def rate(self, what: str, severity: int | None = None) -> Tensor:
-        """(C,) accuracy per class."""
-        return self.correct(what, severity) / self.count()
-
-    def interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Wilson interval of `rate`: lower and upper ends, (C,) each.
-
-        An image counts as one trial, however many cells it is in: over several cells the interval is cautious, since a
-        share between 0 and 1 varies less than a hit does. So are the other intervals.
-        """
-        return metrics.wilson(self.correct(what, severity), self.count(), level)
-
-    def average(self, what: str, severity: int | None = None) -> float:
-        """Share of all images that are classified right."""
-        return float(self.share(what, severity).mean())
-
-    def average_interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[float, float]:
-        """Wilson interval of `average`."""
-        right = float(self.share(what, severity).sum())
-        lower, upper = metrics.wilson(torch.tensor(right, dtype=torch.float64), len(self.labels), level)
-        return float(lower), float(upper)
-
-    def worst(self, what: str, severity: int | None = None) -> WorstClass:
-        """The class of lowest accuracy among those with images, and who shares it."""
-        return WorstClass.of(self.rate(what, severity), self.class_names)
-
-    def worst_interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of the worst class accuracy; see `metrics.bootstrap_statistic`."""
-        found = metrics.bootstrap_statistic(self.correct(what, severity), self.count(), "worst", level=level)
-        return found.lower, found.upper
 
     def to_dict(self) -> dict[str, Any]:
         """The audit as JSON values, without the predictions: nan is null.

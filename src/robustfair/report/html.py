@@ -22,11 +22,12 @@ from markupsafe import Markup
 from robustfair import metrics
 from robustfair.config import format_eps, needed, read_path
 from robustfair.errors import ConfigError
-from robustfair.evaluate.audit import CLEAN, Audit, WorstClass
 from robustfair.evaluate.compare import AttackComparison, Difference, PairedTest, check_comparable, compare_under
 from robustfair.evaluate.diagnostics.results import compare_findings, findings
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
+from robustfair.evaluate.rates import WorstClass
+from robustfair.evaluate.result import CLEAN, Audit
 from robustfair.files import write_text
 from robustfair.registry import REPORTS
 from robustfair.report import figures

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from robustfair.data import ImageDataset
 from robustfair.evaluate import thorough_findings
-from robustfair.evaluate.audit import Audit, audit
 from robustfair.evaluate.diagnostics import masking
 from robustfair.evaluate.diagnostics.diagnostic import Finding
 from robustfair.evaluate.diagnostics.results import findings
+from robustfair.evaluate.result import Audit
+from robustfair.evaluate.run import audit
 from robustfair.values import Threat
 
 Net = Callable[..., nn.Module]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from robustfair.data import ImageDataset
 from robustfair.errors import DataError
-from robustfair.evaluate.audit import Audit, audit
 from robustfair.evaluate.diagnostics.results import compare_findings, findings
+from robustfair.evaluate.result import Audit
+from robustfair.evaluate.run import audit
 from robustfair.values import Threat
 
 SETTINGS = {

@@ -17,10 +17,12 @@ from torch import nn
 from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
 from robustfair.errors import ModelError
-from robustfair.evaluate.audit import CLEAN, Audit, SearchPrecision, audit, shortfall
 from robustfair.evaluate.columns import Progress
 from robustfair.evaluate.diagnostics.diagnostic import Finding, paired_difference
 from robustfair.evaluate.diagnostics.results import MISLEADING, WITHOUT_GRADIENTS
+from robustfair.evaluate.plan import SearchPrecision
+from robustfair.evaluate.result import CLEAN, Audit, shortfall
+from robustfair.evaluate.run import audit
 from robustfair.values import Threat
 
 SAMPLE = 256
@@ -50,7 +52,7 @@ def thorough_findings(
         model: on the device that the attacks are to run on.
         dataset: its first images of each class are the sample.
         threat: of the audit.
-        seed, batch_size, precision: see `robustfair.evaluate.audit.audit`.
+        seed, batch_size, precision: see `robustfair.evaluate.run.audit`.
         max_minutes: stop then; none are left from 0 down. An attack that was cut proves nothing, and is named.
         on_progress: as for an audit; the attacks are called "check pgd-20", ...
 

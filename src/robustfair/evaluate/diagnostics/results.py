@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from robustfair.attacks.named import CROSS_ENTROPY
-from robustfair.evaluate.audit import CLEAN, Audit, shortfall
 from robustfair.evaluate.compare import check_comparable
 from robustfair.evaluate.diagnostics.diagnostic import LEAST_SKILL, Finding, paired_difference
+from robustfair.evaluate.result import CLEAN, Audit, shortfall
 from robustfair.metrics import FEW_IMAGES
 
 FLATTERY_NOTED = 0.01
