@@ -28,7 +28,7 @@ from robustfair.config import RobustFairWarning
 from robustfair.data import load_dataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
 from robustfair.evaluate.columns import Sweeper
-from robustfair.evaluate.diagnostics.diagnostic import Finding
+from robustfair.evaluate.diagnostics.base import Diagnostic
 from robustfair.evaluate.plan import BATCH_SIZE
 from robustfair.evaluate.result import load_audit
 from robustfair.evaluate.run import audit
@@ -222,11 +222,11 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The keys of every call of the thorough checks, which find nothing; a pass of time is a minute."""
     calls: list[dict[str, Any]] = []
 
-    def found(*given: Any, **keys: Any) -> tuple[Finding, ...]:
+    def found(*given: Any, **keys: Any) -> tuple[Diagnostic, ...]:
         calls.append(keys)
-        return (Finding(code="not-converged", severity="note", text="Stub.", advice="None."),)
+        return (Diagnostic(code="not-converged", severity="note", text="Stub.", advice="None."),)
 
-    monkeypatch.setattr(workflows, "thorough_findings", found)
+    monkeypatch.setattr(workflows, "diagnose_gradients", found)
     return calls
 
 
@@ -261,7 +261,7 @@ def test_interrupted_checks_leave_the_audit(
     def stopped(*given: Any, **keys: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflows, "thorough_findings", stopped)
+    monkeypatch.setattr(workflows, "diagnose_gradients", stopped)
     found = audit_target(load_target(str(run)), replace(QUICK, checks=True), quiet=True)
     assert found.complete
     (cut,) = (check for check in found.provenance["checks"] if check["code"] == "checks-cut")
@@ -272,7 +272,7 @@ def test_checks_that_fail_leave_the_audit_and_say_why(run: Path, monkeypatch: py
     def failed(*given: Any, **keys: Any) -> None:
         raise ModelError("the model cannot be attacked at all")
 
-    monkeypatch.setattr(workflows, "thorough_findings", failed)
+    monkeypatch.setattr(workflows, "diagnose_gradients", failed)
     found = audit_target(load_target(str(run)), replace(QUICK, checks=True), quiet=True)
     assert found.complete
     (cut,) = (check for check in found.provenance["checks"] if check["code"] == "checks-cut")

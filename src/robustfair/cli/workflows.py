@@ -19,9 +19,9 @@ from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import DataError, RobustFairError
 from robustfair.evaluate.compare import Comparison, check_comparable, compare
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
-from robustfair.evaluate.diagnostics.diagnostic import Finding
-from robustfair.evaluate.diagnostics.masking import checks_cut, thorough_findings
-from robustfair.evaluate.diagnostics.results import compare_findings, findings
+from robustfair.evaluate.diagnostics.base import Diagnostic
+from robustfair.evaluate.diagnostics.masking import diagnose_gradients, diagnostics_cut
+from robustfair.evaluate.diagnostics.results import diagnose, diagnose_change
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
 from robustfair.evaluate.journal import Journal
@@ -175,7 +175,7 @@ def audit_target(
             return result
         spent = (time.monotonic() - began) / 60
         try:
-            found = thorough_findings(
+            found = diagnose_gradients(
                 target.model,
                 data,
                 limits,
@@ -186,9 +186,9 @@ def audit_target(
                 on_progress=progress,
             )
         except KeyboardInterrupt:
-            found = (checks_cut("they were interrupted"),)
+            found = (diagnostics_cut("they were interrupted"),)
         except RobustFairError as error:
-            found = (checks_cut(str(error), "the audit itself is whole"),)
+            found = (diagnostics_cut(str(error), "the audit itself is whole"),)
     checks = [*result.provenance["checks"], *map(asdict, found)]
     return replace(result, provenance={**result.provenance, "checks": checks})
 
@@ -405,8 +405,8 @@ def run_demo(
 
 
 def audit_lines(result: Audit, screen: Screen = ALL_ROWS) -> list[str]:
-    """An audit in text: class table, a line per attack, findings."""
-    lines = [*summary_lines(result), *member_lines(result), *_finding_lines(findings(result))]
+    """An audit in text: class table, a line per attack, diagnostics."""
+    lines = [*summary_lines(result), *member_lines(result), *_diagnostic_lines(diagnose(result))]
     return [render(class_table(result), screen), *map(screen.fold, lines)]
 
 
@@ -438,11 +438,11 @@ def audit_text(
 
 
 def before_after_lines(before: Audit, after: Audit, screen: Screen = ALL_ROWS) -> list[str]:
-    """Two audits in text: classes side by side, a line per attack, findings on the second and on the change."""
+    """Two audits in text: classes side by side, a line per attack, diagnostics of the second and of the change."""
     lines = [
         *(f"before  {line}" for line in summary_lines(before)),
         *(f"after   {line}" for line in summary_lines(after)),
-        *_finding_lines([*findings(after), *compare_findings(before, after)]),
+        *_diagnostic_lines([*diagnose(after), *diagnose_change(before, after)]),
     ]
     return [render(before_after_table(before, after), screen), *map(screen.fold, lines)]
 
@@ -457,8 +457,8 @@ def comparison_text(found: Sequence[Comparison], form: str, screen: Screen = ALL
     return "\n".join({"markdown": markdown, "latex": latex}[form](one) for one in found)
 
 
-def _finding_lines(found: Iterable[Finding]) -> list[str]:
-    return [f"{SEVERITY[finding.severity]}: {finding.text} {finding.advice}" for finding in found]
+def _diagnostic_lines(found: Iterable[Diagnostic]) -> list[str]:
+    return [f"{SEVERITY[each.severity]}: {each.text} {each.advice}" for each in found]
 
 
 def _free(path: Path) -> Path:

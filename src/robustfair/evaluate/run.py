@@ -28,7 +28,7 @@ from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import DataError, ModelError
 from robustfair.evaluate.autoattack import require_reference
 from robustfair.evaluate.columns import Progress, Sweeper, search_precisions
-from robustfair.evaluate.diagnostics.inputs import suspect_model
+from robustfair.evaluate.diagnostics.inputs import diagnose_model
 from robustfair.evaluate.journal import Journal, weights_fingerprint
 from robustfair.evaluate.plan import plan_audit
 from robustfair.evaluate.result import Audit, shortfall
@@ -73,7 +73,7 @@ def audit(
         journal: file that keeps what is known while the audit runs; where it exists the audit goes on from it.
         keep_journal: leave the journal of a finished audit, for a caller who has yet to save it.
         checks: look first, on some clean images, whether the model is fed as it was trained and gives the same logits
-            twice, see `diagnostics.inputs.suspect_model`; what is found is among the `findings` on the audit.
+            twice, see `diagnostics.inputs.diagnose_model`; what is found is among the diagnostics of the audit.
         label: what reports call the model; its class name if empty.
         split: which part of the data this is, for the record.
         on_progress: called with (attack, images done, images in all) as work goes on; restarts count anew.
@@ -123,7 +123,7 @@ def audit(
     gradient = any(attack.needs_gradient for attack in suite)
     fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else lanes
     size = min(plan.at_a_time, fit)
-    suspected = suspect_model(model, dataset, device, batch_size=size) if checks else []
+    suspected = diagnose_model(model, dataset, device, batch_size=size) if checks else []
     precisions = search_precisions(plan.precision if plan.engine == "native" else "fp32", device)
     warn_of_slow_bf16("bf16" if "bf16" in precisions.values() else "fp32", device)
     sweeper = Sweeper(
@@ -181,7 +181,7 @@ def audit(
             "begun": found.begun,
             "input_gradients": found.gradients,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "checks": [asdict(finding) for finding in suspected],
+            "checks": [asdict(diagnostic) for diagnostic in suspected],
         },
     )
     if not result.complete:
