@@ -17,11 +17,11 @@ from robustfair import metrics
 from robustfair.data import ImageDataset
 from robustfair.data.corruptions.generate import CORRUPTIONS, FAIR_TAT, SEVERITIES, STANDARD, corrupt
 from robustfair.errors import CheckpointError, ConfigError, DataError, UnknownNameError
+from robustfair.evaluate.corruption_images import open_published
 from robustfair.evaluate.corruptions import (
     CorruptionAudit,
     audit_corruptions,
     load_corruption_audit,
-    open_published,
     parse_corruptions,
 )
 from robustfair.models import OnCopies

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,13 +28,13 @@ from robustfair.data.corruptions.generate import (
     FAIR_TAT,
     SEVERITIES,
     STANDARD,
-    corrupt,
     frost_source,
     parameter_scale,
     parse_corruption,
 )
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
 from robustfair.evaluate.columns import Progress
+from robustfair.evaluate.corruption_images import Generated, Images, open_published
 from robustfair.evaluate.files import paths, read_pair
 from robustfair.evaluate.plan import BATCH_SIZE, whole
 from robustfair.evaluate.rates import ClassRates
@@ -52,9 +51,6 @@ SCHEMA = "robustfair.corruptions/1"
 ALL = "all"
 SETS: Mapping[str, tuple[str, ...]] = {"standard": STANDARD, "fair_tat": FAIR_TAT, "extra": EXTRA, ALL: CORRUPTIONS}
 """Names for several corruptions at once. In an audit of some corruptions, "all" is all of those."""
-
-Images = Callable[[str, int, slice], Tensor]
-"""From corruption, severity and rows to the corrupted images, uint8 (B, C, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -284,8 +280,9 @@ def audit_corruptions(
     device = torch.device(resolve_device(device))
     warn_of_slow_bf16(precision, device)
     data = dataset.to(device)
-    source = {"images": "corrupted here", "scale": parameter_scale(*_size(data), scale)}
-    images: Images = _Generated(data=data, seed=seed, scale=scale, frost=frost)
+    height, width = data.images.shape[2:]
+    source = {"images": "corrupted here", "scale": parameter_scale(height, width, scale)}
+    images: Images = Generated(data=data, seed=seed, scale=scale, frost=frost)
     if published is not None:
         images = open_published(published, chosen, data)
         source = {"images": str(published)}
@@ -386,78 +383,6 @@ def load_corruption_audit(path: Path | str) -> CorruptionAudit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
-    """Corrupted images as their authors ship them, mapped from disk: `<corruption>.npy`, severity after severity.
-
-    Attributes:
-        files: corruption -> uint8 (5 * count, H, W, C).
-        count: N, images of one severity.
-        device: where they go.
-    """
-
-    files: Mapping[str, np.ndarray]
-    count: int
-    device: torch.device
-
-    def __call__(self, corruption: str, severity: int, rows: slice) -> Tensor:
-        """uint8 (B, C, H, W)."""
-        first = (severity - 1) * self.count
-        pixels = np.array(self.files[corruption][first + rows.start : first + rows.stop])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(self.device)
-
-
-def open_published(folder: Path | str, corruptions: Sequence[str], dataset: ImageDataset) -> Published:
-    """A downloaded set of corrupted images (CIFAR-10-C), found to be of the images of `dataset`; on its device.
-
-    Raises:
-        DataError: a file is missing or damaged, or its shape or labels are not those of the data set.
-    """
-    folder = read_path(folder)
-    if not folder.is_dir():
-        raise DataError(f"published corruptions: {str(folder)!r} is not a folder")
-    files = {canonical_key(path.stem): path for path in sorted(folder.glob("*.npy"))}
-    missing = [name for name in (*corruptions, "labels") if name not in files]
-    if missing:
-        raise DataError(f"{folder} holds no {missing[0]}.npy: name the corruptions that it holds")
-    n = len(dataset)
-    labels = _mapped(files["labels"])
-    expected = np.tile(dataset.labels.cpu().numpy(), len(SEVERITIES))
-    if labels.shape != expected.shape or not np.array_equal(labels, expected):
-        raise DataError(
-            f"{files['labels']} are not the labels of the {n} images of {dataset.name}, {len(SEVERITIES)} times over: "
-            "audit the whole test part, in its order"
-        )
-    height, width = _size(dataset)
-    shape = (len(SEVERITIES) * n, height, width, dataset.images.shape[1])
-    mapped = {name: _mapped(files[name]) for name in corruptions}
-    for name, pixels in mapped.items():
-        if pixels.dtype != np.uint8 or pixels.shape != shape:
-            raise DataError(f"{files[name]} must be uint8 {shape}, got {pixels.dtype} {pixels.shape}")
-    return Published(files=mapped, count=n, device=dataset.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Generated:
-    """Images of a data set, corrupted on its device."""
-
-    data: ImageDataset
-    seed: int
-    scale: str
-    frost: Path | str | None
-
-    def __call__(self, corruption: str, severity: int, rows: slice) -> Tensor:
-        return corrupt(
-            self.data.images[rows],
-            corruption,
-            severity,
-            index=torch.arange(rows.start, rows.stop),
-            seed=self.seed,
-            scale=self.scale,
-            frost=self.frost,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Sweeper:
     """Runs a model over a data set that is resident on the device."""
 
@@ -506,18 +431,6 @@ def _severities(severities: Sequence[int]) -> tuple[int, ...]:
     allowed, hint = "whole numbers from 1 to 5", "Write them as (1, 3), one alone as (3,)"
     require(fits, "corruption audit", "severities", allowed=allowed, got=severities, hint=hint)
     return tuple(sorted(set(given)))
-
-
-def _size(data: ImageDataset) -> tuple[int, int]:
-    height, width = data.images.shape[2:]
-    return height, width
-
-
-def _mapped(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from error
 
 
 def _counts(audit: CorruptionAudit, about: Mapping[str, Any]) -> list[tuple[str, list[float], Tensor]]:
