@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -103,8 +102,3 @@ def test_an_audit_that_was_cut_has_the_key_of_all_that_was_asked_for() -> None:
     cut = replace(whole, predictions={"clean": whole.predictions["clean"]})
     cut = replace(cut, provenance={**about, "not_run": list(whole.attacks[1:])})
     assert AuditPlan.of(cut).key == AuditPlan.of(whole).key
-
-
-def test_a_setting_that_does_not_exist_is_named(tiny_data: Callable[..., ImageDataset]) -> None:
-    with pytest.raises(TypeError, match="epss"):
-        audit(nn.Flatten(), tiny_data((2, 2)), epss=0.1)

@@ -433,3 +433,10 @@ def test_an_audit_of_a_real_run_reads_back(tmp_path: Path) -> None:
     model, data = block_classes(40)
     first = audit(model, data, attacks="pgd-2,cw-2", eps=EPS)
     assert load_audit(first.save(tmp_path, "a.b")[0]).to_dict() == first.to_dict()
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("attack", "attacks"), ("epss", "eps"), ("devise", "device")])
+def test_an_argument_that_does_not_exist_is_named_with_the_nearest(typed: str, meant: str) -> None:
+    model, data = two_classes(4)
+    with pytest.raises(UnknownNameError, match=f"unknown argument of audit '{typed}'.*[Dd]id you mean '?{meant}"):
+        audit(model, data, **{typed: "pgd-20"})

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
+from inspect import signature
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from robustfair.attacks.autoattack.named import StrongAttack
 from robustfair.attacks.named import AnyAttack
 from robustfair.config import RobustFairWarning, read_path, require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.errors import DataError, ModelError
+from robustfair.errors import DataError, ModelError, UnknownNameError
 from robustfair.evaluate.autoattack import require_reference
 from robustfair.evaluate.columns import Progress, Sweeper, search_precisions
 from robustfair.evaluate.diagnostics.inputs import diagnose_model
@@ -102,6 +103,9 @@ def audit(
         CheckpointError: a journal of another audit.
     """
     began = time.monotonic()
+    for name in settings:
+        if name not in _keywords(plan_audit):
+            raise UnknownNameError("argument of audit", name, _keywords(plan_audit) + _keywords(audit))
     plan = plan_audit(dataset, **settings)
     suite = plan.suite
     if max_minutes is not None:
@@ -189,6 +193,11 @@ def audit(
         text = f"audit: {max_minutes:g} minutes are over: {shortfall(result.unfinished())}. Robust accuracies are "
         warnings.warn(f"{text}upper bounds.{again}", RobustFairWarning, stacklevel=2)
     return result
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that it takes by name only."""
+    return [name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
 
 
 def _strong(suite: Sequence[AnyAttack]) -> list[StrongAttack]:
