@@ -40,7 +40,8 @@ from robustfair.attacks.autoattack.named import AUTOATTACK, StrongAttack
 from robustfair.attacks.named import parse_attacks
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import RobustFairError
-from robustfair.evaluate.audit import Audit, audit
+from robustfair.evaluate.result import Audit
+from robustfair.evaluate.run import audit
 from robustfair.files import read_json, write_json
 from robustfair.objectives import PGDAT, Objective, Standard, Trades
 from robustfair.training import Schedule, fit

@@ -16,7 +16,7 @@ from benchmarks import measure
 from benchmarks.measure import Report, Row, Table
 from benchmarks.workload import default_data, initialised, load
 from robustfair.data import ImageDataset
-from robustfair.evaluate.audit import audit
+from robustfair.evaluate.run import audit
 from robustfair.objectives import PGDAT
 from robustfair.training.fit import fit
 from robustfair.training.schedule import Schedule

@@ -32,7 +32,8 @@ from robustfair.config import Curve, format_eps, format_value, parse_composition
 from robustfair.data import ImageDataset
 from robustfair.data.augment.crops import parse_augmentation
 from robustfair.errors import CheckpointError, DataError, RobustFairError, UnknownNameError
-from robustfair.evaluate.audit import Audit, audit
+from robustfair.evaluate.result import Audit
+from robustfair.evaluate.run import audit
 from robustfair.files import read_json, write_bytes, write_json, write_text
 from robustfair.methods import Method
 from robustfair.objectives import Objective

@@ -18,7 +18,7 @@ from benchmarks.workload import initialised
 from robustfair.config import Precision, format_value
 from robustfair.data import Splits
 from robustfair.errors import CheckpointError
-from robustfair.evaluate.audit import audit
+from robustfair.evaluate.run import audit
 from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
 from robustfair.objectives import MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.repairs import HWNwB

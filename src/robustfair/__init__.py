@@ -19,7 +19,7 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "Audit": "robustfair.evaluate.audit",
+    "Audit": "robustfair.evaluate.result",
     "Comparison": "robustfair.evaluate.compare",
     "ARoW": "robustfair.objectives.arow",
     "AVmixup": "robustfair.methods.avmixup",
@@ -46,14 +46,14 @@ _PUBLIC = {
     "Splits": "robustfair.data.datasets",
     "Standard": "robustfair.objectives.standard",
     "Trades": "robustfair.objectives.trades",
-    "audit": "robustfair.evaluate.audit",
+    "audit": "robustfair.evaluate.run",
     "audit_corruptions": "robustfair.evaluate.corruptions",
     "compare": "robustfair.evaluate.compare",
     "compose": "robustfair.methods.compose",
     "create_model": "robustfair.models.build",
     "find_head": "robustfair.models.head",
     "fit": "robustfair.training.fit",
-    "load_audit": "robustfair.evaluate.audit",
+    "load_audit": "robustfair.evaluate.result",
     "load_plugin": "robustfair.registry",
     "load_dataset": "robustfair.data.datasets",
     "load_weights": "robustfair.models.weights",

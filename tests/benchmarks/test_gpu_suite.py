@@ -14,7 +14,7 @@ from benchmarks.gpu_suite import Suite, Task, run_all, summary
 from benchmarks.rows import OutOfTimeError, Row, Way, fast_rows, row_lines, train_row
 from robustfair.data import ImageDataset, Splits
 from robustfair.errors import CheckpointError
-from robustfair.evaluate.audit import audit
+from robustfair.evaluate.run import audit
 from robustfair.files import write_json
 from robustfair.methods import CCM, EMA
 from robustfair.objectives import PGDAT

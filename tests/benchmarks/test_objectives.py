@@ -14,7 +14,8 @@ from benchmarks.measure import ROOT, SCHEMA
 from benchmarks.objectives import BEGIN, END, ROWS, Case, card_lines
 from benchmarks.workload import initialised, synthetic
 from robustfair.data import ImageDataset
-from robustfair.evaluate.audit import Audit, audit
+from robustfair.evaluate.result import Audit
+from robustfair.evaluate.run import audit
 from robustfair.files import read_json
 from robustfair.methods import EMA
 from robustfair.objectives import PGDAT

@@ -20,7 +20,7 @@ from benchmarks.external import external_attackers
 from benchmarks.measure import ROOT, SCHEMA, Report
 from benchmarks.naive import EPS, STEP_SIZE
 from benchmarks.workload import build, one_batch, synthetic
-from robustfair.evaluate.audit import audit
+from robustfair.evaluate.run import audit
 from robustfair.files import read_json
 from robustfair.objectives import PGDAT
 from robustfair.values import Threat

@@ -13,7 +13,7 @@ from reference.runs import TINY, changes, tree
 from robustfair.cli import demo
 from robustfair.cli.demo import run_demo
 from robustfair.errors import CheckpointError
-from robustfair.evaluate.audit import load_audit
+from robustfair.evaluate.result import load_audit
 from robustfair.runs.recipe import read_recipe
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.data import ImageDataset, load_dataset
-from robustfair.evaluate.audit import Audit
+from robustfair.evaluate.result import Audit
 from robustfair.models import create_model
 from robustfair.objectives import PGDAT
 from robustfair.training import Schedule, fit

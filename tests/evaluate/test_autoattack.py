@@ -24,8 +24,9 @@ from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError, ConfigError, ModelError
 from robustfair.evaluate import autoattack as strong
 from robustfair.evaluate import columns
-from robustfair.evaluate.audit import Audit, audit, load_audit
-from robustfair.evaluate.diagnostics.results import findings
+from robustfair.evaluate.diagnostics.results import diagnose
+from robustfair.evaluate.result import Audit, load_audit
+from robustfair.evaluate.run import audit
 
 Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]
@@ -409,7 +410,7 @@ def test_a_class_without_images(small: Small) -> None:
     found = audit(model, data.subset((data.labels != 2).nonzero().squeeze(1)), attacks="autoattack", eps=0.03)
     assert found.count()[2] == found.correct("autoattack")[2] == 0
     assert all(int(by_class[2]) == 0 for by_class in found.fell_to("autoattack").values())
-    assert "no-images" in {finding.code for finding in findings(found)}
+    assert "no-images" in {diagnostic.code for diagnostic in diagnose(found)}
     assert torch.isnan(found.rate("autoattack")[2])
 
 
@@ -450,9 +451,9 @@ def test_logits_that_are_no_numbers_at_attacked_points_break_an_image(small: Sma
         assert found.settings[name]["not_finite"] > 0
         if not name.startswith("fab"):  # FAB leaves the ball, where nothing is judged
             assert found.average(name) == 0
-    (finding,) = [finding for finding in findings(found) if finding.code == "not-finite"]
-    assert finding.severity == "warn"
-    assert f"pgd-2 met {len(data)}, autoattack met {found.settings['autoattack']['not_finite']}" in finding.text
+    (diagnostic,) = [diagnostic for diagnostic in diagnose(found) if diagnostic.code == "not-finite"]
+    assert diagnostic.severity == "warn"
+    assert f"pgd-2 met {len(data)}, autoattack met {found.settings['autoattack']['not_finite']}" in diagnostic.text
 
 
 class Underflowing(nn.Module):
@@ -476,7 +477,7 @@ def test_one_logit_that_is_no_number_breaks_an_image_whatever_the_margin(name: s
 
 def test_logits_that_are_always_numbers_are_no_finding(small: Small) -> None:
     model, data = small
-    assert "not-finite" not in {finding.code for finding in findings(audit(model, data, attacks="autoattack"))}
+    assert "not-finite" not in {diagnostic.code for diagnostic in diagnose(audit(model, data, attacks="autoattack"))}
 
 
 def test_radius_zero_breaks_nothing(small: Small) -> None:
@@ -726,10 +727,10 @@ def test_a_budget_says_what_ran(small: Small, clock: Callable[[nn.Module], None]
     assert "square(queries=30) of autoattack at 0 %" in said
     assert "upper bound" in said
     assert "goes on" not in said
-    (finding,) = [finding for finding in findings(found) if finding.code == "cut-short"]
-    assert finding.severity == "warn"
-    assert "square(queries=30) of autoattack at 0 %" in finding.text
-    assert "square(queries=5) at 0 %" in finding.text
+    (diagnostic,) = [diagnostic for diagnostic in diagnose(found) if diagnostic.code == "cut-short"]
+    assert diagnostic.severity == "warn"
+    assert "square(queries=30) of autoattack at 0 %" in diagnostic.text
+    assert "square(queries=5) at 0 %" in diagnostic.text
 
 
 def test_a_sweep_that_was_cut_says_how_far_it_came(small: Small, clock: Callable[[nn.Module], None]) -> None:

@@ -16,9 +16,9 @@ from reference import metrics as reference
 from reference.audits import made_audit, random_audit
 from robustfair import metrics
 from robustfair.errors import ConfigError, DataError, UnknownNameError
-from robustfair.evaluate.audit import Audit, shortfall
 from robustfair.evaluate.compare import check_comparable, compare, compare_many
-from robustfair.evaluate.diagnostics.diagnostic import paired_difference
+from robustfair.evaluate.diagnostics.base import paired_difference
+from robustfair.evaluate.result import Audit, shortfall
 from robustfair.values import Threat
 
 CW = "cw-50(restarts=5)"

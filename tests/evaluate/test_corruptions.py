@@ -17,11 +17,11 @@ from robustfair import metrics
 from robustfair.data import ImageDataset
 from robustfair.data.corruptions.generate import CORRUPTIONS, FAIR_TAT, SEVERITIES, STANDARD, corrupt
 from robustfair.errors import CheckpointError, ConfigError, DataError, UnknownNameError
+from robustfair.evaluate.corruption_images import open_published
 from robustfair.evaluate.corruptions import (
     CorruptionAudit,
     audit_corruptions,
     load_corruption_audit,
-    open_published,
     parse_corruptions,
 )
 from robustfair.models import OnCopies
@@ -174,13 +174,13 @@ def test_one_cell() -> None:
     assert torch.equal(lower[:2], expected[0][:2])
     assert bool(upper[2].isnan())
     assert audit.average_interval("fog", 4) == tuple(float(end) for end in metrics.wilson(2, 6))
-    found = metrics.bootstrap_worst(audit.prediction("fog", 4) == audit.labels, audit.labels, 3)
+    found = metrics.bootstrap_statistic(torch.tensor([1, 1, 0]), torch.tensor([2, 4, 0]), "worst")
     assert audit.worst_interval("fog", 4) == (found.lower, found.upper)
 
 
 def test_a_mean_gives_every_cell_the_same_weight() -> None:
     audit = small()
-    assert audit.share("fog").tolist() == [1, 0.5, 1, 0.5, 0, 0]
+    assert audit.hits("fog").tolist() == [1, 0.5, 1, 0.5, 0, 0]
     assert audit.rate("fog")[:2].tolist() == [0.75, 0.375]
     assert audit.worst("snow")[:3] == (0, "a", 0.25)
     assert audit.average("snow") == pytest.approx((5 / 6 + 4 / 6) / 2)

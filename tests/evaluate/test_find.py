@@ -9,8 +9,8 @@ import pytest
 
 from reference.audits import random_audit
 from robustfair.errors import CheckpointError, DataError
-from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.find import comparable_audits
+from robustfair.evaluate.result import Audit
 from robustfair.values import Threat
 
 

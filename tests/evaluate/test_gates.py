@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from reference.audits import made_audit
 from robustfair import metrics
 from robustfair.errors import ConfigError, RobustFairError, UnknownNameError
-from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.gates import Gate, GateResult, check, parse_gate, require_known
 from robustfair.evaluate.groups import GroupRates, read_groups, regroup
+from robustfair.evaluate.result import Audit
 
 CW = "cw-50(restarts=5, step_size=0.01)"
 

@@ -14,8 +14,8 @@ from reference.audits import made_audit, random_audit
 from robustfair import metrics
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, DataError, UnknownNameError
-from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.groups import Groups, read_groups, regroup
+from robustfair.evaluate.result import Audit
 
 NAMES = ("cat", "dog", "car")
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from robustfair import files
 from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError
-from robustfair.evaluate.audit import Audit, audit
 from robustfair.evaluate.journal import Journal, weights_fingerprint
+from robustfair.evaluate.result import Audit
+from robustfair.evaluate.run import audit
 
 Net = Callable[..., nn.Module]
 Small = tuple[nn.Module, ImageDataset]

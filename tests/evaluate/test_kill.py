@@ -28,8 +28,8 @@ from robustfair.cli import app as cli
 from robustfair.data import load_dataset
 from robustfair.evaluate import autoattack as strong
 from robustfair.evaluate import columns, journal, request
-from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.columns import Sweeper
+from robustfair.evaluate.result import Audit
 from robustfair.models import create_model
 from robustfair.objectives import Standard
 from robustfair.report import files
@@ -127,7 +127,7 @@ KILLS: dict[str, Callable[[], None]] = {
     "square": after_writing(64),
     "half a writing": half_a_writing,
     "before a rename": before(os, "fsync", call=9),
-    "in the checks": before(request, "thorough_findings"),
+    "in the checks": before(request, "diagnose_gradients"),
     "before the files": before(files, "write_outputs"),
     "between the files": before(Audit, "to_dict"),
     "before the points": before(Audit, "_save_points"),
@@ -164,7 +164,7 @@ def main(root: Path) -> None:
     schedule = Schedule(epochs=8, lr=0.01, kind="constant", batch_size=16, optimizer="adam", weight_decay=0.0)
     save_file(fit(model, data, Standard(), schedule=schedule).model.state_dict(), root / "weights.safetensors")
     strong.SAVE_EVERY = columns.SAVE_EVERY = 0.0
-    request.thorough_findings = lambda *given, **keys: ()
+    request.diagnose_gradients = lambda *given, **keys: ()
     standard = StrongAttack(name="standard", members=family.VERSIONS["standard"])
     family.VERSIONS["standard"] = cheaper(standard, steps=5, targets=2, queries=30).members  # type: ignore[index]
 

@@ -17,9 +17,10 @@ from robustfair.config import RobustFairWarning
 from robustfair.data import load_dataset
 from robustfair.errors import ConfigError, DataError, ModelError, UnknownNameError
 from robustfair.evaluate import request as requests
-from robustfair.evaluate.audit import BATCH_SIZE, audit
-from robustfair.evaluate.diagnostics.diagnostic import Finding
+from robustfair.evaluate.diagnostics.base import Diagnostic
+from robustfair.evaluate.plan import BATCH_SIZE
 from robustfair.evaluate.request import AuditRequest, audit_target
+from robustfair.evaluate.run import audit
 from robustfair.runs.load import Target, load_target
 
 QUICK = AuditRequest(attacks="clean,pgd-2", limit_per_class=3, device="cpu")
@@ -171,11 +172,11 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The keys of every call of the thorough checks, which find nothing; a pass of time is a minute."""
     calls: list[dict[str, Any]] = []
 
-    def found(*given: Any, **keys: Any) -> tuple[Finding, ...]:
+    def found(*given: Any, **keys: Any) -> tuple[Diagnostic, ...]:
         calls.append(keys)
-        return (Finding(code="not-converged", severity="note", text="Stub.", advice="None."),)
+        return (Diagnostic(code="not-converged", severity="note", text="Stub.", advice="None."),)
 
-    monkeypatch.setattr(requests, "thorough_findings", found)
+    monkeypatch.setattr(requests, "diagnose_gradients", found)
     return calls
 
 
@@ -213,7 +214,7 @@ def test_interrupted_checks_leave_the_audit(
     def stopped(*given: Any, **keys: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(requests, "thorough_findings", stopped)
+    monkeypatch.setattr(requests, "diagnose_gradients", stopped)
     found = audit_target(load_target(str(run)), replace(QUICK, checks=True))
     assert found.complete
     (cut,) = (check for check in found.provenance["checks"] if check["code"] == "checks-cut")
@@ -224,7 +225,7 @@ def test_checks_that_fail_leave_the_audit_and_say_why(run: Path, monkeypatch: py
     def failed(*given: Any, **keys: Any) -> None:
         raise ModelError("the model cannot be attacked at all")
 
-    monkeypatch.setattr(requests, "thorough_findings", failed)
+    monkeypatch.setattr(requests, "diagnose_gradients", failed)
     found = audit_target(load_target(str(run)), replace(QUICK, checks=True))
     assert found.complete
     (cut,) = (check for check in found.provenance["checks"] if check["code"] == "checks-cut")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from reference.public_networks import Plain, Reentrant, WritingOnImages
 from robustfair.data import ImageDataset
 from robustfair.errors import ModelError
-from robustfair.evaluate.audit import audit
+from robustfair.evaluate.run import audit
 from robustfair.execution import capacity
 from robustfair.execution.capacity import CPU_BUDGET, HEADROOM, bytes_per_image, images_that_fit
 from robustfair.models import create_model

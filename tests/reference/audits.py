@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from robustfair.evaluate.audit import Audit
+from robustfair.evaluate.result import Audit
 from robustfair.values import Threat
 
 

@@ -10,9 +10,9 @@ import pytest
 from reference.runs import changes, tree
 from robustfair.config import RobustFairWarning
 from robustfair.errors import RobustFairError
-from robustfair.evaluate.audit import load_audit
 from robustfair.evaluate.columns import Sweeper
 from robustfair.evaluate.request import AuditRequest, audit_target
+from robustfair.evaluate.result import load_audit
 from robustfair.report.files import write_outputs
 from robustfair.runs.load import load_target
 

@@ -11,10 +11,10 @@ import pytest
 from rich.cells import cell_len
 
 from reference.audits import random_audit
-from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.corruptions import CorruptionAudit
 from robustfair.evaluate.groups import read_groups, regroup
+from robustfair.evaluate.result import Audit
 from robustfair.report.compare import comparison_table, group_table
 from robustfair.report.console import Screen
 from robustfair.report.corruptions import corruption_table

@@ -6,8 +6,8 @@ import pytest
 
 from reference.audits import made_audit
 from robustfair.errors import ConfigError, DataError
-from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.compare import compare
+from robustfair.evaluate.result import Audit
 from robustfair.report.layout import render
 from robustfair.report.table import (
     before_after_table,

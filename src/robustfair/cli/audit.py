@@ -89,10 +89,10 @@ def audit(
     from robustfair.attacks.named import parse_attacks
     from robustfair.cli.progress import AuditProgress
     from robustfair.config import require
-    from robustfair.evaluate.audit import load_audit
     from robustfair.evaluate.gates import parse_gate, require_known
     from robustfair.evaluate.groups import read_groups
     from robustfair.evaluate.request import AuditRequest, audit_target
+    from robustfair.evaluate.result import load_audit
     from robustfair.report.files import require_outputs, write_outputs
 
     gates = [parse_gate(text) for text in fail_under or ()]

@@ -37,9 +37,9 @@ def compare(
     """
     from robustfair.attacks.named import parse_attacks
     from robustfair.config import require
-    from robustfair.evaluate.audit import ROBUST
     from robustfair.evaluate.compare import _OUTER_COMMA, compare_many
     from robustfair.evaluate.find import comparable_audits
+    from robustfair.evaluate.result import ROBUST
     from robustfair.files import write_text
     from robustfair.registry import canonical
     from robustfair.report.forms import before_after_lines, comparison_text

@@ -86,7 +86,7 @@ class TrainingProgress(_Bar):
 
 
 class AuditProgress(_Bar):
-    """Follows `evaluate.audit` and `evaluate.corruptions`: a bar per attack, or lines where stderr is no terminal.
+    """Follows `evaluate.run` and `evaluate.corruptions`: a bar per attack, or lines where stderr is no terminal.
 
     Args:
         clock: seconds since some moment.

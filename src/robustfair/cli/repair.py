@@ -11,8 +11,8 @@ from robustfair.cli.output import audit_next
 from robustfair.report.console import say, screen
 
 if TYPE_CHECKING:
-    from robustfair.evaluate.audit import Audit
     from robustfair.evaluate.request import AuditRequest
+    from robustfair.evaluate.result import Audit
     from robustfair.runs.load import Target
 
 

@@ -1,44 +1,47 @@
 """Audits of trained models, what their numbers do not say, and how they stand against one another and against gates."""
 
-from robustfair.evaluate.audit import Audit, WorstClass, audit, load_audit, threat
 from robustfair.evaluate.compare import Comparison, compare, compare_many
-from robustfair.evaluate.diagnostics.diagnostic import Finding
+from robustfair.evaluate.diagnostics.base import Diagnostic
 from robustfair.evaluate.diagnostics.inputs import (
-    random_output,
-    suspect_mode,
-    suspect_model,
-    suspect_normalisation,
-    suspect_outputs,
-    suspect_pixels,
+    diagnose_mode,
+    diagnose_model,
+    diagnose_normalisation,
+    diagnose_outputs,
+    diagnose_pixels,
+    diagnose_randomness,
 )
-from robustfair.evaluate.diagnostics.masking import thorough_findings
-from robustfair.evaluate.diagnostics.results import compare_findings, findings
+from robustfair.evaluate.diagnostics.masking import diagnose_gradients
+from robustfair.evaluate.diagnostics.results import diagnose, diagnose_change
 from robustfair.evaluate.gates import GateResult, check, parse_gate
 from robustfair.evaluate.groups import GroupRates, read_groups, regroup
+from robustfair.evaluate.plan import threat
+from robustfair.evaluate.rates import WorstClass
+from robustfair.evaluate.result import Audit, load_audit
+from robustfair.evaluate.run import audit
 
 __all__ = [
     "Audit",
     "Comparison",
-    "Finding",
+    "Diagnostic",
     "GateResult",
     "GroupRates",
     "WorstClass",
     "audit",
     "check",
     "compare",
-    "compare_findings",
     "compare_many",
-    "findings",
+    "diagnose",
+    "diagnose_change",
+    "diagnose_gradients",
+    "diagnose_mode",
+    "diagnose_model",
+    "diagnose_normalisation",
+    "diagnose_outputs",
+    "diagnose_pixels",
+    "diagnose_randomness",
     "load_audit",
     "parse_gate",
-    "random_output",
     "read_groups",
     "regroup",
-    "suspect_mode",
-    "suspect_model",
-    "suspect_normalisation",
-    "suspect_outputs",
-    "suspect_pixels",
-    "thorough_findings",
     "threat",
 ]

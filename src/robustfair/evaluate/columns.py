@@ -154,7 +154,7 @@ class Sweeper:
         engine: of the strong attacks.
         deadline: `time.monotonic()` at which to stop.
         keep_points: keep where the model fails.
-        on_progress: see `robustfair.evaluate.audit.audit`.
+        on_progress: see `robustfair.evaluate.run.audit`.
     """
 
     model: nn.Module

@@ -19,7 +19,8 @@ from torch import Tensor
 from robustfair import metrics
 from robustfair.config import format_eps, format_value, require
 from robustfair.errors import DataError
-from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, WorstClass, find_attack, shortfall
+from robustfair.evaluate.rates import WorstClass
+from robustfair.evaluate.result import CLEAN, ROBUST, Audit, find_attack, shortfall
 from robustfair.files import as_json
 from robustfair.values import Threat
 

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,14 +28,17 @@ from robustfair.data.corruptions.generate import (
     FAIR_TAT,
     SEVERITIES,
     STANDARD,
-    corrupt,
     frost_source,
     parameter_scale,
     parse_corruption,
 )
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
-from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Progress, WorstClass, whole
+from robustfair.evaluate.columns import Progress
+from robustfair.evaluate.corruption_images import Generated, Images, open_published
 from robustfair.evaluate.files import paths, read_pair
+from robustfair.evaluate.plan import BATCH_SIZE, whole
+from robustfair.evaluate.rates import ClassRates
+from robustfair.evaluate.result import CLEAN
 from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import InPrecision, Precision
@@ -50,12 +52,9 @@ ALL = "all"
 SETS: Mapping[str, tuple[str, ...]] = {"standard": STANDARD, "fair_tat": FAIR_TAT, "extra": EXTRA, ALL: CORRUPTIONS}
 """Names for several corruptions at once. In an audit of some corruptions, "all" is all of those."""
 
-Images = Callable[[str, int, slice], Tensor]
-"""From corruption, severity and rows to the corrupted images, uint8 (B, C, H, W)."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CorruptionAudit:
+class CorruptionAudit(ClassRates):
     """What a model predicts for every image of a data set, clean and under each corruption and severity.
 
     Most methods take `what`, and a `severity` or None for the mean over all. `what` is a corruption of this audit,
@@ -121,11 +120,6 @@ class CorruptionAudit:
         """Names of the sets whose corruptions are all here, see `SETS`."""
         return tuple(name for name, members in SETS.items() if name == ALL or set(members) <= set(self.corruptions))
 
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return len(self.class_names)
-
     def prediction(self, corruption: str, severity: int) -> Tensor:
         """(N,) predicted classes.
 
@@ -145,7 +139,7 @@ class CorruptionAudit:
         predicted = self.prediction(corruption, severity)
         return metrics.confusion_pred_true(predicted, self.labels, self.num_classes, check=False)
 
-    def share(self, what: str, severity: int | None = None) -> Tensor:
+    def hits(self, what: str, severity: int | None = None) -> Tensor:
         """(N,) float64, of how many of the cells each image is classified right; 0 or 1 for one cell.
 
         Raises:
@@ -154,46 +148,6 @@ class CorruptionAudit:
         """
         cells = self._cells(what, severity)
         return torch.stack([(cell == self.labels).double() for cell in cells]).mean(0)
-
-    def correct(self, what: str, severity: int | None = None) -> Tensor:
-        """(C,) float64 images of each class that are classified right, in the mean over the cells."""
-        counts = torch.zeros(self.num_classes, dtype=torch.float64)
-        return counts.index_add_(0, self.labels, self.share(what, severity))
-
-    def count(self) -> Tensor:
-        """(C,) int64 images of each class."""
-        return torch.bincount(self.labels, minlength=self.num_classes)
-
-    def rate(self, what: str, severity: int | None = None) -> Tensor:
-        """(C,) accuracy per class."""
-        return self.correct(what, severity) / self.count()
-
-    def interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Wilson interval of `rate`: lower and upper ends, (C,) each.
-
-        An image counts as one trial, however many cells it is in: over several cells the interval is cautious, since a
-        share between 0 and 1 varies less than a hit does. So are the other intervals.
-        """
-        return metrics.wilson(self.correct(what, severity), self.count(), level)
-
-    def average(self, what: str, severity: int | None = None) -> float:
-        """Share of all images that are classified right."""
-        return float(self.share(what, severity).mean())
-
-    def average_interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[float, float]:
-        """Wilson interval of `average`."""
-        right = float(self.share(what, severity).sum())
-        lower, upper = metrics.wilson(torch.tensor(right, dtype=torch.float64), len(self.labels), level)
-        return float(lower), float(upper)
-
-    def worst(self, what: str, severity: int | None = None) -> WorstClass:
-        """The class of lowest accuracy among those with images, and who shares it."""
-        return WorstClass.of(self.rate(what, severity), self.class_names)
-
-    def worst_interval(self, what: str, severity: int | None = None, level: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of the worst class accuracy; see `metrics.bootstrap_statistic`."""
-        found = metrics.bootstrap_statistic(self.correct(what, severity), self.count(), "worst", level=level)
-        return found.lower, found.upper
 
     def to_dict(self) -> dict[str, Any]:
         """The audit as JSON values, without the predictions: nan is null.
@@ -326,8 +280,9 @@ def audit_corruptions(
     device = torch.device(resolve_device(device))
     warn_of_slow_bf16(precision, device)
     data = dataset.to(device)
-    source = {"images": "corrupted here", "scale": parameter_scale(*_size(data), scale)}
-    images: Images = _Generated(data=data, seed=seed, scale=scale, frost=frost)
+    height, width = data.images.shape[2:]
+    source = {"images": "corrupted here", "scale": parameter_scale(height, width, scale)}
+    images: Images = Generated(data=data, seed=seed, scale=scale, frost=frost)
     if published is not None:
         images = open_published(published, chosen, data)
         source = {"images": str(published)}
@@ -428,78 +383,6 @@ def load_corruption_audit(path: Path | str) -> CorruptionAudit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
-    """Corrupted images as their authors ship them, mapped from disk: `<corruption>.npy`, severity after severity.
-
-    Attributes:
-        files: corruption -> uint8 (5 * count, H, W, C).
-        count: N, images of one severity.
-        device: where they go.
-    """
-
-    files: Mapping[str, np.ndarray]
-    count: int
-    device: torch.device
-
-    def __call__(self, corruption: str, severity: int, rows: slice) -> Tensor:
-        """uint8 (B, C, H, W)."""
-        first = (severity - 1) * self.count
-        pixels = np.array(self.files[corruption][first + rows.start : first + rows.stop])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(self.device)
-
-
-def open_published(folder: Path | str, corruptions: Sequence[str], dataset: ImageDataset) -> Published:
-    """A downloaded set of corrupted images (CIFAR-10-C), found to be of the images of `dataset`; on its device.
-
-    Raises:
-        DataError: a file is missing or damaged, or its shape or labels are not those of the data set.
-    """
-    folder = read_path(folder)
-    if not folder.is_dir():
-        raise DataError(f"published corruptions: {str(folder)!r} is not a folder")
-    files = {canonical_key(path.stem): path for path in sorted(folder.glob("*.npy"))}
-    missing = [name for name in (*corruptions, "labels") if name not in files]
-    if missing:
-        raise DataError(f"{folder} holds no {missing[0]}.npy: name the corruptions that it holds")
-    n = len(dataset)
-    labels = _mapped(files["labels"])
-    expected = np.tile(dataset.labels.cpu().numpy(), len(SEVERITIES))
-    if labels.shape != expected.shape or not np.array_equal(labels, expected):
-        raise DataError(
-            f"{files['labels']} are not the labels of the {n} images of {dataset.name}, {len(SEVERITIES)} times over: "
-            "audit the whole test part, in its order"
-        )
-    height, width = _size(dataset)
-    shape = (len(SEVERITIES) * n, height, width, dataset.images.shape[1])
-    mapped = {name: _mapped(files[name]) for name in corruptions}
-    for name, pixels in mapped.items():
-        if pixels.dtype != np.uint8 or pixels.shape != shape:
-            raise DataError(f"{files[name]} must be uint8 {shape}, got {pixels.dtype} {pixels.shape}")
-    return Published(files=mapped, count=n, device=dataset.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Generated:
-    """Images of a data set, corrupted on its device."""
-
-    data: ImageDataset
-    seed: int
-    scale: str
-    frost: Path | str | None
-
-    def __call__(self, corruption: str, severity: int, rows: slice) -> Tensor:
-        return corrupt(
-            self.data.images[rows],
-            corruption,
-            severity,
-            index=torch.arange(rows.start, rows.stop),
-            seed=self.seed,
-            scale=self.scale,
-            frost=self.frost,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Sweeper:
     """Runs a model over a data set that is resident on the device."""
 
@@ -548,18 +431,6 @@ def _severities(severities: Sequence[int]) -> tuple[int, ...]:
     allowed, hint = "whole numbers from 1 to 5", "Write them as (1, 3), one alone as (3,)"
     require(fits, "corruption audit", "severities", allowed=allowed, got=severities, hint=hint)
     return tuple(sorted(set(given)))
-
-
-def _size(data: ImageDataset) -> tuple[int, int]:
-    height, width = data.images.shape[2:]
-    return height, width
-
-
-def _mapped(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}): the file is cut or damaged") from error
 
 
 def _counts(audit: CorruptionAudit, about: Mapping[str, Any]) -> list[tuple[str, list[float], Tensor]]:

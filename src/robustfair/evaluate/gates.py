@@ -25,8 +25,8 @@ from typing import Any, Literal
 from robustfair import metrics
 from robustfair.config import require
 from robustfair.errors import ConfigError, UnknownNameError
-from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, find_attack, shortfall
 from robustfair.evaluate.groups import GroupRates
+from robustfair.evaluate.result import CLEAN, ROBUST, Audit, find_attack, shortfall
 
 Status = Literal["passed", "failed", "undecided"]
 

@@ -12,16 +12,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from robustfair import metrics
 from robustfair.config import read_path, require
 from robustfair.data import ImageDataset
 from robustfair.errors import DataError, UnknownNameError
-from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, WorstClass, find_attack
+from robustfair.evaluate.rates import ClassRates
+from robustfair.evaluate.result import CLEAN, ROBUST, Audit, find_attack
 from robustfair.files import as_json
 from robustfair.registry import canonical
 from robustfair.values import Threat
@@ -50,7 +50,7 @@ class Groups:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GroupRates:
+class GroupRates(ClassRates):
     """How often a model is right in every group, clean and under each attack of an audit.
 
     Methods are those of `Audit`, with groups for classes: rates are fractions, nan for a group without images.
@@ -74,16 +74,12 @@ class GroupRates:
     within: Within
     source: str
     cut: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    kind: ClassVar[str] = "groups"
 
     @property
     def attacks(self) -> tuple[str, ...]:
         """Names of the attacks in order, "clean" first; without "robust"."""
         return tuple(name for name in self.right if name != ROBUST)
-
-    @property
-    def num_classes(self) -> int:
-        """G."""
-        return len(self.class_names)
 
     def hits(self, attack: str) -> Tensor:
         """(N,) bool, whether an image counts as right.
@@ -92,40 +88,6 @@ class GroupRates:
             UnknownNameError: the audit held no such attack.
         """
         return self.right[find_attack(attack, self.right, "attack of this audit")]
-
-    def correct(self, attack: str) -> Tensor:
-        """(G,) int64 images of each group that count as right."""
-        return metrics.correct_per_class(self.hits(attack), self.labels, self.num_classes, check=False)
-
-    def count(self) -> Tensor:
-        """(G,) int64 images of each group."""
-        return torch.bincount(self.labels, minlength=self.num_classes)
-
-    def rate(self, attack: str) -> Tensor:
-        """(G,) accuracy per group."""
-        return self.correct(attack).double() / self.count()
-
-    def interval(self, attack: str, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Wilson interval of `rate`: lower and upper ends, (G,) each."""
-        return metrics.wilson(self.correct(attack), self.count(), level)
-
-    def average(self, attack: str) -> float:
-        """Share of all images that count as right."""
-        return int(self.hits(attack).sum()) / len(self.labels)
-
-    def average_interval(self, attack: str, level: float = 0.95) -> tuple[float, float]:
-        """Wilson interval of `average`."""
-        lower, upper = metrics.wilson(int(self.hits(attack).sum()), len(self.labels), level)
-        return float(lower), float(upper)
-
-    def worst(self, attack: str) -> WorstClass:
-        """The group of lowest accuracy among those with images, and who shares it."""
-        return WorstClass.of(self.rate(attack), self.class_names, "groups")
-
-    def worst_interval(self, attack: str, level: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of the worst group accuracy, see `metrics.bootstrap_statistic`."""
-        found = metrics.bootstrap_statistic(self.correct(attack), self.count(), "worst", level=level)
-        return found.lower, found.upper
 
     def unfinished(self, attack: str = ROBUST) -> dict[str, float]:
         """The parts of an attack that a time budget cut short, and how far each came; of every attack for "robust"."""

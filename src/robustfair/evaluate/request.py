@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +11,15 @@ from typing import Any
 
 import torch
 
-from robustfair.attacks.named import parse_attacks
-from robustfair.config import RobustFairWarning, format_eps, parse_norm
+from robustfair.config import RobustFairWarning, parse_norm
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import DataError, RobustFairError
-from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Audit, Progress, audit, threat
 from robustfair.evaluate.compare import check_comparable
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
-from robustfair.evaluate.diagnostics.masking import checks_cut, thorough_findings
+from robustfair.evaluate.diagnostics.masking import diagnose_gradients, diagnostics_cut
+from robustfair.evaluate.plan import AuditPlan, attack_names, threat
+from robustfair.evaluate.result import CLEAN, Audit
+from robustfair.evaluate.run import Progress, audit
 from robustfair.runs.load import Target
 from robustfair.values import Threat
 
@@ -33,7 +32,7 @@ class AuditRequest:
         attacks: comma-separated names.
         data, image_size, limit_per_class: the images: test split of a named set, or all of a source without splits.
         norm, eps, step_size: the threat; 8/255 under linf if the run does not say.
-        batch_size, seed, precision, engine, max_minutes, device: see `robustfair.evaluate.audit.audit`.
+        batch_size, seed, precision, engine, max_minutes, device: see `robustfair.evaluate.run.audit`.
         points: keep where the model fails under attacks of the AutoAttack family.
         checks: attack a sample again and again after the audit, in what is left of its time, to see whether the
             gradients lead anywhere.
@@ -95,7 +94,7 @@ def audit_target(
         out: where the audit will be saved, if not in the run's folder; an unfinished one keeps what it knows there.
         baseline: an audit that this one will be compared with; one of other images is refused before any attack.
         on_images: called with a line on the images, before the first attack.
-        on_progress: see `robustfair.evaluate.audit.audit`.
+        on_progress: see `robustfair.evaluate.run.audit`.
 
     Raises:
         DataError: the images' classes are not those the model was trained on.
@@ -120,8 +119,8 @@ def audit_target(
         step_size=request.step_size,
         batch_size=request.batch_size,
         seed=request.seed,
-        precision=request.precision,  # type: ignore[arg-type]
-        engine=request.engine,  # type: ignore[arg-type]
+        precision=request.precision,
+        engine=request.engine,
         max_minutes=request.max_minutes,
         journal=journal_path(target, request, data.fingerprint, len(data), limits, out),
         keep_journal=True,
@@ -135,7 +134,7 @@ def audit_target(
         return result
     spent = (time.monotonic() - began) / 60
     try:
-        found = thorough_findings(
+        found = diagnose_gradients(
             target.model,
             data,
             limits,
@@ -146,9 +145,9 @@ def audit_target(
             on_progress=on_progress,
         )
     except KeyboardInterrupt:
-        found = (checks_cut("they were interrupted"),)
+        found = (diagnostics_cut("they were interrupted"),)
     except RobustFairError as error:
-        found = (checks_cut(str(error), "the audit itself is whole"),)
+        found = (diagnostics_cut(str(error), "the audit itself is whole"),)
     checks = [*result.provenance["checks"], *map(asdict, found)]
     return replace(result, provenance={**result.provenance, "checks": checks})
 
@@ -228,45 +227,24 @@ def journal_path(
     audits = out or (target.folder.audits if target.folder else None)
     if audits is None:
         return None
-    names = [attack.name for attack in parse_attacks(request.attacks)]
-    about = repr(
-        [
-            [CLEAN, *(name for name in names if name != CLEAN)],
-            limits,
-            request.seed,
-            request.precision,
-            request.engine,
-            BATCH_SIZE if request.batch_size is None else request.batch_size,
-            fingerprint,
-            images,
-            target.checkpoint,
-            request.points,
-            target.label if out is not None or target.folder is None else None,
-        ]
+    plan = AuditPlan(
+        attacks=attack_names(request.attacks),
+        threat=limits,
+        seed=request.seed,
+        precision=request.precision,  # type: ignore[arg-type]
+        engine=request.engine,  # type: ignore[arg-type]
+        batch_size=request.batch_size,
+        points=request.points,
+        fingerprint=fingerprint,
+        images=images,
+        checkpoint=target.checkpoint,
+        model=target.label if out is not None or target.folder is None else None,
     )
-    return audits / f"unfinished-{hashlib.sha256(about.encode()).hexdigest()[:8]}.safetensors"
+    return audits / plan.journal_name
 
 
 def audit_stem(target: Target, result: Audit, *, elsewhere: bool) -> str:
     """A name that only the same audit has; `elsewhere` than in a run's own folder it tells models apart too."""
-    attacks = ",".join(result.attacks)
-    parts = [
-        attacks if len(attacks) <= 80 else f"{attacks[:80]}...",
-        f"{result.threat.norm}-{format_eps(result.threat.eps)}",
-        target.checkpoint,
-    ]
-    seed = result.provenance["seed"]
-    parts += [f"{len(result.labels)}-images", f"seed-{seed}" if seed else None, None if result.complete else "cut"]
-    identity = [
-        attacks,
-        result.fingerprint,
-        result.threat.step_size,
-        result.provenance["precision"],
-        result.provenance["engine"],
-        result.provenance["batch_size"],
-        result.provenance["not_run"],
-        bool(result.points),
-        target.label if elsewhere or target.folder is None else None,
-    ]
-    parts.append(hashlib.sha256(repr(identity).encode()).hexdigest()[:8])
-    return re.sub(r"[^\w.,=+-]+", "-", "_".join(part for part in parts if part))
+    model = target.label if elsewhere or target.folder is None else None
+    plan = AuditPlan.of(result, checkpoint=target.checkpoint, model=model)
+    return plan.stem(result.attacks, complete=result.complete)

@@ -16,8 +16,9 @@ import torch
 
 from robustfair.config import read_path
 from robustfair.errors import ConfigError
-from robustfair.evaluate.audit import CLEAN, WorstClass
 from robustfair.evaluate.corruptions import ALL, SETS, CorruptionAudit
+from robustfair.evaluate.rates import WorstClass
+from robustfair.evaluate.result import CLEAN
 from robustfair.files import write_text
 from robustfair.report.figures import HEAT_STEPS, rate_map
 from robustfair.report.layout import WORST, Cell, Column, Sheet, printable

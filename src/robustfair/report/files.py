@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from robustfair.config import require
-from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.compare import check_comparable
 from robustfair.evaluate.corruptions import CorruptionAudit
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
 from robustfair.evaluate.journal import Journal
 from robustfair.evaluate.request import AuditRequest, audit_stem, journal_path
+from robustfair.evaluate.result import Audit
 from robustfair.report.corruptions import write_corruption_report
 from robustfair.report.html import write_report
 from robustfair.runs.load import Target

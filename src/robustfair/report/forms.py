@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from robustfair.evaluate.audit import Audit
 from robustfair.evaluate.compare import Comparison, compare
-from robustfair.evaluate.diagnostics.diagnostic import Finding
-from robustfair.evaluate.diagnostics.results import compare_findings, findings
+from robustfair.evaluate.diagnostics.base import Diagnostic
+from robustfair.evaluate.diagnostics.results import diagnose, diagnose_change
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
+from robustfair.evaluate.result import Audit
 from robustfair.report.compare import comparison_table, group_table
 from robustfair.report.console import Screen
 from robustfair.report.layout import ALL_ROWS, render
@@ -21,8 +21,8 @@ SEVERITY = {"warn": "warning", "note": "note"}
 
 
 def audit_lines(result: Audit, screen: Screen = ALL_ROWS) -> list[str]:
-    """An audit in text: class table, a line per attack, findings."""
-    lines = [*summary_lines(result), *member_lines(result), *_finding_lines(findings(result))]
+    """An audit in text: class table, a line per attack, diagnostics."""
+    lines = [*summary_lines(result), *member_lines(result), *_diagnostic_lines(diagnose(result))]
     return [render(class_table(result), screen), *map(screen.fold, lines)]
 
 
@@ -54,11 +54,11 @@ def audit_text(
 
 
 def before_after_lines(before: Audit, after: Audit, screen: Screen = ALL_ROWS) -> list[str]:
-    """Two audits in text: classes side by side, a line per attack, findings on the second and on the change."""
+    """Two audits in text: classes side by side, a line per attack, diagnostics of the second and of the change."""
     lines = [
         *(f"before  {line}" for line in summary_lines(before)),
         *(f"after   {line}" for line in summary_lines(after)),
-        *_finding_lines([*findings(after), *compare_findings(before, after)]),
+        *_diagnostic_lines([*diagnose(after), *diagnose_change(before, after)]),
     ]
     return [render(before_after_table(before, after), screen), *map(screen.fold, lines)]
 
@@ -73,5 +73,5 @@ def comparison_text(found: Sequence[Comparison], form: str, screen: Screen = ALL
     return "\n".join({"markdown": markdown, "latex": latex}[form](one) for one in found)
 
 
-def _finding_lines(found: Iterable[Finding]) -> list[str]:
-    return [f"{SEVERITY[finding.severity]}: {finding.text} {finding.advice}" for finding in found]
+def _diagnostic_lines(found: Iterable[Diagnostic]) -> list[str]:
+    return [f"{SEVERITY[each.severity]}: {each.text} {each.advice}" for each in found]

@@ -22,11 +22,12 @@ from markupsafe import Markup
 from robustfair import metrics
 from robustfair.config import format_eps, needed, read_path
 from robustfair.errors import ConfigError
-from robustfair.evaluate.audit import CLEAN, Audit, WorstClass
 from robustfair.evaluate.compare import AttackComparison, Difference, PairedTest, check_comparable, compare_under
-from robustfair.evaluate.diagnostics.results import compare_findings, findings
+from robustfair.evaluate.diagnostics.results import diagnose, diagnose_change
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
+from robustfair.evaluate.rates import WorstClass
+from robustfair.evaluate.result import CLEAN, Audit
 from robustfair.files import write_text
 from robustfair.registry import REPORTS
 from robustfair.report import figures
@@ -243,9 +244,9 @@ def _facts(audit: Audit, baseline: Audit | None) -> list[tuple[str, str]]:
 
 
 def _findings(audit: Audit, baseline: Audit | None) -> list[dict[str, str]]:
-    found = list(findings(audit))
+    found = list(diagnose(audit))
     if baseline is not None:
-        found += compare_findings(baseline, audit)
+        found += diagnose_change(baseline, audit)
     return [
         {"kind": item.severity, "severity": SEVERITIES[item.severity], "text": item.text, "advice": item.advice}
         for item in found

@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from robustfair import metrics
-from robustfair.evaluate.audit import CLEAN, ROBUST, shortfall
 from robustfair.evaluate.compare import AttackComparison, Comparison, Difference, PairedTest
 from robustfair.evaluate.groups import GroupRates
+from robustfair.evaluate.result import CLEAN, ROBUST, shortfall
 from robustfair.report.layout import SURE, WORST, Cell, Column, Sheet
 from robustfair.report.table import (
     CHANGES,

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from robustfair import metrics
 from robustfair.config import format_eps, require
-from robustfair.evaluate.audit import ROBUST, Audit, WorstClass
 from robustfair.evaluate.compare import Comparison, Difference, check_comparable, compare_under
 from robustfair.evaluate.groups import GroupRates
+from robustfair.evaluate.rates import WorstClass
+from robustfair.evaluate.result import ROBUST, Audit
 from robustfair.report.layout import SURE, WORST, Cell, Column, Sheet, printable
 
 Rates = Audit | GroupRates

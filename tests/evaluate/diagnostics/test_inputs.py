@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import DataError, ModelError
 from robustfair.evaluate import (
-    random_output,
-    suspect_mode,
-    suspect_model,
-    suspect_normalisation,
-    suspect_outputs,
-    suspect_pixels,
+    diagnose_mode,
+    diagnose_model,
+    diagnose_normalisation,
+    diagnose_outputs,
+    diagnose_pixels,
+    diagnose_randomness,
 )
 from robustfair.models import Normalised, create_model
 
@@ -118,41 +118,41 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_missing_preparation_is_found_and_named(images: ImageDataset, network: nn.Module, case: str) -> None:
     build, named, advised = CASES[case]
-    (finding,) = suspect_normalisation(build(network), images)
-    assert (finding.code, finding.severity) == ("wrong-normalisation", "warn")
-    assert f"100.0 % when {named}" in finding.text.replace("the images are normalised by ", "")
-    assert advised in finding.text + finding.advice
+    (diagnostic,) = diagnose_normalisation(build(network), images)
+    assert (diagnostic.code, diagnostic.severity) == ("wrong-normalisation", "warn")
+    assert f"100.0 % when {named}" in diagnostic.text.replace("the images are normalised by ", "")
+    assert advised in diagnostic.text + diagnostic.advice
 
 
 def test_the_numbers_are_those_of_the_model_with_and_without(images: ImageDataset, network: nn.Module) -> None:
     model = Behind(network, undo(0.5, 0.5))
-    (finding,) = suspect_normalisation(model, images)
-    count, was = (float(part) for part in re.findall(r"On (\d+) .* from ([\d.]+) %", finding.text)[0])
+    (diagnostic,) = diagnose_normalisation(model, images)
+    count, was = (float(part) for part in re.findall(r"On (\d+) .* from ([\d.]+) %", diagnostic.text)[0])
     x = images.images.float() / 255
     given = (model(x).argmax(1) == images.labels).float().mean()
     assert count == len(images) - len(images) // 4
     assert abs(was / 100 - given) < 0.1
-    lower, upper = (float(part) for part in re.findall(r"gain ([\d.]+) to ([\d.]+) points", finding.text)[0])
+    lower, upper = (float(part) for part in re.findall(r"gain ([\d.]+) to ([\d.]+) points", diagnostic.text)[0])
     assert lower < 100 - was < upper
 
 
 def test_images_standardised_one_by_one(images: ImageDataset) -> None:
     grey = replace(images, images=images.images[:, :1] // 3 + 100)
     model = train(grey, standardised, lr=0.05)
-    (finding,) = suspect_normalisation(model, grey)
-    assert "when each image is normalised by its own mean and std" in finding.text
+    (diagnostic,) = diagnose_normalisation(model, grey)
+    assert "when each image is normalised by its own mean and std" in diagnostic.text
 
 
 def test_a_model_that_is_fed_as_it_was_trained_has_no_finding(images: ImageDataset, network: nn.Module) -> None:
-    assert suspect_model(network, images) == []
-    assert suspect_model(Normalised(Behind(network, undo(0.5, 0.5)), 3, (0.5,) * 3, (0.5,) * 3), images) == []
+    assert diagnose_model(network, images) == []
+    assert diagnose_model(Normalised(Behind(network, undo(0.5, 0.5)), 3, (0.5,) * 3, (0.5,) * 3), images) == []
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_an_untrained_network_is_not_explained(images: ImageDataset, seed: int) -> None:
     torch.manual_seed(seed)
     model = create_model("resnet9", width=4, normalise="none" if seed % 2 else "auto")
-    assert suspect_normalisation(model, images) == []
+    assert diagnose_normalisation(model, images) == []
 
 
 class Chance(nn.Module):
@@ -176,44 +176,44 @@ def test_chance_is_not_taken_for_a_cause(rate: float) -> None:
     pixels[torch.arange(600), 0, :, labels] = 160
     sides = ImageDataset(images=pixels, labels=labels, class_names=("left", "right"))
     torch.manual_seed(0)
-    assert not suspect_normalisation(Chance(1.0), sides)
-    assert [found for _ in range(40) for found in suspect_normalisation(Chance(rate), sides)] == []
+    assert not diagnose_normalisation(Chance(1.0), sides)
+    assert [found for _ in range(40) for found in diagnose_normalisation(Chance(rate), sides)] == []
 
 
 def test_a_small_gain_is_left_to_the_reader(images: ImageDataset, network: nn.Module) -> None:
     slightly = Behind(network, undo(0.02, 0.9))
-    assert suspect_normalisation(slightly, images) == []
+    assert diagnose_normalisation(slightly, images) == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12])
 def test_a_handful_of_images_is_no_ground_for_a_finding(images: ImageDataset, count: int) -> None:
     torch.manual_seed(0)
     few = images.subset(range(count))
-    assert suspect_normalisation(create_model("small-cnn", width=2), few) == []
-    assert suspect_mode(create_model("small-cnn", width=2), few) == []
+    assert diagnose_normalisation(create_model("small-cnn", width=2), few) == []
+    assert diagnose_mode(create_model("small-cnn", width=2), few) == []
 
 
 def test_probabilities_are_found_and_logits_of_any_kind_are_not(images: ImageDataset, network: nn.Module) -> None:
-    (finding,) = suspect_outputs(Behind(network, lambda x: x, lambda z: z.softmax(1)), images)
-    assert (finding.code, finding.severity) == ("probabilities", "warn")
-    assert "DLR" in finding.text
+    (diagnostic,) = diagnose_outputs(Behind(network, lambda x: x, lambda z: z.softmax(1)), images)
+    assert (diagnostic.code, diagnostic.severity) == ("probabilities", "warn")
+    assert "DLR" in diagnostic.text
     for after in (
         lambda z: z,
         lambda z: z.log_softmax(1),
         lambda z: z.sigmoid(),
         lambda z: z - z.mean(1, keepdim=True),
     ):
-        assert suspect_outputs(Behind(network, lambda x: x, after), images) == []
+        assert diagnose_outputs(Behind(network, lambda x: x, after), images) == []
 
 
 def test_a_model_in_train_mode_is_noted_and_stays_so(images: ImageDataset, tiny_net: Callable[..., nn.Module]) -> None:
     model = tiny_net(channels=3, classes=10, dropout=0.2).train()
-    (finding,) = suspect_mode(model, images)
-    assert (finding.code, finding.severity) == ("train-mode", "note")
-    assert "2 batch-norm or dropout layers" in finding.text
+    (diagnostic,) = diagnose_mode(model, images)
+    assert (diagnostic.code, diagnostic.severity) == ("train-mode", "note")
+    assert "2 batch-norm or dropout layers" in diagnostic.text
     assert model.training
     assert model.norm.training
-    assert suspect_mode(model.eval(), images) == []
+    assert diagnose_mode(model.eval(), images) == []
 
 
 def test_batch_statistics_and_dropout_in_eval_mode_are_warned_about(
@@ -221,12 +221,12 @@ def test_batch_statistics_and_dropout_in_eval_mode_are_warned_about(
 ) -> None:
     over_batch = copy.deepcopy(tiny_net(channels=3, classes=10)).eval()
     over_batch.norm = nn.BatchNorm2d(4, track_running_stats=False).eval()
-    (finding,) = suspect_mode(over_batch, images)
-    assert (finding.code, finding.severity) == ("train-mode", "warn")
-    assert "depend on the other images of its batch" in finding.text
+    (diagnostic,) = diagnose_mode(over_batch, images)
+    assert (diagnostic.code, diagnostic.severity) == ("train-mode", "warn")
+    assert "depend on the other images of its batch" in diagnostic.text
     random = Behind(tiny_net(channels=3, classes=10).eval(), lambda x: F.dropout(x, 0.3, training=True))
-    (finding,) = suspect_mode(random, images)
-    assert (finding.code, finding.severity) == ("random-output", "warn")
+    (diagnostic,) = diagnose_mode(random, images)
+    assert (diagnostic.code, diagnostic.severity) == ("random-output", "warn")
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def test_batch_statistics_and_dropout_in_eval_mode_are_warned_about(
 )
 def test_random_output_is_a_warning(robust_net: nn.Module, digits: ImageDataset, change: Before) -> None:
     torch.manual_seed(0)
-    (finding,) = random_output(Behind(robust_net, change), digits.images / 255)
-    assert (finding.code, finding.severity) == ("random-output", "warn")
-    assert "of 60 predictions change" in finding.text
-    assert "average over the randomness" in finding.advice
+    (diagnostic,) = diagnose_randomness(Behind(robust_net, change), digits.images / 255)
+    assert (diagnostic.code, diagnostic.severity) == ("random-output", "warn")
+    assert "of 60 predictions change" in diagnostic.text
+    assert "average over the randomness" in diagnostic.advice
 
 
 def test_predictions_that_change_are_counted() -> None:
@@ -261,17 +261,17 @@ def test_predictions_that_change_are_counted() -> None:
                 logits[len(x) // 2 :] = torch.tensor([1.0, 0.0])
             return logits
 
-    (finding,) = random_output(Alternating(), torch.rand(10, 1, 4, 4))
-    assert "up to 1 apart in 5 passes, where logits spread over 1; 5 of 10 predictions change" in finding.text
+    (diagnostic,) = diagnose_randomness(Alternating(), torch.rand(10, 1, 4, 4))
+    assert "up to 1 apart in 5 passes, where logits spread over 1; 5 of 10 predictions change" in diagnostic.text
 
 
 def test_a_fixed_function_is_none(
     robust_net: nn.Module, tiny_net: Callable[..., nn.Module], digits: ImageDataset
 ) -> None:
-    assert random_output(robust_net, digits.images / 255) == []
-    assert random_output(Behind(robust_net, lambda x: torch.round(7 * x) / 7), digits.images / 255) == []
+    assert diagnose_randomness(robust_net, digits.images / 255) == []
+    assert diagnose_randomness(Behind(robust_net, lambda x: torch.round(7 * x) / 7), digits.images / 255) == []
     dropout = tiny_net(classes=3, dropout=0.5).train()
-    assert random_output(dropout, torch.rand(8, 1, 6, 6)) == []
+    assert diagnose_randomness(dropout, torch.rand(8, 1, 6, 6)) == []
     assert dropout.training, "it keeps its modes"
     assert dropout.dropout.training
 
@@ -282,7 +282,7 @@ def test_rounding_between_passes_is_none() -> None:
             logits = torch.stack([x.flatten(1).sum(1), 5 - x.flatten(1).sum(1)], 1)
             return logits + 1e-6 * torch.rand_like(logits)
 
-    assert random_output(Jitter(), torch.rand(8, 1, 6, 6)) == []
+    assert diagnose_randomness(Jitter(), torch.rand(8, 1, 6, 6)) == []
 
 
 def test_a_model_of_one_constant_answer_is_none() -> None:
@@ -290,7 +290,7 @@ def test_a_model_of_one_constant_answer_is_none() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.zeros(len(x), 3)
 
-    assert random_output(Constant(), torch.rand(4, 1, 6, 6)) == []
+    assert diagnose_randomness(Constant(), torch.rand(4, 1, 6, 6)) == []
 
 
 def test_a_model_that_refuses_other_pixels_is_not_asked_again(images: ImageDataset, network: nn.Module) -> None:
@@ -300,14 +300,14 @@ def test_a_model_that_refuses_other_pixels_is_not_asked_again(images: ImageDatas
                 raise ValueError("pixels must be in [0, 1]")
             return -network(x)
 
-    assert suspect_model(Strict(), images) == []
+    assert diagnose_model(Strict(), images) == []
 
 
 def test_images_that_were_scaled_before_they_became_bytes(images: ImageDataset) -> None:
-    assert suspect_pixels(images) == []
-    (finding,) = suspect_pixels(replace(images, images=(images.images > 100).byte()))
-    assert finding.code == "dark-images"
-    assert "The brightest pixel is 1 of 255" in finding.text
+    assert diagnose_pixels(images) == []
+    (diagnostic,) = diagnose_pixels(replace(images, images=(images.images > 100).byte()))
+    assert diagnostic.code == "dark-images"
+    assert "The brightest pixel is 1 of 255" in diagnostic.text
 
 
 def test_all_findings_come_with_warnings_first_and_leave_no_trace(images: ImageDataset, network: nn.Module) -> None:
@@ -322,8 +322,8 @@ def test_all_findings_come_with_warnings_first_and_leave_no_trace(images: ImageD
     model = Dropped().train()
     model.network.head.weight.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = suspect_model(model, images)
-    assert [finding.code for finding in found] == ["wrong-normalisation", "probabilities", "train-mode"]
+    found = diagnose_model(model, images)
+    assert [diagnostic.code for diagnostic in found] == ["wrong-normalisation", "probabilities", "train-mode"]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training
     assert model.network.training
@@ -333,21 +333,21 @@ def test_all_findings_come_with_warnings_first_and_leave_no_trace(images: ImageD
 
 
 def test_a_network_that_halves_the_images_where_they_lie_is_fed_right(images: ImageDataset, network: nn.Module) -> None:
-    assert suspect_model(Behind(Behind(network, lambda x: 2 * x), lambda x: x.mul_(0.5)), images) == []
+    assert diagnose_model(Behind(Behind(network, lambda x: 2 * x), lambda x: x.mul_(0.5)), images) == []
 
 
 def test_the_sample_does_not_depend_on_the_global_generator(images: ImageDataset, network: nn.Module) -> None:
     model = Behind(network, undo(0.5, 0.5))
     torch.manual_seed(1)
-    first = suspect_normalisation(model, images)
+    first = diagnose_normalisation(model, images)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert suspect_normalisation(model, images) == first
+    assert diagnose_normalisation(model, images) == first
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_cannot_be_looked_at_is_said(images: ImageDataset) -> None:
     with pytest.raises(ModelError, match="takes images of 1 channels"):
-        suspect_model(create_model("small-cnn", in_channels=1, width=2), images)
+        diagnose_model(create_model("small-cnn", in_channels=1, width=2), images)
     with pytest.raises(DataError, match="no images to look at"):
-        suspect_model(create_model("small-cnn", width=2), images.subset([]))
+        diagnose_model(create_model("small-cnn", width=2), images.subset([]))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.data import ImageDataset
-from robustfair.evaluate import thorough_findings
-from robustfair.evaluate.audit import Audit, audit
+from robustfair.evaluate import diagnose_gradients
 from robustfair.evaluate.diagnostics import masking
-from robustfair.evaluate.diagnostics.diagnostic import Finding
-from robustfair.evaluate.diagnostics.results import findings
+from robustfair.evaluate.diagnostics.base import Diagnostic
+from robustfair.evaluate.diagnostics.results import diagnose
+from robustfair.evaluate.result import Audit
+from robustfair.evaluate.run import audit
 from robustfair.values import Threat
 
 Net = Callable[..., nn.Module]
@@ -45,8 +46,8 @@ def small_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masking, "SQUARE", "square(queries=150)")
 
 
-def codes(found: tuple[Finding, ...]) -> list[str]:
-    return [finding.code for finding in found]
+def codes(found: tuple[Diagnostic, ...]) -> list[str]:
+    return [diagnostic.code for diagnostic in found]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -54,16 +55,16 @@ def test_none_warns_of_an_ordinary_network(
     robust_net: nn.Module, digits: ImageDataset, small_sample: None, norm: Any
 ) -> None:
     threat = THREAT if norm == "linf" else Threat(norm="l2", eps=0.6, step_size=0.1)
-    found = thorough_findings(robust_net, digits, threat)
-    assert all(finding.severity == "note" for finding in found), "one image of sixty is more than a point"
+    found = diagnose_gradients(robust_net, digits, threat)
+    assert all(diagnostic.severity == "note" for diagnostic in found), "one image of sixty is more than a point"
 
 
 def test_gradients_that_are_rounded_away(robust_net: nn.Module, digits: ImageDataset, small_sample: None) -> None:
     masked = Before(robust_net, rounded)
-    found = thorough_findings(masked, digits, THREAT)
+    found = diagnose_gradients(masked, digits, THREAT)
     assert {"square-beats-pgd", "robust-at-large-radius"} <= set(codes(found))
-    assert all(finding.severity == "warn" for finding in found if finding.code != "not-converged")
-    by_code = {finding.code: finding for finding in found}
+    assert all(diagnostic.severity == "warn" for diagnostic in found if diagnostic.code != "not-converged")
+    by_code = {diagnostic.code: diagnostic for diagnostic in found}
     figures = audit(masked, digits, attacks=["pgd-20", "square(queries=150)"], eps=0.1)
     square, pgd = (f"{100 * figures.average(name):.1f} %" for name in ("square(queries=150)", "pgd-20"))
     assert by_code["square-beats-pgd"].text.startswith(
@@ -71,12 +72,12 @@ def test_gradients_that_are_rounded_away(robust_net: nn.Module, digits: ImageDat
     )
     assert "points fewer (95 % interval" in by_code["square-beats-pgd"].text
     assert "At radius 0.5 (linf)" in by_code["robust-at-large-radius"].text
-    assert "masked-gradient" in codes(findings(figures)), "an audit sees the zero gradients by itself"
+    assert "masked-gradient" in codes(diagnose(figures)), "an audit sees the zero gradients by itself"
 
 
 def test_steps_too_short_to_arrive(robust_net: nn.Module, digits: ImageDataset, small_sample: None) -> None:
-    found = thorough_findings(robust_net, digits, Threat(eps=0.1, step_size=0.001))
-    by_code = {finding.code: finding for finding in found}
+    found = diagnose_gradients(robust_net, digits, Threat(eps=0.1, step_size=0.001))
+    by_code = {diagnostic.code: diagnostic for diagnostic in found}
     assert by_code["not-converged"].severity == "note"
     assert "pgd-100" in by_code["not-converged"].text
     assert "60 images" in by_code["not-converged"].text
@@ -84,10 +85,10 @@ def test_steps_too_short_to_arrive(robust_net: nn.Module, digits: ImageDataset, 
 
 
 def test_the_large_radius_turns_any_image_grey(robust_net: nn.Module, digits: ImageDataset, small_sample: None) -> None:
-    (linf,) = (f for f in thorough_findings(Before(robust_net, rounded), digits, THREAT) if "radius" in f.code)
+    (linf,) = (f for f in diagnose_gradients(Before(robust_net, rounded), digits, THREAT) if "radius" in f.code)
     assert "At radius 0.5 (linf)" in linf.text
     l2 = Threat(norm="l2", eps=0.6, step_size=0.1)
-    found = {f.code: f for f in thorough_findings(Before(robust_net, rounded), digits, l2)}
+    found = {f.code: f for f in diagnose_gradients(Before(robust_net, rounded), digits, l2)}
     assert "At radius 4 (l2)" in found["robust-at-large-radius"].text
 
 
@@ -105,7 +106,7 @@ def test_the_sample_is_the_first_images_of_each_class(
     monkeypatch.setattr(masking, "SAMPLE", 29)
     monkeypatch.setattr(masking, "SQUARE", "square(queries=9)")
     monkeypatch.setattr(masking, "audit", watched)
-    thorough_findings(robust_net, digits, THREAT, seed=3, precision="bf16")
+    diagnose_gradients(robust_net, digits, THREAT, seed=3, precision="bf16")
     again = ("pgd-20", "pgd-100", "pgd-20(restarts=5)", "square(queries=9)")
     assert seen == [(again, 0.1, 3, "bf16"), (("pgd-20",), 0.5, 3, "bf16")]
 
@@ -118,13 +119,13 @@ def test_a_model_that_is_never_right_has_nothing_to_mask(
             return -robust_net(x)
 
     assert audit(Wrong(), digits, attacks="clean").average("clean") == 0
-    assert thorough_findings(Wrong(), digits, THREAT) == ()
+    assert diagnose_gradients(Wrong(), digits, THREAT) == ()
 
 
 def test_the_model_leaves_as_it_came(tiny_net: Net, small_sample: None, digits: ImageDataset) -> None:
     model = tiny_net(classes=10, dropout=0.3).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    thorough_findings(model, digits.subset(range(6)), THREAT)
+    diagnose_gradients(model, digits.subset(range(6)), THREAT)
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -150,7 +151,7 @@ class Custom(torch.autograd.Function):
 def test_without_gradients_square_is_made_alone_and_that_is_said(
     robust_net: nn.Module, digits: ImageDataset, small_sample: None, change: Callable[[Tensor], Tensor], why: str
 ) -> None:
-    (found,) = thorough_findings(Before(robust_net, change), digits, THREAT)
+    (found,) = diagnose_gradients(Before(robust_net, change), digits, THREAT)
     assert (found.code, found.severity) == ("no-gradient", "warn")
     assert "with gradients, by pgd-20, pgd-100 and pgd-20(restarts=5), could not be made: the " in found.text
     assert why in found.text
@@ -182,21 +183,21 @@ def leaving(**left: int) -> Audit:
     )
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, digits: ImageDataset, found: Audit) -> list[Finding]:
-    """The findings on a model for which the attacks of the checks leave this."""
+def judged(monkeypatch: pytest.MonkeyPatch, digits: ImageDataset, found: Audit) -> list[Diagnostic]:
+    """The diagnostics on a model for which the attacks of the checks leave this."""
     far = leaving(base=0)
     monkeypatch.setattr(masking, "audit", lambda *given, **keys: found if len(keys["attacks"]) > 1 else far)
-    return list(thorough_findings(nn.Flatten(), digits, THREAT))
+    return list(diagnose_gradients(nn.Flatten(), digits, THREAT))
 
 
 def test_more_than_a_point_is_flagged_with_its_interval(monkeypatch: pytest.MonkeyPatch, digits: ImageDataset) -> None:
     assert judged(monkeypatch, digits, leaving(base=128, longer=126, restarted=128, square=128)) == []
-    (finding,) = judged(monkeypatch, digits, leaving(base=128, longer=125, restarted=120, square=128))
-    assert (finding.code, finding.severity) == ("not-converged", "note")
-    assert finding.text.startswith(
+    (diagnostic,) = judged(monkeypatch, digits, leaving(base=128, longer=125, restarted=120, square=128))
+    assert (diagnostic.code, diagnostic.severity) == ("not-converged", "note")
+    assert diagnostic.text.startswith(
         "pgd-20 leaves 50.0 % of 256 images, pgd-100 48.8 %, 1.2 points fewer (95 % interval -0.3 to 2.7); "
         "pgd-20(restarts=5) 46.9 %, 3.1 points fewer (95 % interval 0.9 to 5.3): "
-    ), finding.text
+    ), diagnostic.text
 
 
 @pytest.mark.parametrize(("left", "severity"), [(126, None), (125, "note"), (110, "warn")])
@@ -204,10 +205,10 @@ def test_square_is_noted_from_a_point_on_and_warned_of_beyond_chance(
     monkeypatch: pytest.MonkeyPatch, digits: ImageDataset, left: int, severity: str | None
 ) -> None:
     found = judged(monkeypatch, digits, leaving(base=128, longer=128, restarted=128, square=left))
-    assert [(finding.code, finding.severity) for finding in found] == (
+    assert [(diagnostic.code, diagnostic.severity) for diagnostic in found] == (
         [("square-beats-pgd", severity)] if severity else []
     )
-    assert all("points fewer (95 % interval " in finding.text for finding in found)
+    assert all("points fewer (95 % interval " in diagnostic.text for diagnostic in found)
 
 
 # Time and progress
@@ -218,10 +219,10 @@ def test_without_time_nothing_runs_and_that_is_said(digits: ImageDataset, small_
         def forward(self, x: Tensor) -> Tensor:
             raise AssertionError("the model ran")
 
-    (finding,) = thorough_findings(Never(), digits, THREAT, max_minutes=-0.5)
-    assert (finding.code, finding.severity) == ("checks-cut", "note")
-    assert "the time budget left pgd-20 at 0 %, pgd-100 at 0 %, " in finding.text
-    assert finding.text.endswith("square(queries=150) at 0 %, pgd-20 at a large radius at 0 %.")
+    (diagnostic,) = diagnose_gradients(Never(), digits, THREAT, max_minutes=-0.5)
+    assert (diagnostic.code, diagnostic.severity) == ("checks-cut", "note")
+    assert "the time budget left pgd-20 at 0 %, pgd-100 at 0 %, " in diagnostic.text
+    assert diagnostic.text.endswith("square(queries=150) at 0 %, pgd-20 at a large radius at 0 %.")
 
 
 def test_attacks_that_were_cut_prove_nothing(
@@ -232,12 +233,12 @@ def test_attacks_that_were_cut_prove_nothing(
     masked.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 60.0))
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     begun: dict[str, float] = {}
-    whole = thorough_findings(masked, digits, THREAT, on_progress=lambda name, *_: begun.setdefault(name, now[0]))
+    whole = diagnose_gradients(masked, digits, THREAT, on_progress=lambda name, *_: begun.setdefault(name, now[0]))
     assert {"square-beats-pgd", "robust-at-large-radius"} <= set(codes(whole))
-    early = thorough_findings(masked, digits, THREAT, max_minutes=10)
+    early = diagnose_gradients(masked, digits, THREAT, max_minutes=10)
     assert codes(early) == ["checks-cut"]
     assert "pgd-100 at 0 %" in early[0].text
-    half = thorough_findings(masked, digits, THREAT, max_minutes=begun["check square(queries=150)"] / 60 + 1)
+    half = diagnose_gradients(masked, digits, THREAT, max_minutes=begun["check square(queries=150)"] / 60 + 1)
     assert set(codes(half)) <= {"not-converged", "checks-cut"}
     assert re.search(r"the time budget left square\(queries=150\) at [1-9]\d? %, pgd-20 at a large", half[-1].text)
 
@@ -248,7 +249,7 @@ def test_without_gradients_and_time_square_is_named_and_proves_nothing(
     blind, now = Before(robust_net, Tensor.detach), [0.0]
     blind.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 60.0))
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    first, cut = thorough_findings(blind, digits, THREAT, max_minutes=15)
+    first, cut = diagnose_gradients(blind, digits, THREAT, max_minutes=15)
     assert (first.code, cut.code) == ("no-gradient", "checks-cut")
     assert "by itself" not in first.text
     assert "square(queries=150) at " in cut.text
@@ -258,7 +259,7 @@ def test_progress_bears_the_names_of_the_checks(
     robust_net: nn.Module, digits: ImageDataset, small_sample: None
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    thorough_findings(robust_net, digits, THREAT, on_progress=lambda *call: told.append(call))
+    diagnose_gradients(robust_net, digits, THREAT, on_progress=lambda *call: told.append(call))
     names = ["clean", "pgd-20", "pgd-100", "pgd-20(restarts=5)", "square(queries=150)"]
     far = [f"check {name} at a large radius" for name in ("clean", "pgd-20")]
     assert list(dict.fromkeys(name for name, *_ in told)) == [*(f"check {name}" for name in names), *far]

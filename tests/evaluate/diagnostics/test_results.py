@@ -1,4 +1,4 @@
-"""Findings on audits whose predictions are constructed, so that every case is known."""
+"""Diagnostics of audits whose predictions are constructed, so that every case is known."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from robustfair.data import ImageDataset
 from robustfair.errors import DataError
-from robustfair.evaluate.audit import Audit, audit
-from robustfair.evaluate.diagnostics.results import compare_findings, findings
+from robustfair.evaluate.diagnostics.results import diagnose, diagnose_change
+from robustfair.evaluate.result import Audit
+from robustfair.evaluate.run import audit
 from robustfair.values import Threat
 
 SETTINGS = {
@@ -48,26 +49,26 @@ def made(
 
 
 def codes(audit: Audit) -> list[tuple[str, str]]:
-    return [(finding.code, finding.severity) for finding in findings(audit)]
+    return [(diagnostic.code, diagnostic.severity) for diagnostic in diagnose(audit)]
 
 
 def test_an_audit_without_fault_has_no_findings() -> None:
-    assert findings(made({"clean": [450, 450], "pgd-20": [250, 250], CW: [248, 248]})) == ()
+    assert diagnose(made({"clean": [450, 450], "pgd-20": [250, 250], CW: [248, 248]})) == ()
 
 
 def test_a_flattered_figure_is_a_warning_with_its_numbers() -> None:
     audit = made({"clean": [450, 450], "pgd-20": [260, 261], CW: [220, 220]})
-    (finding,) = findings(audit)
-    assert (finding.code, finding.severity) == ("flattered-attack", "warn")
-    assert "pgd-20 reports 52.1 %, cw-50(restarts=5) 44.0 %: 8.1 points" in finding.text
-    assert "flat" not in finding.text
-    assert CW in finding.advice
+    (diagnostic,) = diagnose(audit)
+    assert (diagnostic.code, diagnostic.severity) == ("flattered-attack", "warn")
+    assert "pgd-20 reports 52.1 %, cw-50(restarts=5) 44.0 %: 8.1 points" in diagnostic.text
+    assert "flat" not in diagnostic.text
+    assert CW in diagnostic.advice
 
 
 def test_the_reason_is_given_only_where_head_norms_are_equal() -> None:
     hits = {"clean": [450, 450], "pgd-20": [260, 261], CW: [220, 220]}
-    assert "flat logits flatter PGD" in findings(made(hits, head_norms=[1.0, 1.0]))[0].text
-    assert "flat logits" not in findings(made(hits, head_norms=[1.0, 1.2]))[0].text
+    assert "flat logits flatter PGD" in diagnose(made(hits, head_norms=[1.0, 1.0]))[0].text
+    assert "flat logits" not in diagnose(made(hits, head_norms=[1.0, 1.2]))[0].text
 
 
 def test_a_few_points_are_a_note() -> None:
@@ -80,7 +81,7 @@ def test_a_difference_that_chance_explains_is_no_finding() -> None:
 
 def test_another_attack_on_cross_entropy_flatters_without_that_reason() -> None:
     audit = made({"clean": [450, 450], "pgd-20": [300, 300], "pgd-50": [200, 200]}, head_norms=[1.0, 1.0])
-    flattered = next(finding for finding in findings(audit) if finding.code == "flattered-attack")
+    flattered = next(diagnostic for diagnostic in diagnose(audit) if diagnostic.code == "flattered-attack")
     assert "pgd-50 40.0 %" in flattered.text
     assert "flat logits" not in flattered.text
 
@@ -90,8 +91,8 @@ def test_one_step_is_never_called_flattered() -> None:
 
 
 def test_pgd_that_is_weaker_than_one_step_is_found() -> None:
-    found = findings(made({"clean": [450, 450], "pgd-20": [400, 400], "fgsm": [200, 200]}))
-    assert [finding.code for finding in found] == ["flattered-attack", "weak-attacks"]
+    found = diagnose(made({"clean": [450, 450], "pgd-20": [400, 400], "fgsm": [200, 200]}))
+    assert [diagnostic.code for diagnostic in found] == ["flattered-attack", "weak-attacks"]
     assert "fgsm 40.0 %" in found[0].text
 
 
@@ -116,16 +117,18 @@ def test_classes_with_few_or_no_images_are_named() -> None:
         settings=SETTINGS,
         threat=Threat(),
     )
-    few, empty = findings(audit), findings(one)
-    assert [(finding.code, finding.severity) for finding in few] == [("few-images", "note")]
+    few, empty = diagnose(audit), diagnose(one)
+    assert [(diagnostic.code, diagnostic.severity) for diagnostic in few] == [("few-images", "note")]
     assert "class 0 and class 1" in few[0].text
-    assert [(finding.code, finding.severity) for finding in empty] == [("no-images", "warn")]
+    assert [(diagnostic.code, diagnostic.severity) for diagnostic in empty] == [("no-images", "warn")]
     assert "No images of b" in empty[0].text
 
 
 def test_a_long_list_of_classes_is_cut_short() -> None:
     audit = made({"clean": [3] * 9, CW: [2] * 9}, per_class=3, classes=9)
-    assert "class 4 and 4 more" in next(finding.text for finding in findings(audit) if finding.code == "few-images")
+    assert "class 4 and 4 more" in next(
+        diagnostic.text for diagnostic in diagnose(audit) if diagnostic.code == "few-images"
+    )
 
 
 @pytest.mark.parametrize("attacks", [("clean",), ("clean", "pgd-20"), ("clean", "fgsm", "pgd-20")])
@@ -151,38 +154,38 @@ def broken(*numbers: int, members: tuple[str, ...] = ENSEMBLE, ran: float = 1.0)
 
 
 def test_square_that_breaks_what_gradients_could_not_is_a_warning() -> None:
-    (finding,) = findings(broken(300, 20, 0, 10, 50))
-    assert (finding.code, finding.severity) == ("square-beats-gradients", "warn")
+    (diagnostic,) = diagnose(broken(300, 20, 0, 10, 50))
+    assert (diagnostic.code, diagnostic.severity) == ("square-beats-gradients", "warn")
     assert (
         "In autoattack square(queries=50) broke 10 images, 1.0 % of all, on which apgd-ce, apgd-t and fab-t had "
-        "failed: a search without gradients does better" in finding.text
+        "failed: a search without gradients does better" in diagnostic.text
     )
-    assert "Do not quote gradient attacks" in finding.advice
-    assert findings(broken(300, 20, 0, 9)) == (), "less than one image in a hundred"
-    assert findings(broken(300, 20, members=("square(queries=50)", "apgd-ce"))) == (), "no gradients before it"
-    assert findings(broken(300, members=("square(queries=50)",))) == ()
+    assert "Do not quote gradient attacks" in diagnostic.advice
+    assert diagnose(broken(300, 20, 0, 9)) == (), "less than one image in a hundred"
+    assert diagnose(broken(300, 20, members=("square(queries=50)", "apgd-ce"))) == (), "no gradients before it"
+    assert diagnose(broken(300, members=("square(queries=50)",))) == ()
 
 
 def test_what_the_time_cut_is_told_in_the_words_of_the_audit() -> None:
     cut = broken(300, ran=0.5)
-    (finding,) = findings(replace(cut, provenance={"not_run": ["fab"]}))
-    assert (finding.code, finding.severity) == ("cut-short", "warn")
-    assert "the time budget left fab at 0 %, apgd-ce of autoattack at 50 %, " in finding.text
-    assert finding.text.endswith("Robust accuracies are upper bounds.")
+    (diagnostic,) = diagnose(replace(cut, provenance={"not_run": ["fab"]}))
+    assert (diagnostic.code, diagnostic.severity) == ("cut-short", "warn")
+    assert "the time budget left fab at 0 %, apgd-ce of autoattack at 50 %, " in diagnostic.text
+    assert diagnostic.text.endswith("Robust accuracies are upper bounds.")
 
 
 def test_points_without_a_class_are_told_as_losses() -> None:
     audit = broken(300)
     settings = {**audit.settings, "autoattack": {**audit.settings["autoattack"], "not_finite": 1200}}
-    (finding,) = findings(replace(audit, settings=settings))
-    assert (finding.code, finding.severity) == ("not-finite", "warn")
-    assert "autoattack met 1,200. Such images count as lost under every attack" in finding.text
-    assert "looks robust" not in finding.text
+    (diagnostic,) = diagnose(replace(audit, settings=settings))
+    assert (diagnostic.code, diagnostic.severity) == ("not-finite", "warn")
+    assert "autoattack met 1,200. Such images count as lost under every attack" in diagnostic.text
+    assert "looks robust" not in diagnostic.text
 
 
 def test_warnings_come_first() -> None:
     audit = made({"clean": [20, 20], "pgd-20": [20, 20], CW: [2, 2]}, per_class=25)
-    assert [finding.severity for finding in findings(audit)] == ["warn", "note"]
+    assert [diagnostic.severity for diagnostic in diagnose(audit)] == ["warn", "note"]
 
 
 # Before and after
@@ -191,9 +194,9 @@ def test_warnings_come_first() -> None:
 def test_a_gain_that_the_stronger_attack_denies_is_a_warning() -> None:
     before = made({"clean": [450, 430], "pgd-20": [350, 150], CW: [320, 120]})
     after = made({"clean": [450, 430], "pgd-20": [345, 240], CW: [300, 125]})
-    found = compare_findings(before, after)
-    assert [(finding.code, finding.severity) for finding in found] == [("unconfirmed-gain", "warn")] * 2
-    average, worst = (finding.text for finding in found)
+    found = diagnose_change(before, after)
+    assert [(diagnostic.code, diagnostic.severity) for diagnostic in found] == [("unconfirmed-gain", "warn")] * 2
+    average, worst = (diagnostic.text for diagnostic in found)
     assert "Average: pgd-20 gains 8.5 points (50.0 % to 58.5 %), cw-50(restarts=5) loses 1.5 points" in average
     assert "Worst class: pgd-20 gains 18.0 points (30.0 % to 48.0 %), cw-50(restarts=5) gains 1.0 points" in worst
     assert "17.0 points (95 % interval" in worst
@@ -202,37 +205,37 @@ def test_a_gain_that_the_stronger_attack_denies_is_a_warning() -> None:
 def test_a_gain_that_is_mostly_confirmed_is_a_note() -> None:
     before = made({"clean": [450, 430], "pgd-20": [350, 150], CW: [320, 120]})
     after = made({"clean": [450, 430], "pgd-20": [350, 240], CW: [320, 180]})
-    found = compare_findings(before, after)
-    assert {(finding.code, finding.severity) for finding in found} == {("unconfirmed-gain", "note")}
+    found = diagnose_change(before, after)
+    assert {(diagnostic.code, diagnostic.severity) for diagnostic in found} == {("unconfirmed-gain", "note")}
 
 
 def test_a_confirmed_gain_and_a_loss_are_no_findings() -> None:
     before = made({"clean": [450, 430], "pgd-20": [350, 150], CW: [320, 120]})
     after = made({"clean": [450, 430], "pgd-20": [350, 240], CW: [320, 210]})
-    assert compare_findings(before, after) == ()
-    assert compare_findings(after, before) == ()
-    assert compare_findings(before, before) == ()
+    assert diagnose_change(before, after) == ()
+    assert diagnose_change(after, before) == ()
+    assert diagnose_change(before, before) == ()
 
 
 def test_a_small_audit_does_not_accuse() -> None:
     before = made({"clean": [18, 17], "pgd-20": [14, 6], CW: [13, 5]}, per_class=20)
     after = made({"clean": [18, 17], "pgd-20": [14, 7], CW: [13, 5]}, per_class=20)
-    assert compare_findings(before, after) == ()
+    assert diagnose_change(before, after) == ()
 
 
 def test_gains_under_pgd_alone_are_noted_as_unchecked() -> None:
     before, after = (made({"clean": [450, 430], "pgd-20": [350, right]}) for right in (150, 240))
-    (finding,) = compare_findings(before, after)
-    assert (finding.code, finding.severity) == ("gain-unchecked", "note")
-    assert compare_findings(made({"clean": [450, 430]}), made({"clean": [450, 440]})) == ()
+    (diagnostic,) = diagnose_change(before, after)
+    assert (diagnostic.code, diagnostic.severity) == ("gain-unchecked", "note")
+    assert diagnose_change(made({"clean": [450, 430]}), made({"clean": [450, 440]})) == ()
 
 
 def test_audits_of_other_images_are_not_compared() -> None:
     five = made({"clean": [4, 4]}, per_class=5)
     with pytest.raises(DataError, match="same images"):
-        compare_findings(five, made({"clean": [4, 4]}, per_class=6))
+        diagnose_change(five, made({"clean": [4, 4]}, per_class=6))
     with pytest.raises(DataError, match="different threats"):
-        compare_findings(five, replace(five, threat=Threat(eps=0.5)))
+        diagnose_change(five, replace(five, threat=Threat(eps=0.5)))
 
 
 def test_a_model_that_rounds_its_gradient_away_is_called_masked() -> None:
@@ -251,5 +254,5 @@ def test_a_model_that_rounds_its_gradient_away_is_called_masked() -> None:
     data = ImageDataset(images=images, labels=labels, class_names=("a", "b"))
     masked = audit(model, data, attacks="clean,pgd-5", eps=0.3)
     plain = audit(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), data, attacks="clean,pgd-5", eps=0.3)
-    assert "masked-gradient" in {finding.code for finding in findings(masked)}
-    assert "masked-gradient" not in {finding.code for finding in findings(plain)}
+    assert "masked-gradient" in {diagnostic.code for diagnostic in diagnose(masked)}
+    assert "masked-gradient" not in {diagnostic.code for diagnostic in diagnose(plain)}

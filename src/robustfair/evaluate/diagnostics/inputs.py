@@ -1,4 +1,4 @@
-"""Is this model fed as it was trained? Checks on a few hundred clean images, before hours of attacks on a wrong set-up.
+"""Is this model fed as it was trained? A few hundred clean images tell, before hours of attacks on a wrong set-up.
 
 Images and model may disagree on the scale of pixels in ways that no error shows: the accuracy is low, or near chance.
 Every usual preparation of pixels is put in front of the model in turn; where one raises the accuracy, it is the
@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import DataError
-from robustfair.evaluate.diagnostics.diagnostic import LEAST_SKILL, Finding, paired_difference
+from robustfair.evaluate.diagnostics.base import LEAST_SKILL, Diagnostic, paired_difference
 from robustfair.models.head import check_outputs, in_float32, prepared, unwrap
 from robustfair.models.modes import attacking
 from robustfair.models.normalise import NAMED_STATISTICS, Normalise, Statistics
@@ -26,7 +26,7 @@ from robustfair.values import BATCH_NORM, seeded_generator
 SAMPLE = 400
 """Images looked at, drawn from a fixed seed; a quarter of them chooses among the changes, the others confirm."""
 LEAST_GAIN = 0.05
-"""Gain in clean accuracy that another preparation of the pixels must exceed with the whole interval to be a finding."""
+"""Gain in clean accuracy that another preparation of the pixels must exceed with the whole interval to be named."""
 PASSES = 5
 """Of the same images, to see whether the output is random."""
 SAME = 1e-4
@@ -44,10 +44,10 @@ _FINALISTS = 3
 Change = Callable[[Tensor], Tensor]
 
 
-def suspect_model(
+def diagnose_model(
     model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu", *, batch_size: int = BATCH
-) -> list[Finding]:
-    """All findings of this module, warnings first. The model is moved to `device` and keeps its modes.
+) -> list[Diagnostic]:
+    """All diagnostics of this module, warnings first. The model is moved to `device` and keeps its modes.
 
     Args:
         model: (B, C, H, W) in [0, 1] -> logits (B, K).
@@ -67,17 +67,17 @@ def suspect_model(
     check_outputs(model, dataset.num_classes, example)
     size = min(batch_size, BATCH)
     found = [
-        *suspect_pixels(_sample(dataset, device)),
-        *suspect_normalisation(model, dataset, device, batch_size=size),
-        *suspect_outputs(model, dataset, device, batch_size=size),
-        *suspect_mode(model, dataset, device, batch_size=size),
+        *diagnose_pixels(_sample(dataset, device)),
+        *diagnose_normalisation(model, dataset, device, batch_size=size),
+        *diagnose_outputs(model, dataset, device, batch_size=size),
+        *diagnose_mode(model, dataset, device, batch_size=size),
     ]
-    return sorted(found, key=lambda finding: finding.severity != "warn")
+    return sorted(found, key=lambda diagnostic: diagnostic.severity != "warn")
 
 
-def suspect_normalisation(
+def diagnose_normalisation(
     model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu", *, batch_size: int = BATCH
-) -> list[Finding]:
+) -> list[Diagnostic]:
     """A usual preparation of the pixels under which the model is right more often, if there is one.
 
     The changes: normalisation by the statistics of CIFAR-10, ImageNet or MNIST (as the channels allow), by 0.5 and 0.5,
@@ -86,7 +86,7 @@ def suspect_normalisation(
     interval of the gain must lie above `LEAST_GAIN`, and the accuracy above chance. Those that do as well are named.
 
     Returns:
-        No finding or one, of code "wrong-normalisation".
+        No diagnostic or one, of code "wrong-normalisation".
     """
     sample = _sample(dataset, device)
     quarter = max(1, len(sample) // 4)
@@ -109,7 +109,7 @@ def suspect_normalisation(
     others = [trial for trial in finalists if trial is not best and _rate(after[trial]) > least]
     also = "".join(f"; it is {_percent(after[trial])} when {trial.text}" for trial in others)
     return [
-        Finding(
+        Diagnostic(
             code="wrong-normalisation",
             severity="warn",
             text=f"On {len(rest)} clean images accuracy rises from {_percent(before)} to {_percent(after[best])} when "
@@ -120,16 +120,16 @@ def suspect_normalisation(
     ]
 
 
-def suspect_outputs(
+def diagnose_outputs(
     model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu", *, batch_size: int = BATCH
-) -> list[Finding]:
+) -> list[Diagnostic]:
     """Outputs that look like probabilities: every row within [0, 1] and summing to one; code "probabilities"."""
     logits = _logits(model.to(device), _few(dataset, device, batch_size))
     inside = bool(((logits >= 0) & (logits <= 1)).all())
     if not inside or not torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-3):
         return []
     return [
-        Finding(
+        Diagnostic(
             code="probabilities",
             severity="warn",
             text="The outputs look like probabilities: every row lies in [0, 1] and sums to one. A softmax saturates, "
@@ -139,9 +139,9 @@ def suspect_outputs(
     ]
 
 
-def suspect_mode(
+def diagnose_mode(
     model: nn.Module, dataset: ImageDataset, device: torch.device | str = "cpu", *, batch_size: int = BATCH
-) -> list[Finding]:
+) -> list[Diagnostic]:
     """A model in train mode, or one that behaves so in eval mode; codes "train-mode" and "random-output".
 
     Behaving so is: other logits for the same images each time, as under dropout, or logits that depend on the other
@@ -151,7 +151,7 @@ def suspect_mode(
     layers = [m for m in model.modules() if m.training and isinstance(m, BATCH_NORM | _DropoutNd)]
     if layers:
         found.append(
-            Finding(
+            Diagnostic(
                 code="train-mode",
                 severity="note",
                 text=f"The model came in train mode ({len(layers)} batch-norm or dropout layers); the audit sets it to "
@@ -160,10 +160,10 @@ def suspect_mode(
             )
         )
     x = _few(dataset, device, batch_size)
-    random = random_output(model.to(device), x)
+    random = diagnose_randomness(model.to(device), x)
     if random or not _differ(_logits(model, x), torch.cat([_logits(model, half) for half in x.chunk(2)])):
         return [*random, *found]
-    finding = Finding(
+    diagnostic = Diagnostic(
         code="train-mode",
         severity="warn",
         text="The logits of an image depend on the other images of its batch, although the model is in eval mode: its "
@@ -171,10 +171,10 @@ def suspect_mode(
         advice="Batch norm without running statistics, or another layer over the batch, acts as in training; make it "
         "follow model.eval().",
     )
-    return [finding, *found]
+    return [diagnostic, *found]
 
 
-def random_output(model: nn.Module, x: Tensor) -> list[Finding]:
+def diagnose_randomness(model: nn.Module, x: Tensor) -> list[Diagnostic]:
     """Whether the same images give other logits at every pass, in eval mode; code "random-output".
 
     Args:
@@ -188,7 +188,7 @@ def random_output(model: nn.Module, x: Tensor) -> list[Finding]:
         return []
     changed = int((passes.argmax(2) != passes[0].argmax(1)).any(0).sum())
     return [
-        Finding(
+        Diagnostic(
             code="random-output",
             severity="warn",
             text=f"The same images give other logits at every pass: up to {apart:.2g} apart in {PASSES} passes, where "
@@ -199,13 +199,13 @@ def random_output(model: nn.Module, x: Tensor) -> list[Finding]:
     ]
 
 
-def suspect_pixels(dataset: ImageDataset) -> list[Finding]:
+def diagnose_pixels(dataset: ImageDataset) -> list[Diagnostic]:
     """Images that are all but black, as pixels of [0, 1] become when stored as whole numbers; code "dark-images"."""
     brightest = int(dataset.images.max())
     if brightest >= DARKEST:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="dark-images",
             severity="warn",
             text=f"The brightest pixel is {brightest} of 255: the images look scaled before they were stored as bytes.",

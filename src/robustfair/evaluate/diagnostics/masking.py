@@ -1,4 +1,4 @@
-"""Does a model hide its gradients? Checks on a sample of the images, each with what was found and what to do.
+"""Does a model hide its gradients? Diagnostics from attacks on a sample of the images.
 
 Robustness that rests on gradients which attacks cannot use is none: it falls to attacks without gradients, to more
 steps, and it stays where none can be, at radii that turn any image into any other (Athalye et al. 2018; Carlini et al.
@@ -17,14 +17,16 @@ from torch import nn
 from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
 from robustfair.errors import ModelError
-from robustfair.evaluate.audit import CLEAN, Audit, SearchPrecision, audit, shortfall
 from robustfair.evaluate.columns import Progress
-from robustfair.evaluate.diagnostics.diagnostic import Finding, paired_difference
+from robustfair.evaluate.diagnostics.base import Diagnostic, paired_difference
 from robustfair.evaluate.diagnostics.results import MISLEADING, WITHOUT_GRADIENTS
+from robustfair.evaluate.plan import SearchPrecision
+from robustfair.evaluate.result import CLEAN, Audit, shortfall
+from robustfair.evaluate.run import audit
 from robustfair.values import Threat
 
 SAMPLE = 256
-"""Images of the thorough checks."""
+"""Images that are attacked."""
 LARGE = {"linf": 0.5, "l2": 0.5}
 """Radius, in linf per pixel and in l2 as a share of the longest way through the box, at which nothing is robust."""
 NEAR_ZERO = 0.02
@@ -33,7 +35,7 @@ BASE, LONGER, RESTARTED = "pgd-20", "pgd-100", "pgd-20(restarts=5)"
 SQUARE = "square(queries=1000)"
 
 
-def thorough_findings(
+def diagnose_gradients(
     model: nn.Module,
     dataset: ImageDataset,
     threat: Threat,
@@ -43,14 +45,14 @@ def thorough_findings(
     precision: SearchPrecision = "auto",
     max_minutes: float | None = None,
     on_progress: Progress | None = None,
-) -> tuple[Finding, ...]:
+) -> tuple[Diagnostic, ...]:
     """What attacking a sample of the images again and again shows; by Square alone where there are no gradients.
 
     Args:
         model: on the device that the attacks are to run on.
         dataset: its first images of each class are the sample.
         threat: of the audit.
-        seed, batch_size, precision: see `robustfair.evaluate.audit.audit`.
+        seed, batch_size, precision: see `robustfair.evaluate.run.audit`.
         max_minutes: stop then; none are left from 0 down. An attack that was cut proves nothing, and is named.
         on_progress: as for an audit; the attacks are called "check pgd-20", ...
 
@@ -60,7 +62,7 @@ def thorough_findings(
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
     sample = dataset.limit_per_class(max(1, SAMPLE // dataset.num_classes))
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-    found: list[Finding] = []
+    found: list[Diagnostic] = []
     cut: dict[str, float] = {}
 
     def attacked(attacks: Sequence[str], eps: float, step_size: float | None, where: str = "") -> Audit | None:
@@ -104,12 +106,12 @@ def thorough_findings(
         far = attacked((BASE,), _large(threat, sample), None, " at a large radius")
         if far is not None:
             found += _robust_far_away(far)
-    return (*found, checks_cut(shortfall(cut))) if cut else tuple(found)
+    return (*found, diagnostics_cut(shortfall(cut))) if cut else tuple(found)
 
 
-def checks_cut(reason: str, remedy: str = "run them again with more time") -> Finding:
-    """That some of these checks could not be made."""
-    return Finding(
+def diagnostics_cut(reason: str, remedy: str = "run them again with more time") -> Diagnostic:
+    """That some of these diagnostics could not be made."""
+    return Diagnostic(
         code="checks-cut",
         severity="note",
         text=f"Not all checks for masked gradients were made: {reason}.",
@@ -117,13 +119,13 @@ def checks_cut(reason: str, remedy: str = "run them again with more time") -> Fi
     )
 
 
-def _no_gradient(error: ModelError, found: Audit | None) -> Finding:
+def _no_gradient(error: ModelError, found: Audit | None) -> Diagnostic:
     """That the checks by gradients could not be made, and what Square alone left."""
     text = f"The checks with gradients, by {BASE}, {LONGER} and {RESTARTED}, could not be made: {error}."
     if found is not None and _ran(found, SQUARE):
         left = f"{_rate(found, SQUARE)} of {len(found.labels)} images"
         text += f" {SQUARE} by itself leaves {left}; {_rate(found, CLEAN)} are right when clean."
-    return Finding(
+    return Diagnostic(
         code="no-gradient",
         severity="warn",
         text=text,
@@ -131,14 +133,14 @@ def _no_gradient(error: ModelError, found: Audit | None) -> Finding:
     )
 
 
-def _square_is_stronger(found: Audit) -> list[Finding]:
+def _square_is_stronger(found: Audit) -> list[Diagnostic]:
     if not _ran(found, BASE, SQUARE):
         return []
     difference, lower, upper = paired_difference(found.hits(BASE), found.hits(SQUARE))
     if difference < A_POINT:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="square-beats-pgd",
             severity="warn" if lower > 0 else "note",
             text=f"{SQUARE} leaves {_rate(found, SQUARE)} of {len(found.labels)} images, {BASE} {_rate(found, BASE)}, "
@@ -148,7 +150,7 @@ def _square_is_stronger(found: Audit) -> list[Finding]:
     ]
 
 
-def _still_falling(found: Audit) -> list[Finding]:
+def _still_falling(found: Audit) -> list[Diagnostic]:
     drops = {
         name: paired_difference(found.hits(BASE), found.hits(name))
         for name in (LONGER, RESTARTED)
@@ -158,7 +160,7 @@ def _still_falling(found: Audit) -> list[Finding]:
     if not figures:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="not-converged",
             severity="note",
             text=f"{BASE} leaves {_rate(found, BASE)} of {len(found.labels)} images, {'; '.join(figures)}: more work "
@@ -168,11 +170,11 @@ def _still_falling(found: Audit) -> list[Finding]:
     ]
 
 
-def _robust_far_away(found: Audit) -> list[Finding]:
+def _robust_far_away(found: Audit) -> list[Diagnostic]:
     if not _ran(found, BASE) or found.average(BASE) <= NEAR_ZERO:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="robust-at-large-radius",
             severity="warn",
             text=f"At radius {found.threat.eps:.3g} ({found.threat.norm}), where an image can become any grey, {BASE} "

@@ -1,4 +1,4 @@
-"""Findings: what a reader of an audit should know before quoting its numbers. All pure, from the predictions alone.
+"""Diagnostics: what a reader of an audit should know before quoting its numbers. All pure, from the predictions alone.
 
 The main one is flattery. PGD climbs the cross-entropy, and on flat logits, as unit head norms make them, that gradient
 points less well to the nearest boundary than a margin does. Published PGD-AT on CIFAR-10 shows 53.9 % under PGD-20 and
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from robustfair.attacks.named import CROSS_ENTROPY
-from robustfair.evaluate.audit import CLEAN, Audit, shortfall
 from robustfair.evaluate.compare import check_comparable
-from robustfair.evaluate.diagnostics.diagnostic import LEAST_SKILL, Finding, paired_difference
+from robustfair.evaluate.diagnostics.base import LEAST_SKILL, Diagnostic, paired_difference
+from robustfair.evaluate.result import CLEAN, Audit, shortfall
 from robustfair.metrics import FEW_IMAGES
 
 FLATTERY_NOTED = 0.01
@@ -44,12 +44,12 @@ WITHOUT_GRADIENTS = (
 _DRAWS = 2000
 
 
-def findings(audit: Audit) -> tuple[Finding, ...]:
-    """All findings on one audit, warnings first."""
+def diagnose(audit: Audit) -> tuple[Diagnostic, ...]:
+    """All diagnostics of one audit, warnings first."""
     for attack in audit.attacks:
         assert bool((audit.correct(attack) <= audit.correct(CLEAN)).all()), f"{attack} beats clean in a class"
     found = (
-        *(Finding(**found) for found in audit.provenance.get("checks", ())),
+        *(Diagnostic(**found) for found in audit.provenance.get("checks", ())),
         *_cut(audit),
         *_masked(audit),
         *_square_is_stronger(audit),
@@ -60,15 +60,15 @@ def findings(audit: Audit) -> tuple[Finding, ...]:
         *_few_images(audit),
         *_weak_attacks(audit),
     )
-    return tuple(sorted(found, key=lambda finding: finding.severity != "warn"))
+    return tuple(sorted(found, key=lambda diagnostic: diagnostic.severity != "warn"))
 
 
-def compare_findings(before: Audit, after: Audit) -> tuple[Finding, ...]:
-    """Findings on the change from `before` to `after`: gains under PGD that a stronger attack does not confirm.
+def diagnose_change(before: Audit, after: Audit) -> tuple[Diagnostic, ...]:
+    """Diagnostics of the change from `before` to `after`: gains under PGD that a stronger attack does not confirm.
 
     For every PGD attack of both audits the gain in average and in worst-class accuracy stands against that under the
-    attack of another goal that leaves `after` least. Where PGD shows at least a point more, beyond chance, it is a
-    finding: a warning if the other attack confirms less than half of the gain, else a note. Chance is a bootstrap over
+    attack of another goal that leaves `after` least. Where PGD shows at least a point more, beyond chance, it is
+    named: a warning if the other attack confirms less than half of the gain, else a note. Chance is a bootstrap over
     the images of each class, paired over models and attacks, from a fixed seed.
 
     Raises:
@@ -80,7 +80,7 @@ def compare_findings(before: Audit, after: Audit) -> tuple[Finding, ...]:
     others = [name for name in common if name != CLEAN and _goal(after, name) != CROSS_ENTROPY]
     if weak and not others:
         return (
-            Finding(
+            Diagnostic(
                 code="gain-unchecked",
                 severity="note",
                 text=f"The change is measured under {_listed(weak)} alone, which a repair of the head can flatter.",
@@ -93,10 +93,10 @@ def compare_findings(before: Audit, after: Audit) -> tuple[Finding, ...]:
         gains = _Gains.of(before, after, name, other)
         for measure in ("average", "worst class"):
             found += gains.judge(measure, name, other)
-    return tuple(sorted(found, key=lambda finding: finding.severity != "warn"))
+    return tuple(sorted(found, key=lambda diagnostic: diagnostic.severity != "warn"))
 
 
-def _flattered(audit: Audit) -> list[Finding]:
+def _flattered(audit: Audit) -> list[Diagnostic]:
     """PGD figures that another attack of the audit shows to be too high, beyond chance."""
     found = []
     for name in (name for name in audit.attacks if _climbs_cross_entropy(audit, name)):
@@ -115,7 +115,7 @@ def _flattered(audit: Audit) -> list[Finding]:
         if audit.head_norm_ratio < EQUAL_NORMS and _goal(audit, strongest) != CROSS_ENTROPY:
             text += " Head rows of equal norm flatten the logits, and flat logits flatter PGD."
         found.append(
-            Finding(
+            Diagnostic(
                 code="flattered-attack",
                 severity="warn" if excess >= FLATTERY_WARNED else "note",
                 text=text,
@@ -125,14 +125,14 @@ def _flattered(audit: Audit) -> list[Finding]:
     return found
 
 
-def _masked(audit: Audit) -> list[Finding]:
+def _masked(audit: Audit) -> list[Diagnostic]:
     """Images on which a gradient attack cannot move, whatever their robustness."""
     gradients = audit.provenance.get("input_gradients") or {"images": 0}
     for kind, words in (("zero", "zero"), ("not_finite", "not a finite number")):
         if gradients["images"] and gradients[kind] > MASKED_SHARE * gradients["images"]:
             share = _percent(gradients[kind] / gradients["images"])
             return [
-                Finding(
+                Diagnostic(
                     code="masked-gradient",
                     severity="warn",
                     text=f"On {share} of the images that are right when clean the gradient at the input is {words}: "
@@ -143,7 +143,7 @@ def _masked(audit: Audit) -> list[Finding]:
     return []
 
 
-def _square_is_stronger(audit: Audit) -> list[Finding]:
+def _square_is_stronger(audit: Audit) -> list[Diagnostic]:
     """Images that only Square broke, of those on which attacks by gradients had failed in the same strong attack."""
     found = []
     for attack in audit.broken_by:
@@ -159,19 +159,19 @@ def _square_is_stronger(audit: Audit) -> list[Finding]:
                     f"failed: {MISLEADING}"
                 )
                 found.append(
-                    Finding(code="square-beats-gradients", severity="warn", text=text, advice=WITHOUT_GRADIENTS)
+                    Diagnostic(code="square-beats-gradients", severity="warn", text=text, advice=WITHOUT_GRADIENTS)
                 )
     return found
 
 
-def _not_finite(audit: Audit) -> list[Finding]:
+def _not_finite(audit: Audit) -> list[Diagnostic]:
     """Attacked points without a prediction, which every attack counts as broken."""
     points = {name: about.get("not_finite", 0) for name, about in audit.settings.items()}
     named = [f"{name} met {count:,}" for name, count in points.items() if count]
     if not named:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="not-finite",
             severity="warn",
             text=f"At some attacked points the logits are no finite numbers: {_listed(named)}. Such images count as "
@@ -181,12 +181,12 @@ def _not_finite(audit: Audit) -> list[Finding]:
     ]
 
 
-def _cut(audit: Audit) -> list[Finding]:
+def _cut(audit: Audit) -> list[Diagnostic]:
     """Attacks that the time budget ended or left out."""
     if audit.complete:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="cut-short",
             severity="warn",
             text=f"Not all attacks ran to their end: {shortfall(audit.unfinished())}. Robust accuracies are upper "
@@ -196,13 +196,13 @@ def _cut(audit: Audit) -> list[Finding]:
     ]
 
 
-def _near_chance(audit: Audit) -> list[Finding]:
+def _near_chance(audit: Audit) -> list[Diagnostic]:
     chance = 1 / audit.num_classes
     skill = (audit.average(CLEAN) - chance) / (1 - chance)
     if skill >= LEAST_SKILL:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="clean-near-chance",
             severity="warn",
             text=f"Clean accuracy is {_percent(audit.average(CLEAN))}; chance is {_percent(chance)}.",
@@ -211,12 +211,12 @@ def _near_chance(audit: Audit) -> list[Finding]:
     ]
 
 
-def _no_images(audit: Audit) -> list[Finding]:
+def _no_images(audit: Audit) -> list[Diagnostic]:
     names = [name for name, n in zip(audit.class_names, audit.count().tolist(), strict=True) if n == 0]
     if not names:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="no-images",
             severity="warn",
             text=f"No images of {_listed(names)}: nothing is known about {_these(names)}.",
@@ -225,13 +225,13 @@ def _no_images(audit: Audit) -> list[Finding]:
     ]
 
 
-def _few_images(audit: Audit) -> list[Finding]:
+def _few_images(audit: Audit) -> list[Diagnostic]:
     counts = zip(audit.class_names, audit.count().tolist(), strict=True)
     names = [name for name, n in counts if 0 < n < FEW_IMAGES]
     if not names:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="few-images",
             severity="note",
             text=f"Fewer than {FEW_IMAGES} images of {_listed(names)}: the intervals of {_these(names)} are wide.",
@@ -240,13 +240,13 @@ def _few_images(audit: Audit) -> list[Finding]:
     ]
 
 
-def _weak_attacks(audit: Audit) -> list[Finding]:
+def _weak_attacks(audit: Audit) -> list[Diagnostic]:
     goals = {_goal(audit, name) for name in audit.attacks if name != CLEAN}
     if goals - {CROSS_ENTROPY}:
         return []
     attacks = [name for name in audit.attacks if name != CLEAN]
     return [
-        Finding(
+        Diagnostic(
             code="weak-attacks",
             severity="note",
             text=f"Only {_listed(attacks)} ran: an upper bound on robustness." if attacks else "No attack ran.",
@@ -281,8 +281,8 @@ class _Gains:
         draws = np.random.default_rng(0).multinomial(n, table / n[:, None], size=(_DRAWS, len(n)))
         return _Gains(table @ bits / n[:, None], draws @ bits / n[:, None], n / n.sum())
 
-    def judge(self, measure: str, name: str, other: str) -> list[Finding]:
-        """The finding on one measure, if there is one."""
+    def judge(self, measure: str, name: str, other: str) -> list[Diagnostic]:
+        """The diagnostic on one measure, if there is one."""
         was, now, other_was, other_now = self._reduce(self.measured, measure)
         gain, confirmed = now - was, other_now - other_was
         drawn = self._reduce(self.resampled, measure)
@@ -291,7 +291,7 @@ class _Gains:
         if gain < FLATTERY_NOTED or gain - confirmed < FLATTERY_NOTED or lower <= 0:
             return []
         return [
-            Finding(
+            Diagnostic(
                 code="unconfirmed-gain",
                 severity="warn" if confirmed < CONFIRMED_SHARE * gain else "note",
                 text=(

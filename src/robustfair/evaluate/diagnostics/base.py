@@ -1,4 +1,4 @@
-"""What a check of a model or of its audit says, and the measure of a difference that several of them share."""
+"""What may be wrong with a model or with its audit, and the measure of a difference that several of them share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LEAST_SKILL = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One remark on an audit.
+class Diagnostic:
+    """What a reader of an audit should know.
 
     Attributes:
         code: what it is about, stable: "flattered-attack", "unconfirmed-gain", "gain-unchecked", "clean-near-chance",

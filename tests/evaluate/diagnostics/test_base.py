@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from robustfair.evaluate.diagnostics.diagnostic import paired_difference
+from robustfair.evaluate.diagnostics.base import paired_difference
 
 
 def test_paired_difference_against_its_formula_and_its_coverage() -> None:
