@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.autoattack.base import Lanes, Passes, Search
+from robustfair.attacks.autoattack.base import Lanes, Search, SearchNetwork
 from robustfair.values import seeded_generator
 
 
@@ -97,7 +97,7 @@ def course() -> Callable[..., Course]:
         lanes = search.begin(scene.x, scene.y, target, rngs) if lanes is None else dict(lanes)
         found = Course([], [], [], dict(lanes))
         for _ in range(search.turns if turns is None else turns):
-            point, logits = search.turn(lanes, Passes(scene.model))
+            point, logits = search.turn(lanes, SearchNetwork(scene.model))
             found.points.append(point)
             found.logits.append(logits)
             found.lanes.append(dict(lanes))

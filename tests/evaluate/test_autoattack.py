@@ -864,7 +864,7 @@ def test_fab_searches_in_float32_by_itself_and_as_the_others_in_an_ensemble(
     monkeypatch.setattr(columns, "run_native", lambda *given, **named: seen.append(given[4]) or _stop())
     with pytest.raises(KeyboardInterrupt):
         audit(*small, attacks=name, eps=0.03)
-    assert seen[0].fine_precision == ("bf16" if low else "fp32")
+    assert seen[0].distance_precision == ("bf16" if low else "fp32")
     assert seen[0].precision == "bf16"
 
 

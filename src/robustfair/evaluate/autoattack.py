@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.autoattack.base import BF16_SLACK, Passes, into_ball
+from robustfair.attacks.autoattack.base import BF16_TOLERANCE, SearchNetwork, into_ball
 from robustfair.attacks.autoattack.engine import STANDS, Ensemble, Verdicts, Victims
 from robustfair.attacks.autoattack.named import Member, StrongAttack
 from robustfair.config import Precision
@@ -54,7 +54,7 @@ class Terms:
         seed: of its draws.
         lanes: images at a time.
         precision: of the searches; the verdict is always that of the model as given.
-        fine_precision: of FAB's, which measures distances to a boundary.
+        distance_precision: of FAB's, which measures distances to a boundary.
         deadline: `time.monotonic()` at which to stop; None never does.
         keep_points: keep where each image was broken.
     """
@@ -63,7 +63,7 @@ class Terms:
     seed: int
     lanes: int
     precision: Precision = "fp32"
-    fine_precision: Precision = "fp32"
+    distance_precision: Precision = "fp32"
     deadline: float | None = None
     keep_points: bool = False
 
@@ -94,20 +94,20 @@ def run_native(
     """
     searches = [member.search(terms.threat, data.num_classes, terms.seed) for member in attack.members]
     example = _pixels(data, torch.arange(min(len(data), 2), device=data.device))
-    passes = {
-        precision: _passes(model, precision, example, terms.lanes)
-        for precision in {terms.precision, terms.fine_precision}
+    networks = {
+        precision: _network(model, precision, example, terms.lanes)
+        for precision in {terms.precision, terms.distance_precision}
     }
     ensemble = Ensemble(
         model,
-        passes[terms.precision],
+        networks[terms.precision],
         Victims(images=lambda index: _pixels(data, index), labels=data.labels, keys=rows),
         searches,
         eps=terms.threat.eps,
         norm=terms.threat.norm,
         seed=derive_seed("strong", terms.seed, attack.name),
         lanes=terms.lanes,
-        fine=passes[terms.fine_precision],
+        distance_network=networks[terms.distance_precision],
         keep_points=terms.keep_points,
     )
     if state:
@@ -173,10 +173,10 @@ def run_reference(
     return _outcome(attack, found, ran), unfinished
 
 
-def _passes(model: nn.Module, precision: Precision, example: Tensor, room: int) -> Passes:
+def _network(model: nn.Module, precision: Precision, example: Tensor, capacity: int) -> SearchNetwork:
     if precision == "fp32":
-        return Passes(model, room=room)
-    return Passes(search_network(model, example), slack=BF16_SLACK, room=room)
+        return SearchNetwork(model, capacity=capacity)
+    return SearchNetwork(search_network(model, example), tolerance=BF16_TOLERANCE, capacity=capacity)
 
 
 def _pixels(data: ImageDataset, index: Tensor) -> Tensor:

@@ -251,7 +251,7 @@ class Sweeper:
             lanes=self._lanes(attack),
             keep_points=self.keep_points,
             precision=self.precisions["strong"],
-            fine_precision=self.precisions["strong" if len(attack.members) > 1 else "fab"],
+            distance_precision=self.precisions["strong" if len(attack.members) > 1 else "fab"],
             deadline=self.deadline,
         )
 

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from robustfair.attacks.autoattack.apgd import Apgd
-from robustfair.attacks.autoattack.base import BF16_SLACK, Passes, Search, distance
+from robustfair.attacks.autoattack.base import BF16_TOLERANCE, Search, SearchNetwork, distance
 from robustfair.attacks.autoattack.engine import STANDS, Ensemble, Verdicts, Victims
 from robustfair.attacks.autoattack.fab import Fab
 from robustfair.attacks.autoattack.named import Member
@@ -37,9 +37,9 @@ def searches(norm: Any, eps: float | None = None) -> list[Search]:
     ]
 
 
-def ensemble_on(scene: Any, attacks: list[Search], *, lanes: int = 4, passes: Passes | None = None) -> Ensemble:
+def ensemble_on(scene: Any, attacks: list[Search], *, lanes: int = 4, network: SearchNetwork | None = None) -> Ensemble:
     victims = Victims(images=lambda rows: scene.x[rows], labels=scene.y, keys=torch.arange(len(scene.y)) + 100)
-    network = passes or Passes(scene.model)
+    network = network or SearchNetwork(scene.model)
     eps, norm = attacks[0].eps, attacks[0].norm  # type: ignore[attr-defined]
     return Ensemble(scene.model, network, victims, attacks, eps=eps, norm=norm, seed=5, lanes=lanes)
 
@@ -71,7 +71,7 @@ def test_verdicts_do_not_depend_on_the_other_examples(scene: Build, norm: str) -
     half = ensemble_on(many, searches(norm))
     rows = torch.tensor([7, 2, 9])
     half.victims = Victims(images=lambda at: many.x[rows[at]], labels=many.y[rows], keys=rows + 100)
-    part = Ensemble(many.model, half.passes, half.victims, half.searches, eps=EPS[norm], norm=norm, seed=5, lanes=2)
+    part = Ensemble(many.model, half.network, half.victims, half.searches, eps=EPS[norm], norm=norm, seed=5, lanes=2)
     found = part.run()
     assert torch.equal(found.prediction, whole.prediction[rows])
     assert torch.equal(found.broken_by, whole.broken_by[rows])
@@ -143,8 +143,8 @@ def test_every_point_is_in_ball_and_box_and_misclassified(
     clean = many.x.clone()
     members = [Member(kind=kind, steps=3, targets=4, restarts=2, queries=8) for kind in kinds]
     attacks = [member.search(Threat(norm=norm, eps=eps), classes, seed) for member in members]
-    passes = Passes(InPrecision(many.model, "bf16", "cpu"), BF16_SLACK) if bf16 else None
-    verdicts = ensemble_on(many, attacks, lanes=lanes, passes=passes).run()
+    network = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), BF16_TOLERANCE) if bf16 else None
+    verdicts = ensemble_on(many, attacks, lanes=lanes, network=network).run()
     assert torch.equal(many.x, clean)
     broken = (verdicts.broken_by != STANDS).nonzero().squeeze(1).tolist()
     assert sorted(verdicts.points) == broken
@@ -209,7 +209,7 @@ def grey(scene: Build) -> Any:
 def test_what_is_broken_is_never_searched_again(grey: Any) -> None:
     watched = Watched(grey.model)
     near = [search for search in searches("linf", 0.03) if not isinstance(search, Fab)]
-    ensemble = ensemble_on(grey, near, lanes=2, passes=Passes(watched))
+    ensemble = ensemble_on(grey, near, lanes=2, network=SearchNetwork(watched))
     broken_at: dict[int, int] = {}
 
     def note(running: Ensemble) -> bool:
@@ -279,8 +279,8 @@ def test_fewer_classes_than_targets(scene: Build) -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_bf16_breaks_only_what_float32_confirms(scene: Build, norm: str) -> None:
     many = scene(40, classes=10, size=(8, 8), seed=6, dtype=torch.float32).one_by_one()
-    low = Passes(InPrecision(many.model, "bf16", "cpu"), BF16_SLACK)
-    found, full = ensemble_on(many, searches(norm), passes=low).run(), ensemble_on(many, searches(norm)).run()
+    low = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), BF16_TOLERANCE)
+    found, full = ensemble_on(many, searches(norm), network=low).run(), ensemble_on(many, searches(norm)).run()
     assert len(found.points) > 5
     for row, point in found.points.items():
         assert int(many.model(point[None]).argmax()) == found.prediction[row] != many.y[row]
@@ -290,16 +290,16 @@ def test_bf16_breaks_only_what_float32_confirms(scene: Build, norm: str) -> None
 
 def test_a_search_that_lies_breaks_nothing(scene: Build) -> None:
     many = scene(10, classes=4)
-    lying = Passes(lambda x: -many.model(x))
+    lying = SearchNetwork(lambda x: -many.model(x))
     still = [Square(name="square", eps=1e-9, norm="linf", queries=3)]
-    assert (ensemble_on(many, still, passes=lying).run().broken_by == STANDS).all()
+    assert (ensemble_on(many, still, network=lying).run().broken_by == STANDS).all()
 
 
 def test_a_search_without_numbers_still_asks_the_exact_model(scene: Build) -> None:
     """A network that overflows tells nothing: every point is a suspect."""
     many = scene(10, classes=4, seed=7)
-    blind = Passes(lambda x: many.model(x) * torch.nan)
-    verdicts = ensemble_on(many, [Square(name="square", eps=0.3, norm="linf", queries=3)], passes=blind).run()
+    blind = SearchNetwork(lambda x: many.model(x) * torch.nan)
+    verdicts = ensemble_on(many, [Square(name="square", eps=0.3, norm="linf", queries=3)], network=blind).run()
     assert verdicts.not_finite == 0
     assert len(verdicts.points) > 0
 
@@ -372,14 +372,14 @@ def test_without_victims_it_ends_at_once(scene: Build) -> None:
 def test_a_model_of_the_wrong_shape_is_an_error(scene: Build) -> None:
     few = scene(3)
     ensemble = ensemble_on(
-        replace(few, model=lambda x: few.model(x).amax(1)), searches("linf"), passes=Passes(few.model)
+        replace(few, model=lambda x: few.model(x).amax(1)), searches("linf"), network=SearchNetwork(few.model)
     )
     with pytest.raises(ModelError, match="logits"):
         ensemble.run()
 
 
-def test_only_fab_sees_the_fine_passes(scene: Build) -> None:
-    class Counted(Passes):
+def test_only_fab_sees_the_distance_network(scene: Build) -> None:
+    class Counted(SearchNetwork):
         calls = 0
 
         def gradient(self, *given: Any) -> tuple[Tensor, Tensor]:
@@ -387,10 +387,12 @@ def test_only_fab_sees_the_fine_passes(scene: Build) -> None:
             return super().gradient(*given)
 
     held = scene(8, seed=2)
-    plain, fine = Counted(held.model), Counted(held.model)
-    for attack, used in ((searches("linf")[0], plain), (searches("linf")[2], fine)):
-        before = plain.calls + fine.calls
+    plain, distance = Counted(held.model), Counted(held.model)
+    for attack, used in ((searches("linf")[0], plain), (searches("linf")[2], distance)):
+        before = plain.calls + distance.calls
         victims = Victims(images=lambda rows: held.x[rows], labels=held.y, keys=torch.arange(len(held.y)))
         eps, norm = EPS["linf"], "linf"
-        Ensemble(held.model, plain, victims, [attack], eps=eps, norm=norm, seed=0, lanes=8, fine=fine).run()
-        assert used.calls == plain.calls + fine.calls - before > 0
+        Ensemble(
+            held.model, plain, victims, [attack], eps=eps, norm=norm, seed=0, lanes=8, distance_network=distance
+        ).run()
+        assert used.calls == plain.calls + distance.calls - before > 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reference import strong_attacks as reference
 from robustfair.attacks.autoattack import square
-from robustfair.attacks.autoattack.base import Passes, margins
+from robustfair.attacks.autoattack.base import SearchNetwork, margins
 from robustfair.attacks.autoattack.square import Draws, Square, bump, stripes, tiles
 from robustfair.values import seeded_generator
 
@@ -106,14 +106,14 @@ def test_judging_ahead_meets_the_same_points(
         none = (1e6 * x.sum((1, 2, 3), keepdim=True)).flatten(1).remainder(1) < 0.1
         return torch.where(none & torch.tensor(gaps), torch.nan, few.model(x))
 
-    def run(room: int) -> tuple[dict[str, Tensor], list[list[tuple[int, float]]], int]:
+    def run(capacity: int) -> tuple[dict[str, Tensor], list[list[tuple[int, float]]], int]:
         """The lanes at the end, of each lane the queries that it kept or that had no margin, and the passes."""
         rngs = [seeded_generator("cpu", 0, row) for row in range(5)]
         lanes = search.begin(few.x, few.y, torch.zeros_like(few.y), rngs)
-        passes, turns, kept = Passes(model, room=room), 0, [[] for _ in range(5)]
+        network, turns, kept = SearchNetwork(model, capacity=capacity), 0, [[] for _ in range(5)]
         while int(lanes["judged"].min()) < search.turns:
             before = lanes["margin"].clone()
-            point, logits = search.turn(lanes, passes)
+            point, logits = search.turn(lanes, network)
             turns += 1
             torch.testing.assert_close(model(point), logits, rtol=0, atol=1e-12, equal_nan=True)
             for row in range(5):
@@ -122,7 +122,7 @@ def test_judging_ahead_meets_the_same_points(
                     assert torch.equal(point[row], lanes["point"][row])
                 elif logits[row].isnan().any() and int(lanes["judged"][row]) < search.turns:
                     kept[row].append((int(lanes["judged"][row]), 0.0))
-            if room:  # a lane that is through waits for the others, as it would not in an ensemble
+            if capacity:  # a lane that is through waits for the others, as it would not in an ensemble
                 assert int((lanes["turns"] + turns - lanes["judged"]).abs().max()) == 0
         return lanes, kept, turns
 
@@ -149,15 +149,15 @@ def test_judging_ahead_passes_over_no_point_that_the_exact_model_is_asked_about(
         large = torch.sin(1e4 * x.sum((1, 2, 3))) > 0.9
         return x.flatten(1) @ weight + 10 * large[:, None]
 
-    def asked(room: int) -> list[list[int]]:
+    def asked(capacity: int) -> list[list[int]]:
         y = model(x).argmax(1)
         lanes = search.begin(x, y, torch.zeros_like(y), [seeded_generator("cpu", 0, row) for row in range(20)])
-        passes, found = Passes(model, slack=2**-6, room=room), [[] for _ in range(20)]
+        network, found = SearchNetwork(model, tolerance=2**-6, capacity=capacity), [[] for _ in range(20)]
         while int(lanes["judged"].min()) < search.turns:
             waits = lanes["judged"] >= search.turns
-            _, logits = search.turn(lanes, passes)
+            _, logits = search.turn(lanes, network)
             margin = margins(logits, y)
-            near = (margin >= -passes.slack * logits.abs().amax(1)) & (margin > lanes["tested"]) & ~waits
+            near = (margin >= -network.tolerance * logits.abs().amax(1)) & (margin > lanes["tested"]) & ~waits
             lanes["tested"] = torch.where(near, margin, lanes["tested"])
             for row in near.nonzero().flatten().tolist():
                 found[row].append(int(lanes["judged"][row]))
@@ -321,9 +321,9 @@ def test_images_of_any_size(channels: int, height: int, width: int, norm: str, o
     x = torch.rand(2, channels, height, width, generator=seeded_generator("cpu", seed))
     y = torch.zeros(2, dtype=torch.long)
     lanes = search.begin(x, y, y, [seeded_generator("cpu", seed, row) for row in range(2)])
-    passes = Passes(lambda z: torch.stack([z.flatten(1).sum(1), 1 - z[:, 0, 0, 0]], 1))
+    network = SearchNetwork(lambda z: torch.stack([z.flatten(1).sum(1), 1 - z[:, 0, 0, 0]], 1))
     for _ in range(search.turns):
-        point, _ = search.turn(lanes, passes)
+        point, _ = search.turn(lanes, network)
         apart = (point - x).flatten(1)
         assert (apart.abs().amax() if norm == "linf" else apart.norm(dim=1).amax()) <= EPS[norm] + 1e-6
         assert point.min() >= 0

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustfair.attacks.autoattack.base import Lanes, Passes
+from robustfair.attacks.autoattack.base import Lanes, SearchNetwork
 from robustfair.attacks.pgd import per_pixel
 from robustfair.config import Norm
 from robustfair.losses import cross_entropy
@@ -86,7 +86,7 @@ class Apgd:
     rho: float = 0.75
 
     cost = 2
-    fine = False
+    measures_distance = False
 
     @property
     def turns(self) -> int:
@@ -124,10 +124,10 @@ class Apgd:
             "judged": torch.zeros_like(y),
         }
 
-    def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
+    def turn(self, lanes: Lanes, network: SearchNetwork) -> tuple[Tensor, Tensor]:
         """Judge the points and step on from them."""
         point = lanes["point"]
-        logits, gradient = passes.gradient(point, LOSSES[self.loss], lanes["y"], lanes["target"])
+        logits, gradient = network.gradient(point, LOSSES[self.loss], lanes["y"], lanes["target"])
         loss = LOSSES[self.loss](logits, lanes["y"], lanes["target"])
         first = lanes["judged"] == 0
         self._remember(lanes, loss, gradient, first)

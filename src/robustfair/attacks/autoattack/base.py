@@ -20,23 +20,23 @@ Lanes = dict[str, Tensor]
 """State of all lanes, a row (L, ...) each; "x" and "y" are the example."""
 Loss = Callable[..., Tensor]
 """From logits (L, K) and columns (L,) of integers to values (L,)."""
-BF16_SLACK = 2.0**-6
+BF16_TOLERANCE = 2.0**-6
 """Share of the largest logit by which a bf16 margin may be wrong: two roundings to 8 bits, and as much again."""
 
 
-class Passes:
-    """The network as a search calls it: logits, and gradients of the images.
+class SearchNetwork:
+    """The network that a search attacks: its logits, and its gradients with respect to the images.
 
     Args:
         model: (L, C, H, W) -> logits (L, K), float32 at least.
-        slack: share of the largest logit by which its margins may differ from the exact model's.
-        room: images that a pass may take; a search may use what its lanes leave of it.
+        tolerance: share of the largest logit by which its margins may differ from the exact model's.
+        capacity: images that a pass may take; a search may use what its lanes leave of it.
     """
 
-    def __init__(self, model: Model, slack: float = 0.0, room: int = 0) -> None:
+    def __init__(self, model: Model, tolerance: float = 0.0, capacity: int = 0) -> None:
         self.model = model
-        self.slack = slack
-        self.room = room
+        self.tolerance = tolerance
+        self.capacity = capacity
 
     def suspects(self, logits: Tensor, margin: Tensor, tested: Tensor) -> Tensor:
         """(L,) where the exact model is to be asked: it may be wrong there, or the logits are no numbers.
@@ -45,7 +45,7 @@ class Passes:
             margin: (L,) of `logits` (L, K).
             tested: (L,) largest margin that it was asked about before; below it only a wrong class is new.
         """
-        near = margin >= -self.slack * logits.abs().amax(1)
+        near = margin >= -self.tolerance * logits.abs().amax(1)
         return near & ((margin > tested) | (margin >= 0)) | ~logits.isfinite().all(1)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Search(Protocol):
         ...
 
     @property
-    def fine(self) -> bool:
+    def measures_distance(self) -> bool:
         """Whether it measures distances to a boundary, which low precision blurs."""
         ...
 
@@ -115,7 +115,7 @@ class Search(Protocol):
         """
         ...
 
-    def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
+    def turn(self, lanes: Lanes, network: SearchNetwork) -> tuple[Tensor, Tensor]:
         """Move all lanes by one iteration: a point of each lane (L, C, H, W) and the logits (L, K) there.
 
         A search that moves some by several, as if one after another, counts those beyond the first in "turns".

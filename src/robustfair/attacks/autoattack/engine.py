@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustfair.attacks.autoattack.base import Lanes, Passes, Search, distance, into_ball, margins
+from robustfair.attacks.autoattack.base import Lanes, Search, SearchNetwork, distance, into_ball, margins
 from robustfair.attacks.pgd import predicted
 from robustfair.config import Norm
 from robustfair.errors import ModelError
@@ -118,8 +118,8 @@ class Ensemble:
 
     Args:
         exact: the model as given, in eval mode; its word breaks an example.
-        passes: the network that the searches see.
-        fine: what those see that measure distances to a boundary, where it is another.
+        network: the network that the searches see.
+        distance_network: what those see that measure distances to a boundary, where it is another.
         keep_points: keep where each example was broken.
         searches: in order.
         eps, norm: the ball.
@@ -130,7 +130,7 @@ class Ensemble:
     def __init__(
         self,
         exact: Model,
-        passes: Passes,
+        network: SearchNetwork,
         victims: Victims,
         searches: Sequence[Search],
         *,
@@ -138,11 +138,11 @@ class Ensemble:
         norm: Norm,
         seed: int,
         lanes: int,
-        fine: Passes | None = None,
+        distance_network: SearchNetwork | None = None,
         keep_points: bool = True,
     ) -> None:
-        self.exact, self.passes, self.victims, self.searches = exact, passes, victims, tuple(searches)
-        self.fine, self.keep_points = passes if fine is None else fine, keep_points
+        self.exact, self.network, self.victims, self.searches = exact, network, victims, tuple(searches)
+        self.distance_network, self.keep_points = network if distance_network is None else distance_network, keep_points
         self.eps, self.norm, self.seed, self.most = eps, norm, seed, lanes
         self.verdicts = Verdicts.none_on(victims.labels)
         self.broken_in = torch.full_like(self.verdicts.broken_by, NEVER)
@@ -270,10 +270,10 @@ class Ensemble:
 
     def _turn(self, search: Search) -> None:
         lanes = self.lanes
-        passes = self.fine if search.fine else self.passes
-        point, logits = search.turn(lanes, passes)
+        network = self.distance_network if search.measures_distance else self.network
+        point, logits = search.turn(lanes, network)
         margin = margins(logits, lanes["y"])
-        suspect = passes.suspects(logits, margin, lanes["tested"])
+        suspect = network.suspects(logits, margin, lanes["tested"])
         lanes["turns"] = lanes["turns"] + 1
         leaves = lanes["turns"] >= search.turns
         rows = suspect.nonzero().squeeze(1)

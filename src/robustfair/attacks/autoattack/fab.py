@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from robustfair.attacks.autoattack.base import Lanes, Passes
+from robustfair.attacks.autoattack.base import Lanes, SearchNetwork
 from robustfair.attacks.pgd import per_pixel
 from robustfair.config import Norm
 
@@ -53,7 +53,7 @@ class Fab:
     beta: float = 0.9
 
     cost = 3
-    fine = True
+    measures_distance = True
 
     @property
     def turns(self) -> int:
@@ -72,10 +72,10 @@ class Fab:
             "point": torch.stack(starts),
         }
 
-    def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
+    def turn(self, lanes: Lanes, network: SearchNetwork) -> tuple[Tensor, Tensor]:
         """Step from the points, judge where that leads, and draw back what is of another class."""
         x, point = lanes["x"], lanes["point"]
-        apart, normal = self._tie(lanes, passes)
+        apart, normal = self._tie(lanes, network)
         offset = (normal * point).sum((1, 2, 3)) - apart
         from_point = project(point, normal, offset, self.norm)
         from_image = project(x, normal, offset, self.norm)
@@ -83,18 +83,18 @@ class Fab:
         share = per_pixel((a / (a + b)).clamp(0, self.alpha), x)
         ahead = (1 - share) * (point + self.eta * from_point) + share * (x + self.eta * from_image)
         ahead = ahead.clamp(0, 1)
-        logits = passes.logits(ahead)
+        logits = network.logits(ahead)
         wrong = per_pixel(logits.argmax(1) != lanes["y"], x)
         lanes["point"] = torch.where(wrong, x + self.beta * (ahead - x), ahead)
         return ahead, logits
 
-    def _tie(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
+    def _tie(self, lanes: Lanes, network: SearchNetwork) -> tuple[Tensor, Tensor]:
         """By how much the other class leads (L,), and the gradient of that (L, C, H, W)."""
         y, target, point = lanes["y"], lanes["target"], lanes["point"]
         if self.targeted:
-            logits, gradient = passes.gradient(point, lead, y, target)
+            logits, gradient = network.gradient(point, lead, y, target)
             return lead(logits, y, target), gradient
-        logits, gradients = passes.jacobian(point)
+        logits, gradients = network.jacobian(point)
         rows = torch.arange(len(y), device=y.device)
         apart = logits - logits[rows, y][:, None]
         normals = gradients - gradients[rows, y][:, None]
@@ -146,19 +146,19 @@ def project(point: Tensor, normal: Tensor, offset: Tensor, norm: Norm) -> Tensor
     towards = -normal * per_pixel(torch.where(gap < 0, -1.0, 1.0).to(point), point)
     if norm == "l2":
         towards = hardshrink(towards, FLAT)
-    room, steep = torch.where(towards < 0, point, 1 - point), towards.abs()
+    limit, steep = torch.where(towards < 0, point, 1 - point), towards.abs()
     rate, rise = (1.0, steep) if norm == "linf" else (steep, steep * steep)
     gap = gap.abs()
-    out_of_reach = (steep * room).sum((1, 2, 3)) < gap
+    out_of_reach = (steep * limit).sum((1, 2, 3)) < gap
     multiplier = torch.zeros_like(gap)
     every = 1 if point.device.type == "cpu" else LOOK_EVERY
     for step in range(MOST_SEGMENTS):
         moved = per_pixel(multiplier, point) * rate
-        slope = torch.where(moved < room, rise, 0.0).sum((1, 2, 3))
-        missing = gap - (steep * torch.minimum(moved, room)).sum((1, 2, 3))
+        slope = torch.where(moved < limit, rise, 0.0).sum((1, 2, 3))
+        missing = gap - (steep * torch.minimum(moved, limit)).sum((1, 2, 3))
         short = (missing > 4 * torch.finfo(gap.dtype).eps * gap) & (slope > 0) & ~out_of_reach
         if step % every == every - 1 and not short.any():
             break
         multiplier = torch.where(short, multiplier + missing / slope, multiplier)
-    moved = torch.minimum(per_pixel(multiplier, point) * rate, room)
-    return towards.sign() * torch.where(per_pixel(out_of_reach, point), room, moved)
+    moved = torch.minimum(per_pixel(multiplier, point) * rate, limit)
+    return towards.sign() * torch.where(per_pixel(out_of_reach, point), limit, moved)

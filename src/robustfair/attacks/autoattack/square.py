@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustfair.attacks.autoattack.base import Lanes, Passes, margins
+from robustfair.attacks.autoattack.base import Lanes, SearchNetwork, margins
 from robustfair.attacks.pgd import per_pixel
 from robustfair.config import Norm
 from robustfair.values import seeded_generator
@@ -82,7 +82,7 @@ class Square:
     seed: int = 0
 
     cost = 1
-    fine = False
+    measures_distance = False
     targeted = False
 
     @property
@@ -115,19 +115,19 @@ class Square:
                 lanes["turned"] = torch.stack([draw.turned for draw in own]).to(x.device)
         return lanes
 
-    def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
+    def turn(self, lanes: Lanes, network: SearchNetwork) -> tuple[Tensor, Tensor]:
         """Judge candidates of every lane, up to the first that is kept: the margin grows, or the class is wrong.
 
-        A candidate is drawn from the best point, which few of them change. Where a pass has room the candidates of the
-        next queries are therefore judged with it, and those behind the first that is kept, or that the exact model is
+        A candidate is drawn from the best point, which few of them change. Where the capacity allows it, the candidates
+        of the next queries are therefore judged with it, and those behind the first that is kept, or that the exact model is
         to be asked about, are forgotten: what a lane meets is the same as one query at a time.
         """
         rows = torch.arange(len(lanes["y"]), device=lanes["y"].device)
-        ahead = self._ahead(lanes, passes)
+        ahead = self._ahead(lanes, network)
         candidates = self._candidates(lanes, rows, ahead)
-        logits = passes.logits(candidates)
+        logits = network.logits(candidates)
         margin = margins(logits, lanes["y"].repeat_interleave(ahead))
-        asked = passes.suspects(logits, margin, lanes["tested"].repeat_interleave(ahead)).view(-1, ahead)
+        asked = network.suspects(logits, margin, lanes["tested"].repeat_interleave(ahead)).view(-1, ahead)
         margin = margin.view(-1, ahead)
         better = (margin > lanes["margin"][:, None]) | (margin >= 0)
         last = (self.queries - lanes["judged"]).clamp_max(ahead - 1)
@@ -157,13 +157,13 @@ class Square:
         lanes["stops"] = MEMORY * lanes["stops"] + stopped
         lanes["asked"] = MEMORY * lanes["asked"] + at + 1
 
-    def _ahead(self, lanes: Lanes, passes: Passes) -> int:
-        """Queries to judge at a time: what a pass has room for, so few that hardly any are forgotten."""
-        room = passes.room // len(lanes["y"])
-        if room <= 1:
+    def _ahead(self, lanes: Lanes, network: SearchNetwork) -> int:
+        """Queries to judge at a time: what the capacity allows, so few that hardly any are forgotten."""
+        capacity = network.capacity // len(lanes["y"])
+        if capacity <= 1:
             return 1
         share = float(lanes["stops"].sum() / lanes["asked"].sum())
-        return min(room, 1 + int(2 * FORGOTTEN / max(share, 1 / self.queries)), self.queries)
+        return min(capacity, 1 + int(2 * FORGOTTEN / max(share, 1 / self.queries)), self.queries)
 
     def _candidates(self, lanes: Lanes, rows: Tensor, ahead: int) -> Tensor:
         """(L ahead, C, H, W) what the next queries of each lane judge, the start before the first of them."""
