@@ -52,7 +52,7 @@ DENSE_SCHEMA = "robustfair.audit/1"
 CLEAN, ROBUST = "clean", "robust"
 BATCH_SIZE = 250
 """Images at a time by default: one number for all hardware, since a random start depends on its batch."""
-CUDA_LANES = 1000
+CUDA_AUTOATTACK_BATCH = 1000
 """Images at a time by default for the AutoAttack family on a GPU, where nothing depends on it."""
 
 SearchPrecision = Literal["auto", "fp32", "bf16"]
@@ -530,9 +530,9 @@ def audit(
         for attack in _strong(suite):
             require_reference(attack, data.num_classes)
     _warn_of_few_classes(suite, data.num_classes)
-    lanes = CUDA_LANES if batch_size is None and device.type == "cuda" else asked
+    at_once = CUDA_AUTOATTACK_BATCH if batch_size is None and device.type == "cuda" else asked
     gradient = any(attack.needs_gradient for attack in suite)
-    fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else lanes
+    fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else at_once
     size = min(asked, fit)
     suspected = suspect_model(model, dataset, device, batch_size=size) if checks else []
     precisions = search_precisions(precision if engine == "native" else "fp32", device)
@@ -542,7 +542,7 @@ def audit(
         data=data,
         threat=limits,
         batch_size=size,
-        lanes=min(lanes, fit),
+        autoattack_batch_size=min(at_once, fit),
         seed=seed,
         precisions=precisions,
         engine=engine,

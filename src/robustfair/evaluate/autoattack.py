@@ -52,7 +52,7 @@ class Terms:
     Attributes:
         threat: norm and radius.
         seed: of its draws.
-        lanes: images at a time.
+        batch_size: searches at a time.
         precision: of the searches; the verdict is always that of the model as given.
         distance_precision: of FAB's, which measures distances to a boundary.
         deadline: `time.monotonic()` at which to stop; None never does.
@@ -61,7 +61,7 @@ class Terms:
 
     threat: Threat
     seed: int
-    lanes: int
+    batch_size: int
     precision: Precision = "fp32"
     distance_precision: Precision = "fp32"
     deadline: float | None = None
@@ -95,7 +95,7 @@ def run_native(
     searches = [member.search(terms.threat, data.num_classes, terms.seed) for member in attack.members]
     example = _pixels(data, torch.arange(min(len(data), 2), device=data.device))
     networks = {
-        precision: _network(model, precision, example, terms.lanes)
+        precision: _network(model, precision, example, terms.batch_size)
         for precision in {terms.precision, terms.distance_precision}
     }
     ensemble = Ensemble(
@@ -106,7 +106,7 @@ def run_native(
         eps=terms.threat.eps,
         norm=terms.threat.norm,
         seed=derive_seed("strong", terms.seed, attack.name),
-        lanes=terms.lanes,
+        batch_size=terms.batch_size,
         distance_network=networks[terms.distance_precision],
         keep_points=terms.keep_points,
     )
@@ -180,7 +180,7 @@ def _network(model: nn.Module, precision: Precision, example: Tensor, capacity: 
 
 
 def _pixels(data: ImageDataset, index: Tensor) -> Tensor:
-    """Images in [0, 1], in the layout that convolutions are fastest in; so are the points of all lanes then."""
+    """Images in [0, 1], in the layout that convolutions are fastest in; so are the points of all searches then."""
     return (data.images[index].float() / 255).contiguous(memory_format=torch.channels_last)
 
 
@@ -217,7 +217,7 @@ def _reference_member(
     images = standing.images.float() / 255
     with torch.random.fork_rng(devices=[standing.device] if standing.device.type == "cuda" else []):
         engine = _reference_engine(member, model, standing, terms)
-        x_adv, y_adv = engine.run_standard_evaluation(images, standing.labels, batch_size=terms.lanes)
+        x_adv, y_adv = engine.run_standard_evaluation(images, standing.labels, batch_size=terms.batch_size)
     for at in (y_adv != standing.labels).nonzero().squeeze(1).tolist():
         example = int(rows[at])
         found.prediction[example] = int(y_adv[at])

@@ -147,7 +147,7 @@ class Sweeper:
         data: the images.
         threat: norm, radius and step that all attacks share.
         batch_size: images at a time.
-        lanes: searches of a strong attack at a time.
+        autoattack_batch_size: searches of an AutoAttack member at a time.
         seed: of random starts.
         precisions: "pgd", "strong" and "fab" -> precision that these attacks search in. FAB alone was found weaker in
             bf16; in an ensemble APGD has gone before it, and it searches as the others do.
@@ -161,7 +161,7 @@ class Sweeper:
     data: ImageDataset
     threat: Threat
     batch_size: int
-    lanes: int
+    autoattack_batch_size: int
     seed: int
     precisions: Mapping[str, Precision]
     engine: Engine = "native"
@@ -170,7 +170,7 @@ class Sweeper:
     on_progress: Progress | None = None
 
     def run(self, suite: Sequence[AnyAttack], journal: Journal | None = None, *, keep_journal: bool = False) -> Columns:
-        """All attacks of `suite`, which begins with clean, as far as time goes: a turn of one at least."""
+        """All attacks of `suite`, which begins with clean, as far as time goes: an iteration of one at least."""
         found, known = Columns(), {} if journal is None else journal.read()
         labels = self.data.labels.cpu()
         survivors, rows = self.data, torch.arange(len(self.data))
@@ -248,7 +248,7 @@ class Sweeper:
         terms = Terms(
             threat=self.threat,
             seed=self.seed,
-            lanes=self._lanes(attack),
+            batch_size=self._autoattack_batch_size(attack),
             keep_points=self.keep_points,
             precision=self.precisions["strong"],
             distance_precision=self.precisions["strong" if len(attack.members) > 1 else "fab"],
@@ -369,12 +369,12 @@ class Sweeper:
         at.not_finite += int((~logits.isfinite()).any(1).sum())
         at.done += len(logits)
 
-    def _lanes(self, attack: StrongAttack) -> int:
+    def _autoattack_batch_size(self, attack: StrongAttack) -> int:
         """Searches at a time: fewer where one holds the gradients of every class."""
         if all(member.kind != "fab" for member in attack.members):
-            return self.lanes
+            return self.autoattack_batch_size
         each = JACOBIANS * 4 * self.data.num_classes * self.data.images[0].numel()
-        return max(1, min(self.lanes, CPU_BUDGET // (2 * each)))
+        return max(1, min(self.autoattack_batch_size, CPU_BUDGET // (2 * each)))
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline

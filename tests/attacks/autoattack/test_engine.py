@@ -31,17 +31,19 @@ def searches(norm: Any, eps: float | None = None) -> list[Search]:
     ball = {"eps": EPS[norm] if eps is None else eps, "norm": norm}
     return [
         Apgd(name="apgd-ce", loss="ce", steps=4, **ball),
-        Apgd(name="apgd-t", loss="dlr-targeted", steps=5, rounds=3, **ball),
-        Fab(name="fab-t", targeted=True, steps=5, rounds=3, **ball),
-        Square(name="square", queries=12, rounds=2, **ball),
+        Apgd(name="apgd-t", loss="dlr-targeted", steps=5, restarts=3, **ball),
+        Fab(name="fab-t", targeted=True, steps=5, restarts=3, **ball),
+        Square(name="square", queries=12, restarts=2, **ball),
     ]
 
 
-def ensemble_on(scene: Any, attacks: list[Search], *, lanes: int = 4, network: SearchNetwork | None = None) -> Ensemble:
+def ensemble_on(
+    scene: Any, attacks: list[Search], *, batch_size: int = 4, network: SearchNetwork | None = None
+) -> Ensemble:
     victims = Victims(images=lambda rows: scene.x[rows], labels=scene.y, keys=torch.arange(len(scene.y)) + 100)
     network = network or SearchNetwork(scene.model)
     eps, norm = attacks[0].eps, attacks[0].norm  # type: ignore[attr-defined]
-    return Ensemble(scene.model, network, victims, attacks, eps=eps, norm=norm, seed=5, lanes=lanes)
+    return Ensemble(scene.model, network, victims, attacks, eps=eps, norm=norm, seed=5, batch_size=batch_size)
 
 
 def assert_same(one: Verdicts, two: Verdicts) -> None:
@@ -54,14 +56,14 @@ def assert_same(one: Verdicts, two: Verdicts) -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_verdicts_do_not_depend_on_the_number_of_lanes(scene: Build, norm: str, number: int) -> None:
-    """With many lanes all rounds of an example run side by side, with one they follow each other."""
+def test_verdicts_do_not_depend_on_the_batch_size(scene: Build, norm: str, number: int) -> None:
+    """In a large batch all restarts of an example run side by side, in one of one they follow each other."""
     many = scene(16, seed=1).one_by_one()
     attack = searches(norm, 2 * EPS[norm])[number]
-    alone = ensemble_on(many, [attack], lanes=1).run()
+    alone = ensemble_on(many, [attack], batch_size=1).run()
     assert 0 < len(alone.points) < 16
-    for lanes in (3, 200):
-        assert_same(ensemble_on(many, [attack], lanes=lanes).run(), alone)
+    for batch_size in (3, 200):
+        assert_same(ensemble_on(many, [attack], batch_size=batch_size).run(), alone)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -71,7 +73,9 @@ def test_verdicts_do_not_depend_on_the_other_examples(scene: Build, norm: str) -
     half = ensemble_on(many, searches(norm))
     rows = torch.tensor([7, 2, 9])
     half.victims = Victims(images=lambda at: many.x[rows[at]], labels=many.y[rows], keys=rows + 100)
-    part = Ensemble(many.model, half.network, half.victims, half.searches, eps=EPS[norm], norm=norm, seed=5, lanes=2)
+    part = Ensemble(
+        many.model, half.network, half.victims, half.searches, eps=EPS[norm], norm=norm, seed=5, batch_size=2
+    )
     found = part.run()
     assert torch.equal(found.prediction, whole.prediction[rows])
     assert torch.equal(found.broken_by, whole.broken_by[rows])
@@ -83,10 +87,10 @@ def test_goes_on_exactly_where_it_was_stopped(scene: Build, norm: str) -> None:
     few = scene(9, seed=2, dtype=torch.float32)
     few.x = few.x.contiguous(memory_format=torch.channels_last)
     few.model = few.model.to(memory_format=torch.channels_last)
-    turns = count()
-    whole = ensemble_on(few, searches(norm)).run(lambda _: next(turns) >= 0)
+    iterations = count()
+    whole = ensemble_on(few, searches(norm)).run(lambda _: next(iterations) >= 0)
     assert 0 < len(whole.points) < 9
-    total, members = next(turns), set()
+    total, members = next(iterations), set()
     for stop in range(1, total, 4):
         first, ahead, behind = ensemble_on(few, searches(norm)), count(1), count()
         first.run(lambda _, ahead=ahead, stop=stop: next(ahead) < stop)
@@ -98,6 +102,15 @@ def test_goes_on_exactly_where_it_was_stopped(scene: Build, norm: str) -> None:
         assert stop + next(behind) == total
         assert second.finished
     assert members == {0, 1, 2, 3}
+
+
+def test_journals_keep_their_keys(scene: Build) -> None:
+    """A journal that an earlier version left has these, and is gone on with."""
+    ensemble = ensemble_on(scene(6, seed=2), searches("linf"))
+    ensemble.run(lambda _: False)
+    kept = {key for key in ensemble.state() if "point" not in key}
+    assert {"prediction", "broken_by", "broken_in", "not_finite", "member", "queue/examples", "queue/position"} < kept
+    assert {"lanes/example", "lanes/round", "lanes/turns", "lanes/tested", "lanes/judged", "lanes/target"} < kept
 
 
 def test_a_finished_ensemble_restores_as_finished(scene: Build) -> None:
@@ -122,7 +135,7 @@ def test_a_finished_ensemble_restores_as_finished(scene: Build) -> None:
         max_size=3,
         unique=True,
     ),
-    lanes=st.integers(1, 12),
+    batch_size=st.integers(1, 12),
     bf16=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -135,7 +148,7 @@ def test_every_point_is_in_ball_and_box_and_misclassified(
     norm: Any,
     eps: float,
     kinds: list[Any],
-    lanes: int,
+    batch_size: int,
     bf16: bool,
     seed: int,
 ) -> None:
@@ -144,7 +157,7 @@ def test_every_point_is_in_ball_and_box_and_misclassified(
     members = [Member(kind=kind, steps=3, targets=4, restarts=2, queries=8) for kind in kinds]
     attacks = [member.search(Threat(norm=norm, eps=eps), classes, seed) for member in members]
     network = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), BF16_TOLERANCE) if bf16 else None
-    verdicts = ensemble_on(many, attacks, lanes=lanes, network=network).run()
+    verdicts = ensemble_on(many, attacks, batch_size=batch_size, network=network).run()
     assert torch.equal(many.x, clean)
     broken = (verdicts.broken_by != STANDS).nonzero().squeeze(1).tolist()
     assert sorted(verdicts.points) == broken
@@ -209,7 +222,7 @@ def grey(scene: Build) -> Any:
 def test_what_is_broken_is_never_searched_again(grey: Any) -> None:
     watched = Watched(grey.model)
     near = [search for search in searches("linf", 0.03) if not isinstance(search, Fab)]
-    ensemble = ensemble_on(grey, near, lanes=2, network=SearchNetwork(watched))
+    ensemble = ensemble_on(grey, near, batch_size=2, network=SearchNetwork(watched))
     broken_at: dict[int, int] = {}
 
     def note(running: Ensemble) -> bool:
@@ -222,19 +235,19 @@ def test_what_is_broken_is_never_searched_again(grey: Any) -> None:
     for row, at in broken_at.items():
         assert all(row not in images for images in watched.seen[at:])
     for row in set(range(8)) - set(broken_at):
-        assert sum(images.count(row) for images in watched.seen) == sum(a.rounds * a.turns for a in near)
+        assert sum(images.count(row) for images in watched.seen) == sum(a.restarts * a.iterations for a in near)
 
 
-@pytest.mark.parametrize("lanes", [3, 100])
-def test_lanes_hold_what_stands_and_what_an_earlier_round_may_break(scene: Build, lanes: int) -> None:
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_the_batch_holds_what_stands_and_what_an_earlier_restart_may_break(scene: Build, batch_size: int) -> None:
     def note(running: Ensemble) -> bool:
-        if running.lanes:
-            broken_in = running.broken_in[running.lanes["example"]]
-            assert (running.lanes["round"] < broken_in).all()
-            assert len(broken_in) <= lanes
+        if running.active:
+            broken_in = running.broken_in[running.active["example"]]
+            assert (running.active["restart"] < broken_in).all()
+            assert len(broken_in) <= batch_size
         return True
 
-    verdicts = ensemble_on(scene(16, seed=1), searches("linf"), lanes=lanes).run(note)
+    verdicts = ensemble_on(scene(16, seed=1), searches("linf"), batch_size=batch_size).run(note)
     assert len(verdicts.points) > 4
 
 
@@ -254,25 +267,25 @@ def test_targets_are_the_likeliest_other_classes(scene: Build) -> None:
     few = scene(5, classes=5, seed=4)
     with torch.no_grad():
         logits = few.model(few.x).tolist()
-    attack = Apgd(name="apgd-t", loss="ce-targeted", eps=1e-6, norm="linf", steps=1, rounds=4)
+    attack = Apgd(name="apgd-t", loss="ce-targeted", eps=1e-6, norm="linf", steps=1, restarts=4)
     ensemble, seen = ensemble_on(few, [attack]), {}
 
     def note(running: Ensemble) -> bool:
-        columns = (running.lanes[name].tolist() for name in ("example", "round", "target") if running.lanes)
-        seen.update({(row, turn): target for row, turn, target in zip(*columns, strict=True)})
+        columns = (running.active[name].tolist() for name in ("example", "restart", "target") if running.active)
+        seen.update({(row, restart): target for row, restart, target in zip(*columns, strict=True)})
         return True
 
     ensemble.run(note)
     for row, z in enumerate(logits):
         ranked = sorted((k for k in range(5) if k != int(few.y[row])), key=lambda k: -z[k])
-        assert [seen[row, turn] for turn in range(4)] == ranked
+        assert [seen[row, restart] for restart in range(4)] == ranked
 
 
 def test_fewer_classes_than_targets(scene: Build) -> None:
     few = scene(6, classes=3, seed=5)
     for kind in ("apgd-t", "fab-t"):
         search = Member(kind=kind, steps=3).search(Threat(norm="linf", eps=0.05), 3, 0)
-        assert search.rounds == 2
+        assert search.restarts == 2
         assert ensemble_on(few, [search]).run().prediction.max() <= 2
 
 
@@ -323,7 +336,7 @@ def test_logits_that_are_no_numbers_break_an_image_and_are_counted(grey: Any) ->
 
 def test_progress_rises_from_nothing_to_all(scene: Build) -> None:
     many = scene(12, seed=8)
-    ensemble = ensemble_on(many, searches("linf"), lanes=5)
+    ensemble = ensemble_on(many, searches("linf"), batch_size=5)
     assert ensemble.progress() == 0
     assert ensemble.ran() == [0, 0, 0, 0]
     progress, shares = [0.0], [[0.0] * 4]
@@ -393,6 +406,6 @@ def test_only_fab_sees_the_distance_network(scene: Build) -> None:
         victims = Victims(images=lambda rows: held.x[rows], labels=held.y, keys=torch.arange(len(held.y)))
         eps, norm = EPS["linf"], "linf"
         Ensemble(
-            held.model, plain, victims, [attack], eps=eps, norm=norm, seed=0, lanes=8, distance_network=distance
+            held.model, plain, victims, [attack], eps=eps, norm=norm, seed=0, batch_size=8, distance_network=distance
         ).run()
         assert used.calls == plain.calls + distance.calls - before > 0

@@ -110,18 +110,18 @@ class Member:
                 eps=eps,
                 norm=norm,
                 queries=self.queries,
-                rounds=self.restarts,
+                restarts=self.restarts,
                 p_init=self.p_init,
                 per_image_windows=self.per_image_windows,
                 rescale_schedule=self.rescale_schedule,
                 seed=seed,
             )
         targeted = self.kind in ("apgd-t", "fab-t")
-        rounds = min(self.targets, classes - 1) if targeted else self.restarts
+        restarts = min(self.targets, classes - 1) if targeted else self.restarts
         if self.kind in LOSSES:
             loss = self._loss(classes)
-            return Apgd(name=self.name, loss=loss, eps=eps, norm=norm, steps=self.steps, rounds=rounds)
-        return Fab(name=self.name, targeted=targeted, eps=eps, norm=norm, steps=self.steps, rounds=rounds)
+            return Apgd(name=self.name, loss=loss, eps=eps, norm=norm, steps=self.steps, restarts=restarts)
+        return Fab(name=self.name, targeted=targeted, eps=eps, norm=norm, steps=self.steps, restarts=restarts)
 
     def warning(self, classes: int) -> str | None:
         """What a model of so few classes changes, for the user."""
