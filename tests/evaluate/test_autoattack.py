@@ -313,7 +313,9 @@ def test_the_reference_engine_takes_our_settings(small: Small, monkeypatch: pyte
     assert square.square.rescale_schedule
 
 
-def test_the_reference_engine_gives_each_member_what_stands(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_engine_gives_each_member_what_is_still_robust(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyautoattack
 
     sizes: list[int] = []
@@ -817,8 +819,8 @@ def test_the_reference_engine_is_stopped_between_members(
     assert set(shares) == {0, 1}
     assert not found.complete
     began: list[int] = []
-    run = strong._reference_member
-    monkeypatch.setattr(strong, "_reference_member", lambda *given: began.append(given[1]) or run(*given))
+    run = strong.AutoAttackRun._reference_member
+    monkeypatch.setattr(strong.AutoAttackRun, "_reference_member", lambda *given: began.append(given[1]) or run(*given))
     assert same(audit(model, data, attacks="autoattack", **keys), whole)
     assert began == list(range(4))[sum(map(int, shares)) :]
 
@@ -861,7 +863,7 @@ def test_fab_searches_in_float32_by_itself_and_as_the_others_in_an_ensemble(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(columns, "has_bf16", lambda device: True)
-    monkeypatch.setattr(columns, "run_native", lambda *given, **named: seen.append(given[4]) or _stop())
+    monkeypatch.setattr(columns.AutoAttackRun, "run", lambda run, *given: seen.append(run) or _stop())
     with pytest.raises(KeyboardInterrupt):
         audit(*small, attacks=name, eps=0.03)
     assert seen[0].distance_precision == ("bf16" if low else "fp32")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustfair.attacks.autoattack.engine import AttackResult
 from robustfair.attacks.autoattack.named import Engine, StrongAttack
 from robustfair.attacks.named import AnyAttack, NamedAttack
 from robustfair.attacks.pgd import input_gradient, predicted
@@ -17,7 +18,7 @@ from robustfair.attacks.predict import attacked_logits
 from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import CheckpointError
-from robustfair.evaluate.autoattack import SAVE_EVERY, Outcome, Terms, run_native, run_reference
+from robustfair.evaluate.autoattack import SAVE_EVERY, AutoAttackRun
 from robustfair.evaluate.journal import Journal
 from robustfair.execution.capacity import CPU_BUDGET
 from robustfair.execution.device import has_bf16
@@ -245,7 +246,16 @@ class Sweeper:
         save: Save,
     ) -> bool:
         name, count = attack.name, len(survivors)
-        terms = Terms(
+
+        def tell(share: float) -> None:
+            if self.on_progress:
+                self.on_progress(name, int(share * count), count)
+
+        run = AutoAttackRun(
+            attack=attack,
+            model=self.model,
+            data=survivors,
+            rows=rows,
             threat=self.threat,
             seed=self.seed,
             batch_size=self._autoattack_batch_size(attack),
@@ -253,26 +263,23 @@ class Sweeper:
             precision=self.precisions["strong"],
             distance_precision=self.precisions["strong" if len(attack.members) > 1 else "fab"],
             deadline=self.deadline,
+            save=save,
+            tell=tell,
         )
-
-        def tell(share: float) -> None:
-            if self.on_progress:
-                self.on_progress(name, int(share * count), count)
-
-        run = run_reference if self.engine == "reference" else run_native
         if count == 0:
-            outcome, unfinished = _nothing(attack), None
+            result, unfinished = AttackResult.all_robust(survivors.labels), None
+            result.ran = dict.fromkeys((member.name for member in attack.members), 1.0)
         else:
-            outcome, unfinished = run(attack, self.model, survivors, rows, terms, state=state, save=save, tell=tell)
+            result, unfinished = run.run(self.engine, state)
         if unfinished is None:
             tell(1.0)
         else:
             save(unfinished)
-        found.predictions[name] = found.predictions[CLEAN].clone().index_copy_(0, rows, outcome.prediction)
-        found.broken_by[name] = torch.full_like(found.predictions[CLEAN], -1).index_copy_(0, rows, outcome.broken_by)
-        found.ran[name], found.not_finite[name] = dict(outcome.ran), outcome.not_finite
+        found.predictions[name] = found.predictions[CLEAN].clone().index_copy_(0, rows, result.prediction)
+        found.broken_by[name] = torch.full_like(found.predictions[CLEAN], -1).index_copy_(0, rows, result.broken_by)
+        found.ran[name], found.not_finite[name] = result.ran, result.not_finite
         if self.keep_points:
-            found.points[name] = {int(rows[at]): point for at, point in outcome.points.items()}
+            found.points[name] = {int(rows[at]): point for at, point in result.points.items()}
         return unfinished is None
 
     def _gradients(self, data: ImageDataset) -> dict[str, int] | None:
@@ -385,10 +392,3 @@ def search_precisions(asked: str, device: torch.device) -> dict[str, Precision]:
     if asked == "auto":
         return {"pgd": "fp32", "strong": "bf16" if has_bf16(device) else "fp32", "fab": "fp32"}
     return dict.fromkeys(("pgd", "strong", "fab"), asked)  # type: ignore[arg-type]
-
-
-def _nothing(attack: StrongAttack) -> Outcome:
-    """The outcome where no image is right to begin with."""
-    none = torch.empty(0, dtype=torch.int64)
-    ran = dict.fromkeys((member.name for member in attack.members), 1.0)
-    return Outcome(prediction=none, broken_by=none, ran=ran, not_finite=0, points={})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustfair.attacks.autoattack.apgd import Apgd
 from robustfair.attacks.autoattack.base import BF16_TOLERANCE, Search, SearchNetwork, distance
-from robustfair.attacks.autoattack.engine import STANDS, Ensemble, Verdicts, Victims
+from robustfair.attacks.autoattack.engine import UNBROKEN, AttackResult, Ensemble
 from robustfair.attacks.autoattack.fab import Fab
 from robustfair.attacks.autoattack.named import Member
 from robustfair.attacks.autoattack.square import Square
@@ -40,13 +40,14 @@ def searches(norm: Any, eps: float | None = None) -> list[Search]:
 def ensemble_on(
     scene: Any, attacks: list[Search], *, batch_size: int = 4, network: SearchNetwork | None = None
 ) -> Ensemble:
-    victims = Victims(images=lambda rows: scene.x[rows], labels=scene.y, keys=torch.arange(len(scene.y)) + 100)
+    images, keys = lambda rows: scene.x[rows], torch.arange(len(scene.y)) + 100
     network = network or SearchNetwork(scene.model)
     eps, norm = attacks[0].eps, attacks[0].norm  # type: ignore[attr-defined]
-    return Ensemble(scene.model, network, victims, attacks, eps=eps, norm=norm, seed=5, batch_size=batch_size)
+    examples = {"images": images, "labels": scene.y, "keys": keys}
+    return Ensemble(scene.model, network, attacks, **examples, eps=eps, norm=norm, seed=5, batch_size=batch_size)
 
 
-def assert_same(one: Verdicts, two: Verdicts) -> None:
+def assert_same(one: AttackResult, two: AttackResult) -> None:
     assert torch.equal(one.prediction, two.prediction)
     assert torch.equal(one.broken_by, two.broken_by)
     assert one.points.keys() == two.points.keys()
@@ -56,7 +57,7 @@ def assert_same(one: Verdicts, two: Verdicts) -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_verdicts_do_not_depend_on_the_batch_size(scene: Build, norm: str, number: int) -> None:
+def test_results_do_not_depend_on_the_batch_size(scene: Build, norm: str, number: int) -> None:
     """In a large batch all restarts of an example run side by side, in one of one they follow each other."""
     many = scene(16, seed=1).one_by_one()
     attack = searches(norm, 2 * EPS[norm])[number]
@@ -67,15 +68,13 @@ def test_verdicts_do_not_depend_on_the_batch_size(scene: Build, norm: str, numbe
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_verdicts_do_not_depend_on_the_other_examples(scene: Build, norm: str) -> None:
+def test_results_do_not_depend_on_the_other_examples(scene: Build, norm: str) -> None:
     many = scene(12, seed=1).one_by_one()
     whole = ensemble_on(many, searches(norm)).run()
     half = ensemble_on(many, searches(norm))
     rows = torch.tensor([7, 2, 9])
-    half.victims = Victims(images=lambda at: many.x[rows[at]], labels=many.y[rows], keys=rows + 100)
-    part = Ensemble(
-        many.model, half.network, half.victims, half.searches, eps=EPS[norm], norm=norm, seed=5, batch_size=2
-    )
+    examples = {"images": lambda at: many.x[rows[at]], "labels": many.y[rows], "keys": rows + 100}
+    part = Ensemble(many.model, half.network, half.searches, **examples, eps=EPS[norm], norm=norm, seed=5, batch_size=2)
     found = part.run()
     assert torch.equal(found.prediction, whole.prediction[rows])
     assert torch.equal(found.broken_by, whole.broken_by[rows])
@@ -116,11 +115,11 @@ def test_journals_keep_their_keys(scene: Build) -> None:
 def test_a_finished_ensemble_restores_as_finished(scene: Build) -> None:
     few = scene(4)
     first = ensemble_on(few, searches("linf"))
-    verdicts = first.run()
+    result = first.run()
     second = ensemble_on(few, searches("linf"))
     second.restore(load(save(first.state())))
     assert second.finished
-    assert_same(second.run(), verdicts)
+    assert_same(second.run(), result)
 
 
 @given(
@@ -157,20 +156,20 @@ def test_every_point_is_in_ball_and_box_and_misclassified(
     members = [Member(kind=kind, steps=3, targets=4, restarts=2, queries=8) for kind in kinds]
     attacks = [member.search(Threat(norm=norm, eps=eps), classes, seed) for member in members]
     network = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), BF16_TOLERANCE) if bf16 else None
-    verdicts = ensemble_on(many, attacks, batch_size=batch_size, network=network).run()
+    result = ensemble_on(many, attacks, batch_size=batch_size, network=network).run()
     assert torch.equal(many.x, clean)
-    broken = (verdicts.broken_by != STANDS).nonzero().squeeze(1).tolist()
-    assert sorted(verdicts.points) == broken
-    assert torch.equal((verdicts.prediction != many.y).nonzero().squeeze(1), torch.tensor(broken, dtype=torch.long))
+    broken = (result.broken_by != UNBROKEN).nonzero().squeeze(1).tolist()
+    assert sorted(result.points) == broken
+    assert torch.equal((result.prediction != many.y).nonzero().squeeze(1), torch.tensor(broken, dtype=torch.long))
     assert eps > 0 or not broken
     for row in broken:
-        point = verdicts.points[row][None]
+        point = result.points[row][None]
         assert (point.dtype, point.shape) == (many.x.dtype, many.x[:1].shape)
         assert point.min() >= 0
         assert point.max() <= 1
         assert distance(many.x[row : row + 1], point, norm) <= eps + 1e-6
-        assert int(many.model(point).argmax()) == verdicts.prediction[row] != many.y[row]
-        assert 0 <= verdicts.broken_by[row] < len(attacks)
+        assert int(many.model(point).argmax()) == result.prediction[row] != many.y[row]
+        assert 0 <= result.broken_by[row] < len(attacks)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -193,7 +192,7 @@ def test_small_radii_are_searched_in_float32(scene: Build, norm: Any, eps: float
         Apgd(name="apgd", loss="ce", eps=eps, norm=norm, steps=12),
         Fab(name="fab", targeted=True, eps=eps, norm=norm, steps=12),
     ):
-        assert ensemble_on(flat, [attack]).run().broken_by.tolist() == [0, 0, 0, STANDS, STANDS]
+        assert ensemble_on(flat, [attack]).run().broken_by.tolist() == [0, 0, 0, UNBROKEN, UNBROKEN]
 
 
 class Watched(nn.Module):
@@ -226,7 +225,7 @@ def test_what_is_broken_is_never_searched_again(grey: Any) -> None:
     broken_at: dict[int, int] = {}
 
     def note(running: Ensemble) -> bool:
-        for row in running.verdicts.points:
+        for row in running.result.points:
             broken_at.setdefault(row, len(watched.seen))
         return True
 
@@ -247,8 +246,8 @@ def test_the_batch_holds_what_stands_and_what_an_earlier_restart_may_break(scene
             assert len(broken_in) <= batch_size
         return True
 
-    verdicts = ensemble_on(scene(16, seed=1), searches("linf"), batch_size=batch_size).run(note)
-    assert len(verdicts.points) > 4
+    result = ensemble_on(scene(16, seed=1), searches("linf"), batch_size=batch_size).run(note)
+    assert len(result.points) > 4
 
 
 def test_broken_by_is_the_number_of_the_search(scene: Build) -> None:
@@ -258,9 +257,9 @@ def test_broken_by_is_the_number_of_the_search(scene: Build) -> None:
     strong = Apgd(name="strong", loss="ce", eps=0.3, norm="linf", steps=10)
     ensemble = ensemble_on(many, [strong, strong])
     ensemble.searches = (still, strong, Square(name="square", eps=0.3, norm="linf", queries=5))
-    verdicts = ensemble.run()
-    assert (verdicts.broken_by == 1).sum() >= 8
-    assert (verdicts.broken_by != 0).all()
+    result = ensemble.run()
+    assert (result.broken_by == 1).sum() >= 8
+    assert (result.broken_by != 0).all()
 
 
 def test_targets_are_the_likeliest_other_classes(scene: Build) -> None:
@@ -297,7 +296,7 @@ def test_bf16_breaks_only_what_float32_confirms(scene: Build, norm: str) -> None
     assert len(found.points) > 5
     for row, point in found.points.items():
         assert int(many.model(point[None]).argmax()) == found.prediction[row] != many.y[row]
-    broken = [set(verdicts.points) for verdicts in (found, full)]
+    broken = [set(result.points) for result in (found, full)]
     assert len(broken[0] ^ broken[1]) <= 2
 
 
@@ -305,16 +304,16 @@ def test_a_search_that_lies_breaks_nothing(scene: Build) -> None:
     many = scene(10, classes=4)
     lying = SearchNetwork(lambda x: -many.model(x))
     still = [Square(name="square", eps=1e-9, norm="linf", queries=3)]
-    assert (ensemble_on(many, still, network=lying).run().broken_by == STANDS).all()
+    assert (ensemble_on(many, still, network=lying).run().broken_by == UNBROKEN).all()
 
 
 def test_a_search_without_numbers_still_asks_the_exact_model(scene: Build) -> None:
     """A network that overflows tells nothing: every point is a suspect."""
     many = scene(10, classes=4, seed=7)
     blind = SearchNetwork(lambda x: many.model(x) * torch.nan)
-    verdicts = ensemble_on(many, [Square(name="square", eps=0.3, norm="linf", queries=3)], network=blind).run()
-    assert verdicts.not_finite == 0
-    assert len(verdicts.points) > 0
+    result = ensemble_on(many, [Square(name="square", eps=0.3, norm="linf", queries=3)], network=blind).run()
+    assert result.not_finite == 0
+    assert len(result.points) > 0
 
 
 def test_logits_that_are_no_numbers_break_an_image_and_are_counted(grey: Any) -> None:
@@ -326,11 +325,11 @@ def test_logits_that_are_no_numbers_break_an_image_and_are_counted(grey: Any) ->
             return torch.where(dark[:, None], torch.nan, network(x))
 
     usual = ensemble_on(grey, searches("linf", 0.03)).run()
-    verdicts = ensemble_on(replace(grey, model=Gap()), searches("linf", 0.03)).run()
-    assert set(verdicts.points) == set(usual.points) | {0, 1}
-    assert verdicts.broken_by[:2].tolist() == [0, 0]
-    assert torch.equal(verdicts.prediction[:2], (grey.y[:2] + 1) % 4)
-    assert verdicts.not_finite == 2
+    result = ensemble_on(replace(grey, model=Gap()), searches("linf", 0.03)).run()
+    assert set(result.points) == set(usual.points) | {0, 1}
+    assert result.broken_by[:2].tolist() == [0, 0]
+    assert torch.equal(result.prediction[:2], (grey.y[:2] + 1) % 4)
+    assert result.not_finite == 2
     assert usual.not_finite == 0
 
 
@@ -359,11 +358,11 @@ def test_standing_examples_only_become_fewer(scene: Build) -> None:
     many = scene(16, seed=9)
     left = [16]
     ensemble = ensemble_on(many, searches("linf"))
-    verdicts = ensemble.run(lambda running: left.append(int((running.verdicts.broken_by == STANDS).sum())) is None)
+    result = ensemble.run(lambda running: left.append(int((running.result.broken_by == UNBROKEN).sum())) is None)
     assert all(before >= after for before, after in pairwise(left))
-    assert left[-1] == 16 - len(verdicts.points)
+    assert left[-1] == 16 - len(result.points)
     first = ensemble_on(many, searches("linf")[:1]).run()
-    assert set(first.points) <= set(verdicts.points)
+    assert set(first.points) <= set(result.points)
 
 
 def test_a_classifier_of_one_answer_is_never_broken(scene: Build) -> None:
@@ -372,10 +371,10 @@ def test_a_classifier_of_one_answer_is_never_broken(scene: Build) -> None:
     few.model.head.weight.zero_()
     few.model.head.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
     for norm in ("linf", "l2"):
-        assert (ensemble_on(few, searches(norm, 1.0)).run().broken_by == STANDS).all()
+        assert (ensemble_on(few, searches(norm, 1.0)).run().broken_by == UNBROKEN).all()
 
 
-def test_without_victims_it_ends_at_once(scene: Build) -> None:
+def test_without_examples_it_ends_at_once(scene: Build) -> None:
     few = scene(3)
     ensemble = ensemble_on(replace(few, x=few.x[:0], y=few.y[:0]), searches("linf"))
     assert ensemble.run().points == {}
@@ -403,9 +402,7 @@ def test_only_fab_sees_the_distance_network(scene: Build) -> None:
     plain, distance = Counted(held.model), Counted(held.model)
     for attack, used in ((searches("linf")[0], plain), (searches("linf")[2], distance)):
         before = plain.calls + distance.calls
-        victims = Victims(images=lambda rows: held.x[rows], labels=held.y, keys=torch.arange(len(held.y)))
-        eps, norm = EPS["linf"], "linf"
-        Ensemble(
-            held.model, plain, victims, [attack], eps=eps, norm=norm, seed=0, batch_size=8, distance_network=distance
-        ).run()
+        ensemble = ensemble_on(held, [attack], batch_size=8, network=plain)
+        ensemble.distance_network = distance
+        ensemble.run()
         assert used.calls == plain.calls + distance.calls - before > 0

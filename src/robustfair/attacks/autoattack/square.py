@@ -151,7 +151,7 @@ class Square:
         return min(side + (side % 2 == 0), height, width)
 
     def _count(self, state: SearchState, at: Tensor, stopped: Tensor) -> None:
-        """Note the queries of an iteration, the one at `at` of each search the last, and whether it changed anything."""
+        """Note the queries of an iteration, the one at `at` of each search the last, and whether it changed any."""
         state["judged"] = state["judged"] + at + 1
         state["iterations"] = state["iterations"] + at
         state["stops"] = MEMORY * state["stops"] + stopped
