@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustfair.attacks.autoattack import named as family
 from robustfair.attacks.autoattack.base import distance
-from robustfair.attacks.autoattack.named import StrongAttack, cheaper
+from robustfair.attacks.autoattack.named import AutoAttack, cheaper
 from robustfair.attacks.named import parse_attacks
 from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
@@ -47,7 +47,7 @@ EPS = {"linf": 0.04, "l2": 0.2}
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both versions of autoattack with few steps, targets and queries."""
     for version, restarts in (("standard", 1), ("plus", 2)):
-        attack = StrongAttack(name=version, members=family.VERSIONS[version])
+        attack = AutoAttack(name=version, members=family.VERSIONS[version])
         members = cheaper(attack, steps=6, restarts=restarts, targets=3, queries=30).members
         monkeypatch.setitem(family.VERSIONS, version, members)  # type: ignore[arg-type]
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from robustfair.attacks.autoattack import named as family
-from robustfair.attacks.autoattack.named import StrongAttack, cheaper
+from robustfair.attacks.autoattack.named import AutoAttack, cheaper
 from robustfair.cli import app as cli
 from robustfair.cli import workflows
 from robustfair.data import load_dataset
@@ -165,7 +165,7 @@ def main(root: Path) -> None:
     save_file(fit(model, data, Standard(), schedule=schedule).model.state_dict(), root / "weights.safetensors")
     strong.SAVE_EVERY = columns.SAVE_EVERY = 0.0
     workflows.thorough_findings = lambda *given, **keys: ()
-    standard = StrongAttack(name="standard", members=family.VERSIONS["standard"])
+    standard = AutoAttack(name="standard", members=family.VERSIONS["standard"])
     family.VERSIONS["standard"] = cheaper(standard, steps=5, targets=2, queries=30).members  # type: ignore[index]
 
     def run(name: str, patch: Callable[[], None] = lambda: None) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair import metrics
-from robustfair.attacks.autoattack.named import Engine, StrongAttack
+from robustfair.attacks.autoattack.named import AutoAttack, AutoAttackEngine
 from robustfair.attacks.named import AnyAttack, NamedAttack, parse_attacks
 from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, read_path, require
 from robustfair.data import ImageDataset, evaluation_batches
@@ -131,8 +131,8 @@ class Audit:
         head_norms: (C,) row norms of the head; None if the model has no plain linear head.
         groups: (C,) super-class per class, or None.
         group_names: names of the super-classes, empty without groups.
-        broken_by: strong attack -> (N,) number of the member that broke the image, -1 where none did.
-        points: strong attack -> image -> (C, H, W) where the model gives the prediction; kept only if asked for.
+        broken_by: AutoAttack -> (N,) number of the member that broke the image, -1 where none did.
+        points: AutoAttack -> image -> (C, H, W) where the model gives the prediction; kept only if asked for.
         provenance: versions, seed, precision, device, seconds per attack, date, what was found on the model, as JSON
             values.
 
@@ -320,7 +320,7 @@ class Audit:
         The npz holds `index`, `labels` and an array per attack (N,), no pickle. A slash in `stem` becomes a hyphen, so
         that a list of attacks may serve.
 
-        Attacked images that were kept go to `<stem>.points.safetensors`: for each strong attack `<name>/image` (M,)
+        Attacked images that were kept go to `<stem>.points.safetensors`: for each AutoAttack `<name>/image` (M,)
         and `<name>/pixels` (M, C, H, W).
 
         Returns:
@@ -361,7 +361,7 @@ class Audit:
         return prediction
 
     def fell_to(self, attack: str) -> dict[str, Tensor]:
-        """Of a strong attack: member -> (C,) images of each class that it broke, each on what the ones before left.
+        """Of an AutoAttack: member -> (C,) images of each class that it broke, each on what the ones before left.
 
         Raises:
             UnknownNameError: the audit holds no such attack.
@@ -454,7 +454,7 @@ def audit(
     device: str | torch.device = "cpu",
     seed: int = 0,
     precision: SearchPrecision = "auto",
-    engine: Engine = "native",
+    engine: AutoAttackEngine = "native",
     max_minutes: float | None = None,
     journal: Path | str | None = None,
     keep_journal: bool = False,
@@ -489,7 +489,7 @@ def audit(
             much of it.
         journal: file that keeps what is known while the audit runs; where it exists the audit goes on from it.
         keep_journal: leave the journal of a finished audit, for a caller who has yet to save it.
-        keep_points: keep where the model fails, per strong attack.
+        keep_points: keep where the model fails, for AutoAttack and its members.
         checks: look first, on some clean images, whether the model is fed as it was trained and gives the same logits
             twice, see `normalisation.suspect_model`; what is found is among the `findings` on the audit.
         label: what reports call the model; its class name if empty.
@@ -510,7 +510,7 @@ def audit(
         raise ConfigError("audit", "dataset", allowed="an ImageDataset", got=got, hint="Of splits, pass data.test")
     suite = _suite(attacks)
     limits = threat(norm, eps, step_size)
-    for field_name, value, kind in (("precision", precision, SearchPrecision), ("engine", engine, Engine)):
+    for field_name, value, kind in (("precision", precision, SearchPrecision), ("engine", engine, AutoAttackEngine)):
         allowed = get_args(kind)
         require(value in allowed, "audit", field_name, allowed=f"one of {', '.join(allowed)}", got=value)
     if max_minutes is not None:
@@ -527,7 +527,7 @@ def audit(
     model = prepared(in_float32(model.to(device), example), example)
     check_outputs(model, data.num_classes, example)
     if engine == "reference":
-        for attack in _strong(suite):
+        for attack in _autoattacks(suite):
             require_reference(attack, data.num_classes)
     _warn_of_few_classes(suite, data.num_classes)
     at_once = CUDA_AUTOATTACK_BATCH if batch_size is None and device.type == "cuda" else asked
@@ -679,12 +679,12 @@ def _suite(attacks: str | Sequence[str]) -> tuple[AnyAttack, ...]:
     return clean, *(attack for attack in parsed if attack != clean)
 
 
-def _strong(suite: Sequence[AnyAttack]) -> list[StrongAttack]:
-    return [attack for attack in suite if isinstance(attack, StrongAttack)]
+def _autoattacks(suite: Sequence[AnyAttack]) -> list[AutoAttack]:
+    return [attack for attack in suite if isinstance(attack, AutoAttack)]
 
 
 def _warn_of_few_classes(suite: Sequence[AnyAttack], classes: int) -> None:
-    members = [member for attack in _strong(suite) for member in attack.members]
+    members = [member for attack in _autoattacks(suite) for member in attack.members]
     for text in dict.fromkeys(member.warning(classes) for member in members):
         if text:
             warnings.warn(text, RobustFairWarning, stacklevel=3)

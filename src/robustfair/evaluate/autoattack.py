@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustfair.attacks.autoattack.base import BF16_TOLERANCE, SearchNetwork, into_ball
 from robustfair.attacks.autoattack.engine import UNBROKEN, AttackResult, Ensemble
-from robustfair.attacks.autoattack.named import Engine, Member, StrongAttack
+from robustfair.attacks.autoattack.named import AutoAttack, AutoAttackEngine, Member
 from robustfair.config import Precision
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
@@ -46,7 +46,7 @@ class AutoAttackRun:
         tell: hears the share of the work that is done.
     """
 
-    attack: StrongAttack
+    attack: AutoAttack
     model: nn.Module
     data: ImageDataset
     rows: Tensor
@@ -60,7 +60,9 @@ class AutoAttackRun:
     save: Callable[[Mapping[str, Tensor]], None] = lambda state: None
     tell: Callable[[float], None] = lambda share: None
 
-    def run(self, engine: Engine, state: Mapping[str, Tensor]) -> tuple[AttackResult, Mapping[str, Tensor] | None]:
+    def run(
+        self, engine: AutoAttackEngine, state: Mapping[str, Tensor]
+    ) -> tuple[AttackResult, Mapping[str, Tensor] | None]:
         """Attack the images.
 
         Args:
@@ -182,7 +184,7 @@ class AutoAttackRun:
         return reference
 
 
-def require_reference(attack: StrongAttack, classes: int) -> None:
+def require_reference(attack: AutoAttack, classes: int) -> None:
     """Refuse what the reference engine cannot run.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.attacks.autoattack.engine import AttackResult
-from robustfair.attacks.autoattack.named import Engine, StrongAttack
+from robustfair.attacks.autoattack.named import AutoAttack, AutoAttackEngine
 from robustfair.attacks.named import AnyAttack, NamedAttack
 from robustfair.attacks.pgd import input_gradient, predicted
 from robustfair.attacks.predict import attacked_logits
@@ -74,10 +74,10 @@ class Columns:
     Attributes:
         predictions: attack -> (N,), clean first; an image that is wrong when clean keeps that class.
         seconds: attack -> time it took.
-        ran: strong attack -> member -> share of its work that was done.
-        broken_by: strong attack -> (N,) number of the member that broke the image, -1 where none did.
+        ran: AutoAttack -> member -> share of its work that was done.
+        broken_by: AutoAttack -> (N,) number of the member that broke the image, -1 where none did.
         not_finite: attack -> attacked points at which the logits were no finite numbers: no image is right there.
-        points: strong attack -> image -> (C, H, W) where the model gives the prediction.
+        points: AutoAttack -> image -> (C, H, W) where the model gives the prediction.
         gradients: of the images that are right when clean: how many have none that an attack can follow.
         not_run: attacks that the deadline left without a column.
         begun: those of them that were begun, and the share of their work that was done and is kept for the next time.
@@ -125,7 +125,7 @@ class Columns:
             return False
         self.predictions[name] = state[f"column/{name}"]
         self.seconds[name] = float(state[f"seconds/{name}"])
-        if isinstance(attack, StrongAttack):
+        if isinstance(attack, AutoAttack):
             self.ran[name] = dict.fromkeys((member.name for member in attack.members), 1.0)
             self.broken_by[name] = state[f"broken_by/{name}"]
         if f"not_finite/{name}" in state:
@@ -152,7 +152,7 @@ class Sweeper:
         seed: of random starts.
         precisions: "pgd", "strong" and "fab" -> precision that these attacks search in. FAB alone was found weaker in
             bf16; in an ensemble APGD has gone before it, and it searches as the others do.
-        engine: of the strong attacks.
+        engine: of AutoAttack.
         deadline: `time.monotonic()` at which to stop.
         keep_points: keep where the model fails.
         on_progress: see `robustfair.evaluate.audit.audit`.
@@ -165,7 +165,7 @@ class Sweeper:
     autoattack_batch_size: int
     seed: int
     precisions: Mapping[str, Precision]
-    engine: Engine = "native"
+    engine: AutoAttackEngine = "native"
     deadline: float | None = None
     keep_points: bool = False
     on_progress: Progress | None = None
@@ -219,8 +219,8 @@ class Sweeper:
                 now = {**now, SPENT: torch.tensor(spent(), dtype=torch.float64)}
                 journal.write(found.state() | {f"{NOW}{key}": value for key, value in now.items()})
 
-        if isinstance(attack, StrongAttack):
-            done = self._strong(attack, survivors, rows, found, state, save)
+        if isinstance(attack, AutoAttack):
+            done = self._run_autoattack(attack, survivors, rows, found, state, save)
         elif attack.is_clean:
             found.predictions[attack.name], done = self._clean().cpu(), True
         else:
@@ -236,9 +236,9 @@ class Sweeper:
             found.seconds[attack.name] = round(spent(), 3)
         return done
 
-    def _strong(
+    def _run_autoattack(
         self,
-        attack: StrongAttack,
+        attack: AutoAttack,
         survivors: ImageDataset,
         rows: Tensor,
         found: Columns,
@@ -376,7 +376,7 @@ class Sweeper:
         at.not_finite += int((~logits.isfinite()).any(1).sum())
         at.done += len(logits)
 
-    def _autoattack_batch_size(self, attack: StrongAttack) -> int:
+    def _autoattack_batch_size(self, attack: AutoAttack) -> int:
         """Searches at a time: fewer where one holds the gradients of every class."""
         if all(member.kind != "fab" for member in attack.members):
             return self.autoattack_batch_size

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyautoattack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyautoattack import AutoAttack
 
 from robustfair.attacks.autoattack.apgd import Apgd
 from robustfair.attacks.autoattack.fab import Fab
-from robustfair.attacks.autoattack.named import OPTIONS, VERSIONS, Member, StrongAttack, cheaper
+from robustfair.attacks.autoattack.named import OPTIONS, VERSIONS, AutoAttack, Member, cheaper
 from robustfair.attacks.autoattack.square import Square
 from robustfair.attacks.named import parse_attacks
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
@@ -21,9 +21,9 @@ from robustfair.values import Threat
 LINF, L2 = Threat(), Threat(norm="l2", eps=0.5, step_size=0.1)
 
 
-def only(text: str) -> StrongAttack:
+def only(text: str) -> AutoAttack:
     (attack,) = parse_attacks(text)
-    assert isinstance(attack, StrongAttack)
+    assert isinstance(attack, AutoAttack)
     return attack
 
 
@@ -126,7 +126,7 @@ def test_broken_grammar_is_one_error() -> None:
 @pytest.mark.parametrize("version", ["standard", "plus"])
 @pytest.mark.parametrize(("threat", "norm"), [(LINF, "Linf"), (L2, "L2")])
 def test_versions_are_those_of_the_reference_engine(version: str, threat: Threat, norm: str) -> None:
-    engine = AutoAttack(lambda x: x, norm=norm, eps=threat.eps, version=version, device="cpu")
+    engine = pyautoattack.AutoAttack(lambda x: x, norm=norm, eps=threat.eps, version=version, device="cpu")
     members = only(f"autoattack(version={version})").members
     assert [member.kind for member in members] == engine.attacks_to_run
     for member in members:

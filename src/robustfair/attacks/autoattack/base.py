@@ -1,4 +1,4 @@
-"""The contract between a strong attack and the engine that runs it, and the measures they share.
+"""The contract between an attack of the AutoAttack family and the engine that runs it, and the measures they share.
 
 An attack of the AutoAttack family is a `Search`. One search is one restart, or one target class, on one example; many
 run side by side, independently, as a batch. Their state is a mapping of tensors with a row for each of them.
