@@ -28,8 +28,8 @@ from robustfair.config import RobustFairWarning
 from robustfair.data import load_dataset
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
 from robustfair.evaluate.audit import BATCH_SIZE, audit, load_audit
-from robustfair.evaluate.columns import Sweeper
 from robustfair.evaluate.diagnostics.diagnostic import Finding
+from robustfair.evaluate.runner import AttackRunner
 from robustfair.models import head_norms
 from robustfair.runs.folder import RunFolder
 from robustfair.runs.load import Target, load_target
@@ -312,7 +312,7 @@ def test_the_journal_of_a_finished_audit_goes_when_it_is_saved(
     found = audit_target(target, QUICK, out=folder, quiet=True)
     (journal,) = kept.iterdir()
     assert journal.name.startswith("unfinished-")
-    monkeypatch.delattr(Sweeper, "_attack")
+    monkeypatch.delattr(AttackRunner, "_attack")
     again = audit_target(target, QUICK, out=folder, quiet=True)
     assert again.correct("pgd-2").tolist() == found.correct("pgd-2").tolist()
     left = journal.with_name(f".{journal.name}.123.tmp")

@@ -23,7 +23,7 @@ from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError, ConfigError, ModelError
 from robustfair.evaluate import autoattack as strong
-from robustfair.evaluate import columns
+from robustfair.evaluate import runner
 from robustfair.evaluate.audit import Audit, audit, load_audit
 from robustfair.evaluate.diagnostics.results import findings
 
@@ -248,7 +248,7 @@ def test_search_in_bf16_sees_bf16(small: Small) -> None:
 def test_auto_is_bf16_only_where_the_hardware_has_it(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = small
     for has, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(columns, "has_bf16", lambda device, has=has: has)
+        monkeypatch.setattr(runner, "has_bf16", lambda device, has=has: has)
         found = audit(model, data, attacks="pgd-1,apgd-ce(steps=2)", eps=0.03)
         assert found.provenance["search_precision"] == {"pgd": "fp32", "strong": expected, "fab": "fp32"}
         assert found.provenance["precision"] == "auto"
@@ -659,7 +659,7 @@ def interrupting(attack: str) -> Callable[[str, int, int], None]:
 
 @pytest.mark.parametrize(("first", "second"), [(5, 16), (7, 2), (3, 8)])
 @pytest.mark.parametrize("attack", ["pgd-3", "cw-3(restarts=3)"])
-def test_a_sweep_goes_on_where_it_stood_when_other_batches_fit(
+def test_pgd_goes_on_where_it_stood_when_other_batches_fit(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str, first: int, second: int
 ) -> None:
     model, data = small
@@ -734,7 +734,7 @@ def test_a_budget_says_what_ran(small: Small, clock: Callable[[nn.Module], None]
     assert "square(queries=5) at 0 %" in finding.text
 
 
-def test_a_sweep_that_was_cut_says_how_far_it_came(small: Small, clock: Callable[[nn.Module], None]) -> None:
+def test_pgd_that_was_cut_says_how_far_it_came(small: Small, clock: Callable[[nn.Module], None]) -> None:
     model, data = small
     clock(model)
     with pytest.warns(RobustFairWarning, match=r"pgd-4 at [1-9]\d? %"):
@@ -862,8 +862,8 @@ def test_fab_searches_in_float32_by_itself_and_as_the_others_in_an_ensemble(
     small: Small, monkeypatch: pytest.MonkeyPatch, name: str, low: bool
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(columns, "has_bf16", lambda device: True)
-    monkeypatch.setattr(columns.AutoAttackRun, "run", lambda run, *given: seen.append(run) or _stop())
+    monkeypatch.setattr(runner, "has_bf16", lambda device: True)
+    monkeypatch.setattr(runner.AutoAttackRun, "run", lambda run, *given: seen.append(run) or _stop())
     with pytest.raises(KeyboardInterrupt):
         audit(*small, attacks=name, eps=0.03)
     assert seen[0].distance_precision == ("bf16" if low else "fp32")

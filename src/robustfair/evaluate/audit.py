@@ -31,10 +31,10 @@ from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, re
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
 from robustfair.evaluate.autoattack import require_reference
-from robustfair.evaluate.columns import Progress, Sweeper, search_precisions
 from robustfair.evaluate.diagnostics.inputs import suspect_model
 from robustfair.evaluate.files import paths, points_path, read_pair
 from robustfair.evaluate.journal import Journal, weights_fingerprint
+from robustfair.evaluate.runner import AttackRunner, Progress, search_precisions
 from robustfair.execution.capacity import images_that_fit
 from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
@@ -537,7 +537,7 @@ def audit(
     suspected = suspect_model(model, dataset, device, batch_size=size) if checks else []
     precisions = search_precisions(precision if engine == "native" else "fp32", device)
     warn_of_slow_bf16("bf16" if "bf16" in precisions.values() else "fp32", device)
-    sweeper = Sweeper(
+    runner = AttackRunner(
         model=model,
         data=data,
         threat=limits,
@@ -558,14 +558,14 @@ def audit(
         "attacks": list(settings.items()),
         "seed": seed,
         "batch_size": asked,
-        "precisions": sweeper.precisions,
+        "precisions": runner.precisions,
         "engine": engine,
         "points": keep_points,
     }
     kept = None if journal is None else Journal(read_path(journal), identity)
     owning = nullcontext() if kept is None else kept.owned()
     with owning, kept_memory(device), full_float32(), attacking(model, "eval"):
-        found = sweeper.run(suite, kept, keep_journal=keep_journal)
+        found = runner.run(suite, kept, keep_journal=keep_journal)
     ran = {name: {**settings[name], **found.about(name)} for name in found.predictions}
     result = Audit(
         model=label or type(unwrap(model)).__name__,
@@ -587,10 +587,10 @@ def audit(
             "versions": versions(),
             "seed": seed,
             "precision": precision,
-            "search_precision": sweeper.precisions,
+            "search_precision": runner.precisions,
             "engine": engine,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "batch_size": sweeper.batch_size,
+            "batch_size": runner.batch_size,
             "seconds": found.seconds,
             "not_run": found.not_run,
             "begun": found.begun,

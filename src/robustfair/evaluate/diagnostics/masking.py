@@ -18,9 +18,9 @@ from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
 from robustfair.errors import ModelError
 from robustfair.evaluate.audit import CLEAN, Audit, SearchPrecision, audit, shortfall
-from robustfair.evaluate.columns import Progress
 from robustfair.evaluate.diagnostics.diagnostic import Finding, paired_difference
 from robustfair.evaluate.diagnostics.results import MISLEADING, WITHOUT_GRADIENTS
+from robustfair.evaluate.runner import Progress
 from robustfair.values import Threat
 
 SAMPLE = 256

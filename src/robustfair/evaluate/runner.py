@@ -1,4 +1,4 @@
-"""The attacks of an audit, run on a data set that is resident on the device: a column of predictions for each."""
+"""Runs the attacks of an audit on a data set that is resident on the device: predictions of every image for each."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ Save = Callable[[Mapping[str, Tensor]], None]
 
 
 @dataclass
-class Sweep:
+class PgdProgress:
     """How far fgsm, pgd-K or cw-K has come on n images, on the CPU.
 
     Attributes:
-        column: (n,) class found for each image, its label where none was yet.
+        prediction: (n,) class found for each image, its label where none was yet.
         rows: images of the restart that is on: all, or those that are not fooled yet.
         restart: its number.
         done: how many of them it has attacked; how many it takes at a time may change when a run goes on.
         not_finite: attacked images so far whose logits were no finite numbers.
     """
 
-    column: Tensor
+    prediction: Tensor
     rows: Tensor
     restart: int = 0
     done: int = 0
@@ -58,17 +58,18 @@ class Sweep:
 
     def state(self) -> dict[str, Tensor]:
         """For a journal."""
-        return {name: torch.as_tensor(value) for name, value in vars(self).items()}
+        counts = {name: torch.tensor(getattr(self, name)) for name in ("restart", "done", "not_finite")}
+        return {"column": self.prediction, "rows": self.rows, **counts}
 
     @staticmethod
-    def of_state(state: Mapping[str, Tensor]) -> Sweep:
+    def of_state(state: Mapping[str, Tensor]) -> PgdProgress:
         """What `state` gave."""
         counts = (int(state[name]) for name in ("restart", "done", "not_finite"))
-        return Sweep(state["column"], state["rows"], *counts)
+        return PgdProgress(state["column"], state["rows"], *counts)
 
 
 @dataclass
-class Columns:
+class SuiteResult:
     """What an audit has found so far; tensors on the CPU.
 
     Attributes:
@@ -79,7 +80,7 @@ class Columns:
         not_finite: attack -> attacked points at which the logits were no finite numbers: no image is right there.
         points: AutoAttack -> image -> (C, H, W) where the model gives the prediction.
         gradients: of the images that are right when clean: how many have none that an attack can follow.
-        not_run: attacks that the deadline left without a column.
+        not_run: attacks that the deadline left without predictions.
         begun: those of them that were begun, and the share of their work that was done and is kept for the next time.
     """
 
@@ -103,8 +104,8 @@ class Columns:
     def state(self) -> dict[str, Tensor]:
         """The finished attacks as tensors, for a journal."""
         found: dict[str, Tensor] = {}
-        for name, column in self.predictions.items():
-            found[f"column/{name}"] = column
+        for name, prediction in self.predictions.items():
+            found[f"column/{name}"] = prediction
             found[f"seconds/{name}"] = torch.tensor(self.seconds[name], dtype=torch.float64)
             if name in self.ran:
                 found[f"broken_by/{name}"] = self.broken_by[name]
@@ -140,7 +141,7 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweeper:
+class AttackRunner:
     """Runs attacks one after another.
 
     Attributes:
@@ -170,9 +171,11 @@ class Sweeper:
     keep_points: bool = False
     on_progress: Progress | None = None
 
-    def run(self, suite: Sequence[AnyAttack], journal: Journal | None = None, *, keep_journal: bool = False) -> Columns:
+    def run(
+        self, suite: Sequence[AnyAttack], journal: Journal | None = None, *, keep_journal: bool = False
+    ) -> SuiteResult:
         """All attacks of `suite`, which begins with clean, as far as time goes: an iteration of one at least."""
-        found, known = Columns(), {} if journal is None else journal.read()
+        found, known = SuiteResult(), {} if journal is None else journal.read()
         labels = self.data.labels.cpu()
         survivors, rows = self.data, torch.arange(len(self.data))
         cut = worked = False
@@ -204,7 +207,7 @@ class Sweeper:
         attack: AnyAttack,
         survivors: ImageDataset,
         rows: Tensor,
-        found: Columns,
+        found: SuiteResult,
         state: dict[str, Tensor],
         journal: Journal | None,
     ) -> bool:
@@ -222,16 +225,18 @@ class Sweeper:
         if isinstance(attack, AutoAttack):
             done = self._run_autoattack(attack, survivors, rows, found, state, save)
         elif attack.is_clean:
-            found.predictions[attack.name], done = self._clean().cpu(), True
+            found.predictions[attack.name], done = self._run_clean().cpu(), True
         else:
-            sweep, share = self._sweep(survivors, attack, state, save)
+            progress, share = self._run_pgd(survivors, attack, state, save)
             done = share == 1
             if not done:
                 found.not_run.append(attack.name)
                 found.begun[attack.name] = share
             else:
-                found.predictions[attack.name] = found.predictions[CLEAN].clone().index_copy_(0, rows, sweep.column)
-                found.not_finite[attack.name] = sweep.not_finite
+                found.predictions[attack.name] = (
+                    found.predictions[CLEAN].clone().index_copy_(0, rows, progress.prediction)
+                )
+                found.not_finite[attack.name] = progress.not_finite
         if attack.name in found.predictions:
             found.seconds[attack.name] = round(spent(), 3)
         return done
@@ -241,7 +246,7 @@ class Sweeper:
         attack: AutoAttack,
         survivors: ImageDataset,
         rows: Tensor,
-        found: Columns,
+        found: SuiteResult,
         state: Mapping[str, Tensor],
         save: Save,
     ) -> bool:
@@ -305,24 +310,24 @@ class Sweeper:
             found["not_finite"] += int((~gradient.isfinite()).any(1).sum())
         return found
 
-    def _clean(self, *, quiet: bool = False) -> Tensor:
-        columns, done = [self.data.labels[:0]], 0
+    def _run_clean(self, *, quiet: bool = False) -> Tensor:
+        predictions, done = [self.data.labels[:0]], 0
         for batch in evaluation_batches(self.data, self.batch_size):
             with torch.no_grad():
                 logits = self.model(batch.x)
             require_finite(self.model, logits, batch.index)
-            columns.append(logits.argmax(1))
+            predictions.append(logits.argmax(1))
             done += len(batch.y)
             if self.on_progress and not quiet:
                 self.on_progress(CLEAN, done, len(self.data))
-        return torch.cat(columns)
+        return torch.cat(predictions)
 
     def _require_same(self, known: Tensor, journal: Journal | None) -> None:
         """Refuse to go on with what a journal says of other predictions: the same weights may serve another function.
 
         A few images, one in a thousand, may lie so near a boundary that rounding decides them.
         """
-        different = int((self._clean(quiet=True).cpu() != known).sum())
+        different = int((self._run_clean(quiet=True).cpu() != known).sum())
         if different * 1000 > len(known):
             where = "the journal" if journal is None else journal.path
             raise CheckpointError(
@@ -330,51 +335,53 @@ class Sweeper:
                 "to begin the audit anew"
             )
 
-    def _sweep(
+    def _run_pgd(
         self, data: ImageDataset, attack: NamedAttack, state: Mapping[str, Tensor], save: Save
-    ) -> tuple[Sweep, float]:
+    ) -> tuple[PgdProgress, float]:
         """What `attack` finds, and the share of its work that was done: below 1 where time was up.
 
         Where fooled images stay so, a restart takes only those that are left.
         """
         labels = data.labels.cpu()
-        at = Sweep.of_state(state) if state else Sweep(labels.clone(), torch.arange(len(data)))
-        rounds = attack.restarts if attack.freeze else 1
-        once = attack if rounds == 1 else replace(attack, restarts=1)
+        progress = PgdProgress.of_state(state) if state else PgdProgress(labels.clone(), torch.arange(len(data)))
+        restarts = attack.restarts if attack.freeze else 1
+        once = attack if restarts == 1 else replace(attack, restarts=1)
         moved, told, saved = False, 0, time.monotonic()
         try:
-            while at.restart < rounds:
-                part = data.subset(at.rows[at.done :].to(data.device))
+            while progress.restart < restarts:
+                part = data.subset(progress.rows[progress.done :].to(data.device))
                 for batch in evaluation_batches(part, self.batch_size):
                     if moved and self._late():
-                        save(at.state())
-                        return at, told / (rounds * len(data))
-                    position = at.done // self.batch_size
-                    keys = (position,) if rounds == 1 else (at.restart, position)
-                    self._batch(once, replace(batch, seed=derive_seed("audit", self.seed, attack.name, *keys)), at)
-                    moved, told = True, (at.restart + 1) * len(data) - (len(at.rows) - at.done)
+                        save(progress.state())
+                        return progress, told / (restarts * len(data))
+                    position = progress.done // self.batch_size
+                    keys = (position,) if restarts == 1 else (progress.restart, position)
+                    self._attack_batch(
+                        once, replace(batch, seed=derive_seed("audit", self.seed, attack.name, *keys)), progress
+                    )
+                    moved, told = True, (progress.restart + 1) * len(data) - (len(progress.rows) - progress.done)
                     if self.on_progress:
-                        self.on_progress(attack.name, told, rounds * len(data))
+                        self.on_progress(attack.name, told, restarts * len(data))
                     if time.monotonic() - saved >= SAVE_EVERY:
-                        save(at.state())
+                        save(progress.state())
                         saved = time.monotonic()
-                left = (at.column == labels).nonzero().squeeze(1)
-                at = Sweep(at.column, left, at.restart + 1, not_finite=at.not_finite)
+                left = (progress.prediction == labels).nonzero().squeeze(1)
+                progress = PgdProgress(progress.prediction, left, progress.restart + 1, not_finite=progress.not_finite)
         except KeyboardInterrupt:
-            save(at.state())
+            save(progress.state())
             raise
-        if self.on_progress and told < rounds * len(data):
-            self.on_progress(attack.name, rounds * len(data), rounds * len(data))
-        return at, 1.0
+        if self.on_progress and told < restarts * len(data):
+            self.on_progress(attack.name, restarts * len(data), restarts * len(data))
+        return progress, 1.0
 
-    def _batch(self, attack: NamedAttack, batch: Batch, at: Sweep) -> None:
+    def _attack_batch(self, attack: NamedAttack, batch: Batch, progress: PgdProgress) -> None:
         """Attack the batch at hand and note the classes found."""
         search = InPrecision(self.model, self.precisions["pgd"], batch.x.device.type)
         logits = attacked_logits(self.model, batch, lambda given: attack.on(given, self.threat), search=search)
-        rows = at.rows[at.done :][: len(logits)]
-        at.column[rows] = predicted(logits, batch.y).cpu()
-        at.not_finite += int((~logits.isfinite()).any(1).sum())
-        at.done += len(logits)
+        rows = progress.rows[progress.done :][: len(logits)]
+        progress.prediction[rows] = predicted(logits, batch.y).cpu()
+        progress.not_finite += int((~logits.isfinite()).any(1).sum())
+        progress.done += len(logits)
 
     def _autoattack_batch_size(self, attack: AutoAttack) -> int:
         """Searches at a time: fewer where one holds the gradients of every class."""
