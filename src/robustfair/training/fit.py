@@ -33,7 +33,7 @@ from robustfair.methods.compose import Plan, compose
 from robustfair.models.head import OnCopies, check_gradient, check_outputs, check_training_outputs, head_norms, laid_out
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine, require_pure
-from robustfair.training.run import Meter, TrainingRun, finite_or_none
+from robustfair.training.run import EpochStatistics, TrainingRun, finite_or_none
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import Chosen, TrainState
 from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, derive_seed
@@ -271,7 +271,7 @@ class _Training:
         _train_mode(self.engine.model, self.trainable if schedule.only else None)
         for network in self.networks.values():
             network.train(_trains(network))
-        meter = Meter(run.num_classes, self.device)
+        statistics = EpochStatistics(run.num_classes, self.device)
         started, steps = time.perf_counter(), self.loader.steps_per_epoch
         for step, batch in enumerate(self.loader.epoch(run.epoch)):
             lr = schedule.lr_at(run.epoch, step, steps)
@@ -279,33 +279,33 @@ class _Training:
                 group["lr"] = lr
                 if schedule.cycle_momentum:
                     group["momentum"] = schedule.momentum_at(run.epoch, step, steps)
-            self._step(batch, meter, step)
-            if self.device.type == "cpu" and meter.first_bad_step() is not None:
+            self._step(batch, statistics, step)
+            if self.device.type == "cpu" and statistics.first_bad_step() is not None:
                 break
             if on_step is not None:
                 on_step(run.epoch, step)
-        bad = meter.first_bad_step()
+        bad = statistics.first_bad_step()
         written = [t for module in (self.model, *self.networks.values()) for t in module.state_dict().values()]
         if bad is None and not all(bool(torch.isfinite(tensor).all()) for tensor in written):
             bad = step
         if bad is not None:
-            report = {"epoch": run.epoch, "step": bad, "lr": lr, "per_class": meter.per_class()}
-            raise DivergedError(report | {"train": counts(meter.tally), "class_state": self._class_state()})
+            report = {"epoch": run.epoch, "step": bad, "lr": lr, "per_class": statistics.per_class()}
+            raise DivergedError(report | {"train": counts(statistics.tally), "class_state": self._class_state()})
         run.epoch += 1
-        run.train = meter.tally
+        run.train = statistics.tally
         seconds = time.perf_counter() - started
         return {
             "epoch": run.epoch,
             "step": run.step,
             "lr": lr,
-            "loss": meter.loss(),
+            "loss": statistics.loss(),
             "seconds": round(seconds, 3),
             "images_per_second": round(len(self.loader.dataset) / seconds, 1),
-            "train": counts(meter.tally),
-            "per_class": meter.per_class(),
+            "train": counts(statistics.tally),
+            "per_class": statistics.per_class(),
         }
 
-    def _step(self, batch: Batch, meter: Meter, step: int) -> None:
+    def _step(self, batch: Batch, statistics: EpochStatistics, step: int) -> None:
         """Attack, loss, gradient, update, ticks: the order in which every method finds its hook."""
         plan, states, run = self.plan, self.states, self.run
         batch = plan.prepare(batch, states, run)
@@ -331,7 +331,7 @@ class _Training:
         self.optimizer.step()
         run.step += 1
         self.states = plan.after_step(states, batch, loss, run)
-        meter.add(batch, attacks.get("x_adv"), loss, total, step)
+        statistics.add(batch, attacks.get("x_adv"), loss, total, step)
 
     def boundary(self, record: dict[str, Any]) -> None:
         """Between two epochs: the methods' ticks, validation of every candidate, selection, and the new `state`."""

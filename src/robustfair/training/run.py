@@ -111,8 +111,8 @@ class TrainingRun:
         return seeded_generator(self.labels.device, self.seed, "run", self.epoch, self.step, name)
 
 
-class Meter:
-    """Sums of one epoch, per class, on the device: nothing here waits for it.
+class EpochStatistics:
+    """Sums of one epoch, per class, on the device: adding to them never waits for it.
 
     Everything comes from what the step computed anyway: the logits of the loss, the attack's radii, the loss's
     coefficients.
