@@ -35,7 +35,7 @@ from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine, require_pure
 from robustfair.training.run import EpochStatistics, TrainingRun, finite_or_none
 from robustfair.training.schedule import Schedule
-from robustfair.training.state import Chosen, TrainState
+from robustfair.training.state import ScoredWeights, TrainState
 from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, derive_seed
 
 SPLIT_SEED = 0
@@ -55,7 +55,7 @@ class Fitted:
 
     model: nn.Module
     state: TrainState
-    chosen: Chosen
+    chosen: ScoredWeights
 
     @property
     def history(self) -> tuple[Mapping[str, Any], ...]:
@@ -349,7 +349,7 @@ class _Training:
         best = self.state.best
         for name, tallied in measured.items() if self.select != "last" else ():
             reached, clean = score(tallied, self.select), score(replace(tallied, robust_pred_true=None), self.select)
-            found = Chosen(name, run.epoch, reached, ({"model": weights} | exports)[name], clean)
+            found = ScoredWeights(name, run.epoch, reached, ({"model": weights} | exports)[name], clean)
             if best is None or better(found, best):
                 best = found
         self.state = TrainState(
@@ -411,7 +411,7 @@ def score(tallied: ClassTally, select: Select) -> float:
     return float({"average": average, "worst": worst, "average+worst": average + worst, "last": 0.0}[select])
 
 
-def better(new: Chosen, best: Chosen) -> bool:
+def better(new: ScoredWeights, best: ScoredWeights) -> bool:
     """Whether a candidate that was measured after `best` takes its place.
 
     The higher score does; of equal ones the higher score on clean images, then the later epoch; in one epoch the raw
@@ -508,10 +508,10 @@ def _trains(network: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in network.parameters())
 
 
-def _last(state: TrainState) -> Chosen:
+def _last(state: TrainState) -> ScoredWeights:
     """Without selection: the last weights, as the last method that exports any leaves them (an average), else raw."""
     name, weights = [("model", state.weights), *state.exports.items()][-1]
-    return Chosen(name, state.epoch, float("nan"), weights)
+    return ScoredWeights(name, state.epoch, float("nan"), weights)
 
 
 def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
