@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import Ascent, Problem, ascend, functional_step, pgd, require_input_gradient
+from robustfair.attacks.pgd import Ascent, StepInputs, ascend, functional_step, pgd, require_input_gradient
 from robustfair.config import Precision
 from robustfair.errors import ConfigError, ModelError
 from robustfair.execution.precision import InPrecision
@@ -122,7 +122,7 @@ def require_pure(model: nn.Module, x: Tensor) -> None:
     none = torch.zeros_like(x[:, :1, :1, :1])
     try:
         with attacking(model, "eval"):
-            functional_step(model, x, Problem(MaximiseCE(), x, y, None, none, none, "linf"))
+            functional_step(model, x, StepInputs(MaximiseCE(), x, y, None, none, none, "linf"))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"the model cannot be compiled, train it without compile: {reason}") from error
