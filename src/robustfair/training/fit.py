@@ -310,16 +310,26 @@ class _Training:
         plan, states, run = self.plan, self.states, self.run
         batch = plan.prepare(batch, states, run)
         attacks = plan.attacks(batch, states, run)
+        x, clean = batch.x, None
         for name, attack in attacks.items():
             if name == "x_adv":
-                shared = self.shares_clean and len(attacks) == 1
-                batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean_pass=shared))
+                if self.shares_clean and len(attacks) == 1 and self.engine.shares_clean_pass(attack):
+                    clean = self.engine(x)
+                batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean=clean))
             else:
                 batch = replace(batch, views={**batch.views, name: run.attacked(batch, attack, name)})
         batch = plan.examples(batch, states, run)
 
+        def forward(images: Tensor) -> Tensor:
+            """The engine, save that the first pass over the clean images may be one that was made for the attack."""
+            nonlocal clean
+            if clean is None or images is not x:
+                return self.engine(images)
+            logits, clean = clean, None
+            return logits
+
         def loss_at(model: Model, *, edited: bool = True) -> Loss:
-            called = self.engine if model is self.model else model
+            called = forward if model is self.model else model
             with run.forwarding(called):
                 return plan.loss(called, batch, states, run) if edited else plan.objective(called, batch)
 
