@@ -19,7 +19,7 @@ from robustfair.values import Model
 SearchState = dict[str, Tensor]
 """State of a batch of searches, a row (B, ...) each; "x" and "y" are the example."""
 Loss = Callable[..., Tensor]
-"""From logits (B, K) and columns (B,) of integers to values (B,)."""
+"""From logits (B, K) and classes (B,) to values (B,)."""
 BF16_TOLERANCE = 2.0**-6
 """Share of the largest logit by which a bf16 margin may be wrong: two roundings to 8 bits, and as much again."""
 
@@ -53,15 +53,15 @@ class SearchNetwork:
         with torch.no_grad():
             return self.model(x)
 
-    def gradient(self, x: Tensor, loss: Loss, *columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) at `x`, and the gradient (B, C, H, W) of `loss(logits, *columns)`, each example's its own.
+    def gradient(self, x: Tensor, loss: Loss, *classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) at `x`, and the gradient (B, C, H, W) of `loss(logits, *classes)`, each example's its own.
 
         Where the gradient is no finite number it is zero, so that no search carries it on.
         """
         z = x.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = self.model(z)
-            gradient = input_gradient(loss(logits, *columns), z)
+            gradient = input_gradient(loss(logits, *classes), z)
         return logits.detach(), _finite(gradient)
 
     def jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
