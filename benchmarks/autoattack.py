@@ -36,7 +36,7 @@ from benchmarks.measure import ROOT, SPEED_COLUMNS, Report, Row, Table
 from benchmarks.memory import in_use
 from benchmarks.rows import OutOfTimeError
 from benchmarks.workload import build, initialised, synthetic
-from robustfair.attacks.autoattack.named import AUTOATTACK, StrongAttack
+from robustfair.attacks.autoattack.named import AUTOATTACK, AutoAttack
 from robustfair.attacks.named import parse_attacks
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import RobustFairError
@@ -395,12 +395,12 @@ def reference_calls(model: nn.Module, test: ImageDataset, threat: Threat, args: 
     return {"seconds": measure.clock(reference.attack, args.device), "right": reference.right}
 
 
-def _strong(text: str) -> StrongAttack:
+def _strong(text: str) -> AutoAttack:
     try:
         found = parse_attacks(text)
     except RobustFairError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if len(found) != 1 or not isinstance(found[0], StrongAttack):
+    if len(found) != 1 or not isinstance(found[0], AutoAttack):
         raise argparse.ArgumentTypeError(f"must be {AUTOATTACK} or one of its members, got {text}")
     return found[0]
 

@@ -39,7 +39,7 @@ from robustfair.models.head import head_norms
 from robustfair.objectives import PGDAT, Objective
 from robustfair.training import Schedule, fit
 from robustfair.training.fit import counts
-from robustfair.training.run import Meter
+from robustfair.training.run import EpochStatistics
 from robustfair.training.state import TrainState
 
 PARTS = ("overhead", "share", "linear", "naive")
@@ -117,18 +117,18 @@ def share(args: argparse.Namespace) -> Table:
     with as_in_fit(args.device):
         step(batch)
         bare = Timing(tuple(measure.timed(lambda: step(batch), args.device) for _ in range(args.repeats))).median
-    meter = Meter(10, torch.device(args.device))
+    statistics = EpochStatistics(10, torch.device(args.device))
     attack = step.objective.attack(batch)
     loss = step.objective(step.engine, replace(batch, x_adv=batch.x))
     total = loss.total()
 
     def tally() -> None:
-        meter.add(batch, attack, loss, total, 0)
+        statistics.add(batch, attack, loss, total, 0)
         if batch.x.device.type == "cpu":
-            meter.first_bad_step()
+            statistics.first_bad_step()
 
     def history() -> None:
-        counts(meter.tally), meter.per_class(), meter.loss(), head_norms(model)
+        counts(statistics.tally), statistics.per_class(), statistics.loss(), head_norms(model)
 
     rows = [
         _share_row("class tallies", "step", _per_call(tally, args.device), bare),

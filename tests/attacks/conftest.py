@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.autoattack.base import Lanes, Passes, Search
+from robustfair.attacks.autoattack.base import Search, SearchNetwork, SearchState
 from robustfair.values import seeded_generator
 
 
@@ -49,12 +49,12 @@ class Scene:
 
 @dataclass
 class Course:
-    """What a search did: points (L, C, H, W) and logits of every turn, the lanes after it, and the lanes before all."""
+    """What a search did: points (L, C, H, W) and logits of every iteration, the state after it, and before all."""
 
     points: list[Tensor]
     logits: list[Tensor]
-    lanes: list[Lanes]
-    begun: Lanes
+    states: list[SearchState]
+    begun: SearchState
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +81,7 @@ def scene(tiny_net: Callable[..., nn.Module]) -> Callable[..., Scene]:
 
 @pytest.fixture(scope="session")
 def course() -> Callable[..., Course]:
-    """A function that runs a search on all images of a scene, or goes on from lanes, turn by turn."""
+    """A function that runs a search on all images of a scene, or goes on from a state, one iteration at a time."""
 
     def run(
         search: Search,
@@ -89,18 +89,18 @@ def course() -> Callable[..., Course]:
         target: Tensor | None = None,
         *,
         seed: int = 0,
-        turns: int | None = None,
-        lanes: Lanes | None = None,
+        iterations: int | None = None,
+        state: SearchState | None = None,
     ) -> Course:
         rngs = [seeded_generator("cpu", seed, row) for row in range(len(scene.x))]
         target = torch.zeros_like(scene.y) if target is None else target
-        lanes = search.begin(scene.x, scene.y, target, rngs) if lanes is None else dict(lanes)
-        found = Course([], [], [], dict(lanes))
-        for _ in range(search.turns if turns is None else turns):
-            point, logits = search.turn(lanes, Passes(scene.model))
+        state = search.begin(scene.x, scene.y, target, rngs) if state is None else dict(state)
+        found = Course([], [], [], dict(state))
+        for _ in range(search.iterations if iterations is None else iterations):
+            point, logits = search.iterate(state, SearchNetwork(scene.model))
             found.points.append(point)
             found.logits.append(logits)
-            found.lanes.append(dict(lanes))
+            found.states.append(dict(state))
         return found
 
     return run
@@ -120,7 +120,7 @@ def double() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def assert_lanes_independent(course: Callable[..., Course]) -> Callable[..., None]:
+def assert_searches_independent(course: Callable[..., Course]) -> Callable[..., None]:
     """A function that compares a search on all images with each image alone, and with one joined to others later."""
 
     def check(search: Search, scene: Scene, target: Tensor | None = None) -> None:
@@ -128,17 +128,17 @@ def assert_lanes_independent(course: Callable[..., Course]) -> Callable[..., Non
         target = torch.zeros_like(scene.y) if target is None else target
         together = course(search, many, target)
         points, logits = torch.stack(together.points), torch.stack(together.logits)
-        half = search.turns // 2
-        begun = course(search, many, target, turns=half)
+        half = search.iterations // 2
+        begun = course(search, many, target, iterations=half)
         for row in range(len(scene.x)):
             other = (row + 1) % len(scene.x)
-            late, early = begun.begun, begun.lanes[-1]
-            lanes = {name: torch.cat([late[name][other][None], early[name][row][None]]) for name in early}
-            pool = course(search, many.at([other, row]), lanes=lanes, turns=search.turns - half)
+            late, early = begun.begun, begun.states[-1]
+            state = {name: torch.cat([late[name][other][None], early[name][row][None]]) for name in early}
+            pool = course(search, many.at([other, row]), state=state, iterations=search.iterations - half)
             assert torch.equal(torch.stack([point[1] for point in pool.points]), points[half:, row])
-            assert torch.equal(torch.stack([z[0] for z in pool.logits]), logits[: search.turns - half, other])
+            assert torch.equal(torch.stack([z[0] for z in pool.logits]), logits[: search.iterations - half, other])
             own = {name: rows[row][None] for name, rows in begun.begun.items()}
-            alone = course(search, many.at([row]), lanes=own)
+            alone = course(search, many.at([row]), state=own)
             assert torch.equal(torch.stack([point[0] for point in alone.points]), points[:, row])
 
     return check

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.attacks.pgd import pgd
-from robustfair.attacks.predict import predict, sweep, tally
+from robustfair.attacks.predict import predict, tally, tally_batches
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.losses import MaximiseCE, MinimiseCE
 from robustfair.values import Attack, Batch
@@ -26,7 +26,7 @@ def pgd_on(eps: float, steps: int = 3) -> Callable[[Batch], Attack]:
 
 def test_counts_equal_a_loop_over_images(tiny_net: Net, tiny_data: Data) -> None:
     model, data = tiny_net(seed=2), tiny_data((9, 4, 6))
-    found = sweep(model, evaluation_batches(data, 5), 3, pgd_on(0.1))
+    found = tally_batches(model, evaluation_batches(data, 5), 3, pgd_on(0.1))
     clean, robust = [[0] * 3 for _ in range(3)], [[0] * 3 for _ in range(3)]
     model.eval()
     for batch in evaluation_batches(data, 5):
@@ -53,16 +53,16 @@ def test_a_robust_hit_is_a_clean_hit(tiny_data: Data) -> None:
 
     batches = list(evaluation_batches(tiny_data((8, 8)), 4))
     assert all(torch.equal(predict(brighter_is_one, batch, helpful), batch.y) for batch in batches)
-    found = sweep(brighter_is_one, batches, 2, helpful)
+    found = tally_batches(brighter_is_one, batches, 2, helpful)
     assert torch.equal(found.robust_pred_true, found.clean_pred_true)
     assert int(found.clean_pred_true.trace()) < 16
 
 
 def test_no_radius_no_difference_and_no_attack_no_robust_part(tiny_net: Net, tiny_data: Data) -> None:
     model, data = tiny_net(), tiny_data()
-    still = sweep(model, evaluation_batches(data, 10), 3, pgd_on(0.0))
+    still = tally_batches(model, evaluation_batches(data, 10), 3, pgd_on(0.0))
     assert torch.equal(still.robust_pred_true, still.clean_pred_true)
-    clean = sweep(model, evaluation_batches(data, 10), 3)
+    clean = tally_batches(model, evaluation_batches(data, 10), 3)
     assert clean.robust_pred_true is None
     assert torch.equal(clean.clean_pred_true, still.clean_pred_true)
 
@@ -71,8 +71,8 @@ def test_neither_mode_nor_buffers_nor_gradients_change(tiny_net: Net, tiny_data:
     model = tiny_net(dropout=0.5)
     model.norm.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    first = sweep(model, evaluation_batches(tiny_data(), 10), 3, pgd_on(0.1))
-    again = sweep(model, evaluation_batches(tiny_data(), 10), 3, pgd_on(0.1))
+    first = tally_batches(model, evaluation_batches(tiny_data(), 10), 3, pgd_on(0.1))
+    again = tally_batches(model, evaluation_batches(tiny_data(), 10), 3, pgd_on(0.1))
     assert torch.equal(first.robust_pred_true, again.robust_pred_true), "dropout was on"
     assert model.training
     assert not model.norm.training

@@ -212,7 +212,7 @@ def test_control_c_in_an_audit_is_one_line_and_the_same_command_goes_on(
 ) -> None:
     audit = ["audit", "run", "--attacks", FAST, "--limit-per-class", 2]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    turn, turns, gone_on = Square.turn, [], []
+    turn, turns, gone_on = Square.iterate, [], []
 
     def interrupted(self: Square, *args: Any) -> Any:
         turns.append(1)
@@ -220,7 +220,7 @@ def test_control_c_in_an_audit_is_one_line_and_the_same_command_goes_on(
             signal.raise_signal(signal.SIGINT)
         return turn(self, *args)
 
-    monkeypatch.setattr(Square, "turn", interrupted)
+    monkeypatch.setattr(Square, "iterate", interrupted)
     try:
         outcome = command(*audit)
     finally:

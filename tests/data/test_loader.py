@@ -53,20 +53,19 @@ def test_augmentation_draws_from_the_stream_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "drop_last", "sizes"),
+    ("count", "size", "sizes"),
     [
-        (10, 4, False, [4, 4, 2]),
-        (9, 4, False, [4, 5]),
-        (9, 4, True, [4, 4]),
-        (8, 4, True, [4, 4]),
-        (5, 4, False, [5]),
-        (3, 1, False, [1, 1, 1]),
-        (1, 4, False, [1]),
-        (3, 8, False, [3]),
+        (10, 4, [4, 4, 2]),
+        (9, 4, [4, 5]),
+        (8, 4, [4, 4]),
+        (5, 4, [5]),
+        (3, 1, [1, 1, 1]),
+        (1, 4, [1]),
+        (3, 8, [3]),
     ],
 )
-def test_batch_sizes(count: int, size: int, drop_last: bool, sizes: list[int]) -> None:
-    loader = Loader(make(count), size, augment="none", seed=0, drop_last=drop_last)
+def test_batch_sizes(count: int, size: int, sizes: list[int]) -> None:
+    loader = Loader(make(count), size, augment="none", seed=0)
     assert [len(batch.y) for batch in loader.epoch(0)] == sizes
     assert loader.steps_per_epoch == len(sizes)
 
@@ -98,8 +97,6 @@ def test_bad_input() -> None:
         Loader(make(3), 0, augment="none", seed=0)
     with pytest.raises(ConfigError, match="batch_size must be at least 1"):
         next(evaluation_batches(make(3), 0))
-    with pytest.raises(ConfigError, match=r"batch_size must be at most the number of images \(3\)"):
-        Loader(make(3), 4, augment="none", seed=0, drop_last=True)
     with pytest.raises(UnknownNameError, match="did you mean crop"):
         Loader(make(3), 2, augment="crob", seed=0)
     with pytest.raises(DataError, match="no images to train on"):

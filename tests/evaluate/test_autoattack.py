@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from robustfair.attacks.autoattack import named as family
 from robustfair.attacks.autoattack.base import distance
-from robustfair.attacks.autoattack.named import StrongAttack, cheaper
+from robustfair.attacks.autoattack.named import AutoAttack, cheaper
 from robustfair.attacks.named import parse_attacks
 from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
 from robustfair.errors import CheckpointError, ConfigError, ModelError
 from robustfair.evaluate import autoattack as strong
-from robustfair.evaluate import columns
+from robustfair.evaluate import runner
 from robustfair.evaluate.diagnostics.results import diagnose
 from robustfair.evaluate.result import Audit, load_audit
 from robustfair.evaluate.run import audit
@@ -48,7 +48,7 @@ EPS = {"linf": 0.04, "l2": 0.2}
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both versions of autoattack with few steps, targets and queries."""
     for version, restarts in (("standard", 1), ("plus", 2)):
-        attack = StrongAttack(name=version, members=family.VERSIONS[version])
+        attack = AutoAttack(name=version, members=family.VERSIONS[version])
         members = cheaper(attack, steps=6, restarts=restarts, targets=3, queries=30).members
         monkeypatch.setitem(family.VERSIONS, version, members)  # type: ignore[arg-type]
 
@@ -249,7 +249,7 @@ def test_search_in_bf16_sees_bf16(small: Small) -> None:
 def test_auto_is_bf16_only_where_the_hardware_has_it(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = small
     for has, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(columns, "has_bf16", lambda device, has=has: has)
+        monkeypatch.setattr(runner, "has_bf16", lambda device, has=has: has)
         found = audit(model, data, attacks="pgd-1,apgd-ce(steps=2)", eps=0.03)
         assert found.provenance["search_precision"] == {"pgd": "fp32", "strong": expected, "fab": "fp32"}
         assert found.provenance["precision"] == "auto"
@@ -314,7 +314,9 @@ def test_the_reference_engine_takes_our_settings(small: Small, monkeypatch: pyte
     assert square.square.rescale_schedule
 
 
-def test_the_reference_engine_gives_each_member_what_stands(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_engine_gives_each_member_what_is_still_robust(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyautoattack
 
     sizes: list[int] = []
@@ -658,7 +660,7 @@ def interrupting(attack: str) -> Callable[[str, int, int], None]:
 
 @pytest.mark.parametrize(("first", "second"), [(5, 16), (7, 2), (3, 8)])
 @pytest.mark.parametrize("attack", ["pgd-3", "cw-3(restarts=3)"])
-def test_a_sweep_goes_on_where_it_stood_when_other_batches_fit(
+def test_pgd_goes_on_where_it_stood_when_other_batches_fit(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str, first: int, second: int
 ) -> None:
     model, data = small
@@ -733,7 +735,7 @@ def test_a_budget_says_what_ran(small: Small, clock: Callable[[nn.Module], None]
     assert "square(queries=5) at 0 %" in diagnostic.text
 
 
-def test_a_sweep_that_was_cut_says_how_far_it_came(small: Small, clock: Callable[[nn.Module], None]) -> None:
+def test_pgd_that_was_cut_says_how_far_it_came(small: Small, clock: Callable[[nn.Module], None]) -> None:
     model, data = small
     clock(model)
     with pytest.warns(RobustFairWarning, match=r"pgd-4 at [1-9]\d? %"):
@@ -818,8 +820,8 @@ def test_the_reference_engine_is_stopped_between_members(
     assert set(shares) == {0, 1}
     assert not found.complete
     began: list[int] = []
-    run = strong._reference_member
-    monkeypatch.setattr(strong, "_reference_member", lambda *given: began.append(given[1]) or run(*given))
+    run = strong.AutoAttackRun._reference_member
+    monkeypatch.setattr(strong.AutoAttackRun, "_reference_member", lambda *given: began.append(given[1]) or run(*given))
     assert same(audit(model, data, attacks="autoattack", **keys), whole)
     assert began == list(range(4))[sum(map(int, shares)) :]
 
@@ -861,11 +863,11 @@ def test_fab_searches_in_float32_by_itself_and_as_the_others_in_an_ensemble(
     small: Small, monkeypatch: pytest.MonkeyPatch, name: str, low: bool
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(columns, "has_bf16", lambda device: True)
-    monkeypatch.setattr(columns, "run_native", lambda *given, **named: seen.append(given[4]) or _stop())
+    monkeypatch.setattr(runner, "has_bf16", lambda device: True)
+    monkeypatch.setattr(runner.AutoAttackRun, "run", lambda run, *given: seen.append(run) or _stop())
     with pytest.raises(KeyboardInterrupt):
         audit(*small, attacks=name, eps=0.03)
-    assert seen[0].fine_precision == ("bf16" if low else "fp32")
+    assert seen[0].distance_precision == ("bf16" if low else "fp32")
     assert seen[0].precision == "bf16"
 
 

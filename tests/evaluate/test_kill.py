@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from robustfair.attacks.autoattack import named as family
-from robustfair.attacks.autoattack.named import StrongAttack, cheaper
+from robustfair.attacks.autoattack.named import AutoAttack, cheaper
 from robustfair.cli import app as cli
 from robustfair.data import load_dataset
 from robustfair.evaluate import autoattack as strong
-from robustfair.evaluate import columns, journal, request
-from robustfair.evaluate.columns import Sweeper
+from robustfair.evaluate import journal, request, runner
 from robustfair.evaluate.result import Audit
+from robustfair.evaluate.runner import AttackRunner
 from robustfair.models import create_model
 from robustfair.objectives import Standard
 from robustfair.report import files
@@ -105,21 +105,21 @@ def note_attacks(file: Path) -> Callable[[], None]:
     """Write into `file` which attacks run."""
 
     def patch() -> None:
-        usual = Sweeper._attack
+        usual = AttackRunner._attack
         file.touch()
 
-        def noted(self: Sweeper, attack: Any, *rest: Any) -> bool:
+        def noted(self: AttackRunner, attack: Any, *rest: Any) -> bool:
             with file.open("a") as notes:
                 notes.write(f"{attack.name}\n")
             return usual(self, attack, *rest)
 
-        Sweeper._attack = noted  # type: ignore[method-assign]
+        AttackRunner._attack = noted  # type: ignore[method-assign]
 
     return patch
 
 
 KILLS: dict[str, Callable[[], None]] = {
-    "clean": before(Sweeper, "_clean"),
+    "clean": before(AttackRunner, "_run_clean"),
     "clean is known": after_writing(1),
     "pgd is half way": after_writing(2),
     "pgd is known": after_writing(5),
@@ -163,9 +163,9 @@ def main(root: Path) -> None:
     model = create_model("small-cnn", in_channels=1, width=4)
     schedule = Schedule(epochs=8, lr=0.01, kind="constant", batch_size=16, optimizer="adam", weight_decay=0.0)
     save_file(fit(model, data, Standard(), schedule=schedule).model.state_dict(), root / "weights.safetensors")
-    strong.SAVE_EVERY = columns.SAVE_EVERY = 0.0
+    strong.SAVE_EVERY = runner.SAVE_EVERY = 0.0
     request.diagnose_gradients = lambda *given, **keys: ()
-    standard = StrongAttack(name="standard", members=family.VERSIONS["standard"])
+    standard = AutoAttack(name="standard", members=family.VERSIONS["standard"])
     family.VERSIONS["standard"] = cheaper(standard, steps=5, targets=2, queries=30).members  # type: ignore[index]
 
     def run(name: str, patch: Callable[[], None] = lambda: None) -> int:

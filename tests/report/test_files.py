@@ -10,9 +10,9 @@ import pytest
 from reference.runs import changes, tree
 from robustfair.config import RobustFairWarning
 from robustfair.errors import RobustFairError
-from robustfair.evaluate.columns import Sweeper
 from robustfair.evaluate.request import AuditRequest, audit_target
 from robustfair.evaluate.result import load_audit
+from robustfair.evaluate.runner import AttackRunner
 from robustfair.report.files import write_outputs
 from robustfair.runs.load import load_target
 
@@ -50,7 +50,7 @@ def test_the_journal_of_a_finished_audit_goes_when_it_is_saved(
     found = audit_target(target, QUICK, out=folder)
     (journal,) = kept.iterdir()
     assert journal.name.startswith("unfinished-")
-    monkeypatch.delattr(Sweeper, "_attack")
+    monkeypatch.delattr(AttackRunner, "_attack")
     again = audit_target(target, QUICK, out=folder)
     assert again.correct("pgd-2").tolist() == found.correct("pgd-2").tolist()
     left = journal.with_name(f".{journal.name}.123.tmp")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from robustfair.attacks.named import STRONG, parse_attacks
+from robustfair.attacks.named import AUTOATTACK_NAMES, parse_attacks
 from robustfair.data import AUGMENTATIONS, CATALOG
 from robustfair.errors import UnknownNameError
 from robustfair.models import create_model
@@ -21,7 +21,7 @@ ENTRIES: dict[str, Callable[[], list[str]]] = {
     "augmentations": lambda: list(AUGMENTATIONS),
     "models": lambda: [*MODELS, "wrn-D-W", "dm-wrn-D-W"],
     "datasets": lambda: sorted(CATALOG),
-    "attacks": lambda: ["clean", "fgsm", "pgd-K", "cw-K", *STRONG],
+    "attacks": lambda: ["clean", "fgsm", "pgd-K", "cw-K", *AUTOATTACK_NAMES],
     "repairs": lambda: list(REPAIRS),
 }
 

@@ -29,7 +29,7 @@ from robustfair.runs.checkpoint import (
     write_checkpoint,
     write_state,
 )
-from robustfair.training.state import Chosen, TrainState
+from robustfair.training.state import ScoredWeights, TrainState
 
 Differences = Callable[[TrainState, TrainState], list[str]]
 
@@ -51,7 +51,7 @@ def state(epoch: int, *, best: bool = False) -> TrainState:
         methods={"ema": tensors("a.weight", "b/c"), "ccm": tensors("scale"), "idle": {}},
         objective="trades",
         exports={"ema": tensors("a.weight")},
-        best=Chosen("ema", epoch if best else 1, 0.25 * epoch, tensors("a.weight"), 0.5),
+        best=ScoredWeights("ema", epoch if best else 1, 0.25 * epoch, tensors("a.weight"), 0.5),
         history=tuple({"epoch": e} for e in range(1, epoch + 1)),
     )
 

@@ -17,7 +17,7 @@ from robustfair.errors import CheckpointError, DivergedError, ModelError, Unknow
 from robustfair.models import create_model, describe_model
 from robustfair.runs.checkpoint import Checkpoint, write_checkpoint
 from robustfair.runs.folder import SCHEMA, RunFolder, environment
-from robustfair.training.state import Chosen, TrainState
+from robustfair.training.state import ScoredWeights, TrainState
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_history_behind_the_checkpoint_is_damage(folder: RunFolder, text: str) -
 
 @pytest.mark.parametrize("name", ["last", "best"])
 def test_a_checkpoint_without_its_state_is_damage_and_not_a_new_run(folder: RunFolder, name: str) -> None:
-    best = Chosen("model", 1, 0.5, state(1).weights)
+    best = ScoredWeights("model", 1, 0.5, state(1).weights)
     folder.save(state(1, best=best), {})
     (folder.checkpoints / name / "state.json").unlink()
     before = tree(folder.path)

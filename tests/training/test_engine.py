@@ -290,15 +290,21 @@ class Restless(Method):
             run.model.head.weight.div_(2)
 
 
-@pytest.mark.parametrize(("mode", "passes"), [("eval", 5), ("train", 5), ("train_frozen", 4)])
-def test_one_clean_pass_serves_attack_and_loss_where_it_is_the_same(tiny_net: Net, mode: str, passes: int) -> None:
-    model, batch = tiny_net(dtype=torch.float64).train(), batch_of()
-    objective = Trades(steps=2, attack_mode=mode)  # type: ignore[arg-type]
-    shared = Engine(model)
-    with counted_passes(model) as seen:
-        attacked = replace(batch, x_adv=shared.attack(batch, objective.attack(batch), clean_pass=objective.clean_pass))
-        objective(shared, attacked)
-    assert len(seen) == passes  # clean for the goal, two steps, clean and attacked for the loss
+@pytest.mark.parametrize(("mode", "saved"), [("eval", 0), ("train", 0), ("train_frozen", 1)])
+def test_one_clean_pass_serves_attack_and_loss_where_it_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, tiny_net: Net, tiny_data: Data, mode: str, saved: int
+) -> None:
+    def passes() -> tuple[int, int]:
+        model, schedule = tiny_net(), Schedule(epochs=1, batch_size=7)
+        with counted_passes(model) as seen:
+            found = fit(model, tiny_data(), Trades(steps=2, attack_mode=mode), schedule=schedule)  # type: ignore[arg-type]
+        return len(seen), found.state.step
+
+    together, steps = passes()
+    monkeypatch.setattr(Trades, "clean_pass", False)
+    apart, _ = passes()
+    assert steps > 1
+    assert apart - together == saved * steps
 
 
 @pytest.mark.parametrize("methods", [(), (Restless(),)], ids=["plain", "weights move in between"])

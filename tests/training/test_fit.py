@@ -638,12 +638,12 @@ def test_last_with_an_average_is_the_average(tiny_net: Net, tiny_data: Data) -> 
 
 def test_what_was_measured_is_what_the_weights_do(tiny_net: Net, tiny_data: Data) -> None:
     """The counts beside the chosen weights are those of an attack on them, on the same images."""
-    from robustfair.attacks.predict import sweep
+    from robustfair.attacks.predict import tally_batches
 
     data, held = tiny_data((10, 8, 6)), tiny_data((5, 5, 5), seed=4)
     objective = Trades(eps=0.1, steps=2)
     found = fit(tiny_net(), data, objective, methods=CFA, schedule=SHORT, validation=held, select="worst")
-    again = sweep(found.model, evaluation_batches(held, 500), 3, objective.evaluation_attack)
+    again = tally_batches(found.model, evaluation_batches(held, 500), 3, objective.evaluation_attack)
     record = found.history[found.chosen.epoch - 1]["validation"][found.chosen.candidate]
     assert record["robust"] == again.robust_pred_true.diagonal().tolist()
     assert record["clean"] == again.clean_pred_true.diagonal().tolist()

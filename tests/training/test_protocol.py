@@ -333,8 +333,8 @@ def test_validation_is_measured_once_a_boundary_for_each_number_of_steps(
     from robustfair.training import run as module
 
     asked: list[int] = []
-    sweep = module.sweep
-    monkeypatch.setattr(module, "sweep", lambda *args: asked.append(1) or sweep(*args))
+    tally_batches = module.tally_batches
+    monkeypatch.setattr(module, "tally_batches", lambda *args: asked.append(1) or tally_batches(*args))
     reached: list[list[Tensor]] = []
 
     def look(run: Run) -> None:

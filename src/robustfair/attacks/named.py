@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from robustfair.attacks.autoattack.named import AUTOATTACK, StrongAttack, strong_attack
-from robustfair.attacks.autoattack.named import OPTIONS as STRONG_OPTIONS
+from robustfair.attacks.autoattack.named import AUTOATTACK, AutoAttack, parse_autoattack
+from robustfair.attacks.autoattack.named import OPTIONS as AUTOATTACK_OPTIONS
 from robustfair.attacks.pgd import STARTS, FreezeFooled
 from robustfair.config import Term, build, canonical_key, format_eps, format_value, parse_composition, require
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
@@ -25,7 +25,7 @@ from robustfair.values import Attack, Batch, Goal, Threat
 Kind = Literal["clean", "fgsm", "pgd", "cw"]
 
 OPTIONS = ("restarts", "step_size", "start", "freeze", "keep")
-STRONG = (AUTOATTACK, *STRONG_OPTIONS)
+AUTOATTACK_NAMES = (AUTOATTACK, *AUTOATTACK_OPTIONS)
 """Names of `robustfair.attacks.autoattack.named`."""
 CROSS_ENTROPY, MARGIN = "cross-entropy", "margin"
 
@@ -175,7 +175,7 @@ class NamedAttack:
         return threat.eps if self.kind == "fgsm" else threat.step_size
 
 
-AnyAttack = NamedAttack | StrongAttack
+AnyAttack = NamedAttack | AutoAttack
 
 
 def parse_attacks(attacks: str | Sequence[str]) -> tuple[AnyAttack, ...]:
@@ -220,8 +220,8 @@ def _parse_one(text: str) -> AnyAttack:
     if len(terms) != 1:
         raise RecipeError(f"cannot read {text!r}: attacks are separated by commas, like 'clean,pgd-20'")
     term = terms[0]
-    if term.name in STRONG:
-        return strong_attack(term)
+    if term.name in AUTOATTACK_NAMES:
+        return parse_autoattack(term)
     kind, steps = _kind_and_steps(term)
     args = {canonical_key(key): value for key, value in term.args.items()}
     if kind == "clean" and args:
@@ -241,7 +241,7 @@ def _kind_and_steps(term: Term) -> tuple[str, int]:
         return found[1], int(found[2])
     number = re.search(r"\d+$", term.name)
     steps = number[0] if number else "20"
-    raise UnknownNameError("attack", term.name, ("clean", "fgsm", f"pgd-{steps}", f"cw-{steps}", *STRONG))
+    raise UnknownNameError("attack", term.name, ("clean", "fgsm", f"pgd-{steps}", f"cw-{steps}", *AUTOATTACK_NAMES))
 
 
 def _split(text: str) -> Iterable[str]:

@@ -22,11 +22,11 @@ from robustfair.models.modes import attacking
 from robustfair.values import Attack, Goal, Model
 
 
-class Problem(NamedTuple):
-    """What an attack maximises and where: goal, images, labels, clean logits where the goal reads them, step and ball.
+class StepInputs(NamedTuple):
+    """What a gradient step needs beside the point: the goal and what it reads, images, step size, ball and box.
 
     `y` is what the goal reads: the labels, or the attack's target. `step_size` and `eps` are (B, 1, ..., 1), to meet
-    the pixels; `kick` (B, C, H, W) is the noise of this step.
+    the pixels; `noise` (B, C, H, W) is the noise of this step.
     """
 
     goal: Goal
@@ -38,16 +38,16 @@ class Problem(NamedTuple):
     norm: Norm
     box_first: bool = False
     box: bool = True
-    kick: Tensor | None = None
+    noise: Tensor | None = None
 
     @staticmethod
-    def of(attack: Attack, x: Tensor, y: Tensor, clean: Tensor | None) -> Problem:
+    def of(attack: Attack, x: Tensor, y: Tensor, clean: Tensor | None) -> StepInputs:
         step_size, eps = per_pixel(attack.step_size, x), per_pixel(attack.eps, x)
         y = y if attack.target is None else attack.target
-        return Problem(attack.goal, x, y, clean, step_size, eps, attack.norm, attack.box_first, attack.box)
+        return StepInputs(attack.goal, x, y, clean, step_size, eps, attack.norm, attack.box_first, attack.box)
 
 
-Step = Callable[[Model, Tensor, Problem], tuple[Tensor, Tensor, Tensor]]
+Step = Callable[[Model, Tensor, StepInputs], tuple[Tensor, Tensor, Tensor]]
 """One gradient step from `x_adv`: the moved images, and goal values (B,) and logits at `x_adv`, all detached."""
 
 
@@ -120,26 +120,26 @@ def pgd(
         return (found.clamp(0, 1) if attack.box else found).detach()
 
 
-def eager_step(model: Model, x_adv: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def eager_step(model: Model, x_adv: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
     """A `Step` operator by operator: the reference that every other way of running it is compared with."""
     x_adv = x_adv.detach().requires_grad_(True)
     with torch.enable_grad():
         logits = model(x_adv)
-        value = problem.goal(logits, problem.clean, problem.y)
+        value = inputs.goal(logits, inputs.clean, inputs.y)
         gradient = input_gradient(value, x_adv)
-    return _move(x_adv.detach(), gradient, problem), value.detach(), logits.detach()
+    return _move(x_adv.detach(), gradient, inputs), value.detach(), logits.detach()
 
 
-def functional_step(model: Model, x_adv: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def functional_step(model: Model, x_adv: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
     """A `Step` as one pure function, forward, backward and update, for a compiler to see whole."""
 
     def total(z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         logits = model(z)
-        value = problem.goal(logits, problem.clean, problem.y)
+        value = inputs.goal(logits, inputs.clean, inputs.y)
         return value.sum(), (value, logits)
 
     gradient, (value, logits) = torch.func.grad(total, has_aux=True)(x_adv)
-    return _move(x_adv, gradient, problem), value, logits
+    return _move(x_adv, gradient, inputs), value, logits
 
 
 def ascend(
@@ -155,15 +155,15 @@ def ascend(
     step: Step = eager_step,
 ) -> tuple[Tensor, Best]:
     """The `Ascent` that takes its steps one by one."""
-    problem = Problem.of(attack, x, y, clean)
+    inputs = StepInputs.of(attack, x, y, clean)
     stop_state = attack.stop.start(y) if attack.stop else y
     if attack.steps and (attack.stop or attack.keep == "best"):
-        x_adv = _project(x_adv, problem)  # only then may the start itself be returned
+        x_adv = _project(x_adv, inputs)  # only then may the start itself be returned
     previous = x_adv
     for _ in range(attack.steps):
         if attack.noise:
-            problem = problem._replace(kick=attack.noise * torch.empty_like(x).normal_(generator=rng))
-        moved, value, logits = step(model, x_adv, problem)
+            inputs = inputs._replace(noise=attack.noise * torch.empty_like(x).normal_(generator=rng))
+        moved, value, logits = step(model, x_adv, inputs)
         if attack.keep == "best":
             best = best.update(x_adv, value, logits, y, attack)
         if attack.stop:
@@ -179,7 +179,7 @@ def ascend(
     if compares(attack):
         with torch.no_grad():
             logits = model(x_adv)
-            best = best.update(x_adv, attack.goal(logits, clean, problem.y), logits, y, attack)
+            best = best.update(x_adv, attack.goal(logits, clean, inputs.y), logits, y, attack)
     return x_adv, best
 
 
@@ -250,30 +250,30 @@ class Best:
         )
 
 
-def _move(x_adv: Tensor, gradient: Tensor, problem: Problem) -> Tensor:
+def _move(x_adv: Tensor, gradient: Tensor, inputs: StepInputs) -> Tensor:
     """One step uphill, back into the ball and the box. Where the gradient is zero or nan nothing moves."""
     gradient = gradient.nan_to_num(0.0)
-    if problem.norm == "linf":
+    if inputs.norm == "linf":
         direction = gradient.sign()
-    elif problem.box_first:
+    elif inputs.box_first:
         norm = _l2(gradient)
         direction = torch.where(norm > 0, gradient / norm, gradient)
     else:
         direction = gradient / (_l2(gradient) + 1e-10)
-    moved = x_adv + problem.step_size * direction
-    return _project(moved if problem.kick is None else moved + problem.kick, problem)
+    moved = x_adv + inputs.step_size * direction
+    return _project(moved if inputs.noise is None else moved + inputs.noise, inputs)
 
 
-def _project(x_adv: Tensor, problem: Problem) -> Tensor:
+def _project(x_adv: Tensor, inputs: StepInputs) -> Tensor:
     """Into the ball and the box, in the attack's order."""
-    x, eps = problem.x, problem.eps
-    if problem.norm == "l2" and problem.box_first:
-        return x + _into_l2_ball((x_adv.clamp(0, 1) if problem.box else x_adv) - x, eps)
-    if problem.norm == "linf":
+    x, eps = inputs.x, inputs.eps
+    if inputs.norm == "l2" and inputs.box_first:
+        return x + _into_l2_ball((x_adv.clamp(0, 1) if inputs.box else x_adv) - x, eps)
+    if inputs.norm == "linf":
         inside = torch.minimum(torch.maximum(x_adv, x - eps), x + eps)
     else:
         inside = x + _into_l2_ball(x_adv - x, eps)
-    return inside.clamp(0, 1) if problem.box else inside
+    return inside.clamp(0, 1) if inputs.box else inside
 
 
 def _into_l2_ball(delta: Tensor, eps: Tensor) -> Tensor:

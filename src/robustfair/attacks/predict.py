@@ -33,7 +33,9 @@ def attacked_logits(
         return model(x)
 
 
-def sweep(model: Model, batches: Iterable[Batch], num_classes: int, attack_on: AttackOn | None = None) -> ClassTally:
+def tally_batches(
+    model: Model, batches: Iterable[Batch], num_classes: int, attack_on: AttackOn | None = None
+) -> ClassTally:
     """Counts over all batches: clean, and attacked where an attack is given. One host synchronisation, by the caller.
 
     A robust hit requires a clean hit as well: an image that is misclassified as it is cannot be robust.

@@ -29,12 +29,11 @@ class Loader:
         batch_size: B.
         augment: an augmentation or its name.
         seed: of the run.
-        drop_last: leave out a last batch below `batch_size`.
         memory_format: of `x`; None is `torch.channels_last` from three channels on, else contiguous.
 
     Raises:
         DataError: the data set is empty.
-        ConfigError: `batch_size` is below 1, or above the number of images under `drop_last`.
+        ConfigError: `batch_size` is below 1.
         UnknownNameError: no augmentation has this name.
     """
 
@@ -43,16 +42,12 @@ class Loader:
     _: KW_ONLY
     augment: Augmentation | str
     seed: int
-    drop_last: bool = False
     memory_format: torch.memory_format | None = None
 
     def __post_init__(self) -> None:
         _check_batch_size(self.batch_size)
         if len(self.dataset) == 0:
             raise DataError(f"{self.dataset.name}: no images to train on")
-        if self.drop_last and self.batch_size > len(self.dataset):
-            allowed = f"at most the number of images ({len(self.dataset)}) when the last batch is dropped"
-            raise ConfigError("loader", "batch_size", allowed=allowed, got=self.batch_size)
         self._augmentation()
 
     @property
@@ -77,8 +72,6 @@ class Loader:
     def _bounds(self) -> list[tuple[int, int]]:
         bounds = _slices(len(self.dataset), self.batch_size)
         last = bounds[-1][1] - bounds[-1][0]
-        if self.drop_last and last < self.batch_size:
-            return bounds[:-1]
         if last == 1 and self.batch_size > 1 and len(bounds) > 1:
             return [*bounds[:-2], (bounds[-2][0], bounds[-1][1])]
         return bounds

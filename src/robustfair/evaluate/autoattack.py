@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.autoattack.base import BF16_SLACK, Passes, into_ball
-from robustfair.attacks.autoattack.engine import STANDS, Ensemble, Verdicts, Victims
-from robustfair.attacks.autoattack.named import Member, StrongAttack
+from robustfair.attacks.autoattack.base import BF16_TOLERANCE, SearchNetwork, into_ball
+from robustfair.attacks.autoattack.engine import UNBROKEN, AttackResult, Ensemble
+from robustfair.attacks.autoattack.named import AutoAttack, AutoAttackEngine, Member
 from robustfair.config import Precision
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
@@ -27,176 +27,165 @@ SAVE_EVERY = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """What a strong attack did to n images, on the CPU.
+class AutoAttackRun:
+    """An attack of the AutoAttack family on n images that are all classified right, with either engine.
 
     Attributes:
-        prediction: (n,) class at the point found, the label where none was.
-        broken_by: (n,) number of the member that broke the image, -1 where none did.
-        ran: member -> share of its work that was done.
-        not_finite: attacked points whose logits were no finite numbers.
-        points: image -> (C, H, W) where the model gives that class.
-    """
-
-    prediction: Tensor
-    broken_by: Tensor
-    ran: Mapping[str, float]
-    not_finite: int
-    points: Mapping[int, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """How a strong attack runs, whatever it attacks.
-
-    Attributes:
+        attack: which.
+        model: in eval mode; its predictions count, whatever the precision of the searches.
+        data: the images, on the device of the model.
+        rows: (n,) their places in the audited data set, which key the draws of the native engine.
         threat: norm and radius.
-        seed: of its draws.
-        lanes: images at a time.
-        precision: of the searches; the verdict is always that of the model as given.
-        fine_precision: of FAB's, which measures distances to a boundary.
+        seed: of the draws.
+        batch_size: searches at a time.
+        precision: of the searches.
+        distance_precision: of those that measure distances to a boundary: FAB's.
         deadline: `time.monotonic()` at which to stop; None never does.
         keep_points: keep where each image was broken.
-    """
-
-    threat: Threat
-    seed: int
-    lanes: int
-    precision: Precision = "fp32"
-    fine_precision: Precision = "fp32"
-    deadline: float | None = None
-    keep_points: bool = False
-
-
-def run_native(
-    attack: StrongAttack,
-    model: nn.Module,
-    data: ImageDataset,
-    rows: Tensor,
-    terms: Terms,
-    *,
-    state: Mapping[str, Tensor] | None = None,
-    save: Callable[[Mapping[str, Tensor]], None] | None = None,
-    tell: Callable[[float], None] | None = None,
-) -> tuple[Outcome, Mapping[str, Tensor] | None]:
-    """Attack images that are all classified right, with our engine.
-
-    Args:
-        model: in eval mode.
-        data: (n, C, H, W) images on the model's device.
-        rows: (n,) their places in the audited data set, which key the draws.
-        state: where an interrupted run stood.
         save: keeps a state that may be given back.
         tell: hears the share of the work that is done.
-
-    Returns:
-        The outcome, and the state where the deadline ended it; None where it ran to its end.
     """
-    searches = [member.search(terms.threat, data.num_classes, terms.seed) for member in attack.members]
-    example = _pixels(data, torch.arange(min(len(data), 2), device=data.device))
-    passes = {
-        precision: _passes(model, precision, example, terms.lanes)
-        for precision in {terms.precision, terms.fine_precision}
-    }
-    ensemble = Ensemble(
-        model,
-        passes[terms.precision],
-        Victims(images=lambda index: _pixels(data, index), labels=data.labels, keys=rows),
-        searches,
-        eps=terms.threat.eps,
-        norm=terms.threat.norm,
-        seed=derive_seed("strong", terms.seed, attack.name),
-        lanes=terms.lanes,
-        fine=passes[terms.fine_precision],
-        keep_points=terms.keep_points,
-    )
-    if state:
-        ensemble.restore(state)
-    told = saved = time.monotonic()
 
-    def watch(now_at: Ensemble) -> bool:
-        nonlocal told, saved
-        now = time.monotonic()
-        if tell and now - told >= TELL_EVERY:
-            told = now
-            tell(now_at.progress())
-        if save and now - saved >= SAVE_EVERY:
-            save(now_at.state())
-            saved = time.monotonic()
-        return terms.deadline is None or now < terms.deadline
+    attack: AutoAttack
+    model: nn.Module
+    data: ImageDataset
+    rows: Tensor
+    threat: Threat
+    seed: int
+    batch_size: int
+    precision: Precision = "fp32"
+    distance_precision: Precision = "fp32"
+    deadline: float | None = None
+    keep_points: bool = False
+    save: Callable[[Mapping[str, Tensor]], None] = lambda state: None
+    tell: Callable[[float], None] = lambda share: None
 
-    try:
-        verdicts = ensemble.run(watch)
-    except KeyboardInterrupt:
-        if save:
-            save(ensemble.state())
-        raise
-    found = _outcome(attack, verdicts, ensemble.ran())
-    return found, None if min(found.ran.values()) >= 1 else ensemble.state()
+    def run(
+        self, engine: AutoAttackEngine, state: Mapping[str, Tensor]
+    ) -> tuple[AttackResult, Mapping[str, Tensor] | None]:
+        """Attack the images.
+
+        Args:
+            state: where an interrupted run of the same engine stood, or empty.
+
+        Returns:
+            The result, and the state where the deadline ended it; None where it ran to its end.
+        """
+        return self._reference(state) if engine == "reference" else self._native(state)
+
+    def _native(self, state: Mapping[str, Tensor]) -> tuple[AttackResult, Mapping[str, Tensor] | None]:
+        attack, data = self.attack, self.data
+        example = _pixels(data, torch.arange(min(len(data), 2), device=data.device))
+        networks = {
+            precision: self._network(precision, example) for precision in {self.precision, self.distance_precision}
+        }
+        ensemble = Ensemble(
+            self.model,
+            networks[self.precision],
+            [member.search(self.threat, data.num_classes, self.seed) for member in attack.members],
+            images=lambda index: _pixels(data, index),
+            labels=data.labels,
+            keys=self.rows,
+            eps=self.threat.eps,
+            norm=self.threat.norm,
+            seed=derive_seed("strong", self.seed, attack.name),
+            batch_size=self.batch_size,
+            distance_network=networks[self.distance_precision],
+            keep_points=self.keep_points,
+        )
+        if state:
+            ensemble.restore(state)
+        told = saved = time.monotonic()
+
+        def watch(running: Ensemble) -> bool:
+            nonlocal told, saved
+            now = time.monotonic()
+            if now - told >= TELL_EVERY:
+                told = now
+                self.tell(running.progress())
+            if now - saved >= SAVE_EVERY:
+                self.save(running.state())
+                saved = time.monotonic()
+            return self.deadline is None or now < self.deadline
+
+        try:
+            result = ensemble.run(watch)
+        except KeyboardInterrupt:
+            self.save(ensemble.state())
+            raise
+        return result, None if min(result.ran.values()) >= 1 else ensemble.state()
+
+    def _network(self, precision: Precision, example: Tensor) -> SearchNetwork:
+        if precision == "fp32":
+            return SearchNetwork(self.model, capacity=self.batch_size)
+        network = search_network(self.model, example)
+        return SearchNetwork(network, tolerance=BF16_TOLERANCE, capacity=self.batch_size)
+
+    def _reference(self, state: Mapping[str, Tensor]) -> tuple[AttackResult, Mapping[str, Tensor] | None]:
+        """With `pyautoattack`, member by member, each on the images that those before it left robust.
+
+        Inside a member it keeps no state and looks at no deadline, and its draws depend on the batch: `rows` are not
+        read. Predictions are its own; points that are kept are put into ball and box as ours are.
+        """
+        members, first = self.attack.members, int(state["member"]) if state else 0
+        result = AttackResult.of_state(state) if state else AttackResult.all_robust(self.data.labels)
+        done = len(members)
+        for number in range(first, done):
+            robust = (result.broken_by == UNBROKEN).nonzero().squeeze(1)
+            if len(robust) == 0:
+                break
+            if number > first and self.deadline is not None and time.monotonic() >= self.deadline:
+                done = number
+                break
+            self._reference_member(number, robust, result)
+            self.save({**result.state(), "member": torch.tensor(number + 1)})
+            self.tell((number + 1) / len(members))
+        result.ran = {member.name: float(number < done) for number, member in enumerate(members)}
+        unfinished = done < len(members)
+        return result, {**result.state(), "member": torch.tensor(done)} if unfinished else None
+
+    def _reference_member(self, number: int, rows: Tensor, result: AttackResult) -> None:
+        """Run one member on the images `rows`, and note what it breaks."""
+        data = self.data.subset(rows.to(self.data.device))
+        images = data.images.float() / 255
+        with torch.random.fork_rng(devices=[data.device] if data.device.type == "cuda" else []):
+            reference = self._reference_attack(self.attack.members[number])
+            x_adv, y_adv = reference.run_standard_evaluation(images, data.labels, batch_size=self.batch_size)
+        for at in (y_adv != data.labels).nonzero().squeeze(1).tolist():
+            example = int(rows[at])
+            result.prediction[example] = int(y_adv[at])
+            result.broken_by[example] = number
+            if self.keep_points:
+                inside = into_ball(images[at : at + 1], x_adv[at : at + 1], self.threat.eps, self.threat.norm)
+                result.points[example] = inside[0].cpu()
+
+    def _reference_attack(self, member: Member) -> Any:
+        """A member as `pyautoattack` runs it."""
+        import pyautoattack
+
+        reference = pyautoattack.AutoAttack(
+            self.model,
+            norm={"linf": "Linf", "l2": "L2"}[self.threat.norm],
+            eps=self.threat.eps,
+            seed=self.seed,
+            version="custom",
+            attacks=[member.kind],
+            device=self.data.device,
+        )
+        reference.logger = logging.getLogger("robustfair.reference")
+        targets = min(member.targets, self.data.num_classes - 1)
+        apgd, apgd_targeted, fab, square = reference.apgd, reference.apgd_targeted, reference.fab, reference.square
+        apgd.n_restarts, apgd.n_iter = member.restarts, member.steps
+        apgd_targeted.n_target_classes, apgd_targeted.n_iter = targets, member.steps
+        apgd_targeted.n_restarts = 1
+        fab.n_target_classes, fab.n_iter, fab.n_restarts = targets, member.steps, member.restarts
+        square.n_queries, square.p_init = member.queries, member.p_init
+        square.n_restarts, square.rescale_schedule = member.restarts, member.rescale_schedule
+        return reference
 
 
-def run_reference(
-    attack: StrongAttack,
-    model: nn.Module,
-    data: ImageDataset,
-    rows: Tensor,
-    terms: Terms,
-    *,
-    state: Mapping[str, Tensor] | None = None,
-    save: Callable[[Mapping[str, Tensor]], None] | None = None,
-    tell: Callable[[float], None] | None = None,
-) -> tuple[Outcome, Mapping[str, Tensor] | None]:
-    """The same with `pyautoattack`, member by member, each on what those before it left standing.
-
-    Inside a member it keeps no state and looks at no deadline, and its draws depend on the batch: `rows` are not read.
-    Verdicts are its own; points that are kept are put into ball and box as ours are.
-    """
-    found, first = Verdicts.none_on(data.labels), 0
-    if state:
-        found, first = Verdicts.of_state(state), int(state["member"])
-    done = len(attack.members)
-    for number in range(first, done):
-        standing = (found.broken_by == STANDS).nonzero().squeeze(1)
-        if len(standing) == 0:
-            break
-        if number > first and terms.deadline is not None and time.monotonic() >= terms.deadline:
-            done = number
-            break
-        left = data.subset(standing.to(data.device))
-        _reference_member(attack.members[number], number, model, left, standing, terms, found)
-        if save:
-            save({**found.state(), "member": torch.tensor(number + 1)})
-        if tell:
-            tell((number + 1) / len(attack.members))
-    ran = [float(number < done) for number in range(len(attack.members))]
-    unfinished = None if min(ran) >= 1 else {**found.state(), "member": torch.tensor(done)}
-    return _outcome(attack, found, ran), unfinished
-
-
-def _passes(model: nn.Module, precision: Precision, example: Tensor, room: int) -> Passes:
-    if precision == "fp32":
-        return Passes(model, room=room)
-    return Passes(search_network(model, example), slack=BF16_SLACK, room=room)
-
-
-def _pixels(data: ImageDataset, index: Tensor) -> Tensor:
-    """Images in [0, 1], in the layout that convolutions are fastest in; so are the points of all lanes then."""
-    return (data.images[index].float() / 255).contiguous(memory_format=torch.channels_last)
-
-
-def _outcome(attack: StrongAttack, verdicts: Verdicts, ran: Sequence[float]) -> Outcome:
-    names = [member.name for member in attack.members]
-    return Outcome(
-        prediction=verdicts.prediction,
-        broken_by=verdicts.broken_by,
-        ran=dict(zip(names, ran, strict=True)),
-        not_finite=verdicts.not_finite,
-        points=verdicts.points,
-    )
-
-
-def require_reference(attack: StrongAttack, classes: int) -> None:
-    """Refuse what `run_reference` cannot run.
+def require_reference(attack: AutoAttack, classes: int) -> None:
+    """Refuse what the reference engine cannot run.
 
     Raises:
         ConfigError: too few classes for a member, or a setting that the reference has not.
@@ -210,41 +199,6 @@ def require_reference(attack: StrongAttack, classes: int) -> None:
             raise ConfigError(member.kind, "per_image_windows", allowed="false with engine=reference", got=True)
 
 
-def _reference_member(
-    member: Member, number: int, model: nn.Module, standing: ImageDataset, rows: Tensor, terms: Terms, found: Verdicts
-) -> None:
-    """Run one member on the images that stand, which are `rows` of the victims, and note what it breaks."""
-    images = standing.images.float() / 255
-    with torch.random.fork_rng(devices=[standing.device] if standing.device.type == "cuda" else []):
-        engine = _reference_engine(member, model, standing, terms)
-        x_adv, y_adv = engine.run_standard_evaluation(images, standing.labels, batch_size=terms.lanes)
-    for at in (y_adv != standing.labels).nonzero().squeeze(1).tolist():
-        example = int(rows[at])
-        found.prediction[example] = int(y_adv[at])
-        found.broken_by[example] = number
-        if terms.keep_points:
-            inside = into_ball(images[at : at + 1], x_adv[at : at + 1], terms.threat.eps, terms.threat.norm)
-            found.points[example] = inside[0].cpu()
-
-
-def _reference_engine(member: Member, model: nn.Module, data: ImageDataset, terms: Terms) -> Any:
-    from pyautoattack import AutoAttack
-
-    engine = AutoAttack(
-        model,
-        norm={"linf": "Linf", "l2": "L2"}[terms.threat.norm],
-        eps=terms.threat.eps,
-        seed=terms.seed,
-        version="custom",
-        attacks=[member.kind],
-        device=data.device,
-    )
-    engine.logger = logging.getLogger("robustfair.reference")
-    targets = min(member.targets, data.num_classes - 1)
-    engine.apgd.n_restarts, engine.apgd.n_iter = member.restarts, member.steps
-    engine.apgd_targeted.n_target_classes, engine.apgd_targeted.n_iter = targets, member.steps
-    engine.apgd_targeted.n_restarts = 1
-    engine.fab.n_target_classes, engine.fab.n_iter, engine.fab.n_restarts = targets, member.steps, member.restarts
-    engine.square.n_queries, engine.square.p_init = member.queries, member.p_init
-    engine.square.n_restarts, engine.square.rescale_schedule = member.restarts, member.rescale_schedule
-    return engine
+def _pixels(data: ImageDataset, index: Tensor) -> Tensor:
+    """Images in [0, 1], in the layout that convolutions are fastest in; so are the points of all searches then."""
+    return (data.images[index].float() / 255).contiguous(memory_format=torch.channels_last)

@@ -33,12 +33,12 @@ from robustfair.data.corruptions.generate import (
     parse_corruption,
 )
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
-from robustfair.evaluate.columns import Progress
 from robustfair.evaluate.corruption_images import Generated, Images, open_published
 from robustfair.evaluate.files import paths, read_pair
 from robustfair.evaluate.plan import BATCH_SIZE, whole
 from robustfair.evaluate.rates import ClassRates
 from robustfair.evaluate.result import CLEAN
+from robustfair.evaluate.runner import Progress
 from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import InPrecision, Precision

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, get_args
 
-from robustfair.attacks.autoattack.named import Engine
+from robustfair.attacks.autoattack.named import AutoAttackEngine
 from robustfair.attacks.named import AnyAttack, parse_attacks
 from robustfair.config import Norm, format_eps, parse_eps, parse_norm, require
 from robustfair.data import ImageDataset
@@ -43,7 +43,7 @@ class AuditPlan:
     threat: Threat
     seed: int
     precision: SearchPrecision
-    engine: Engine
+    engine: AutoAttackEngine
     batch_size: int | None
     points: bool
     fingerprint: str
@@ -146,7 +146,7 @@ def plan_audit(
     batch_size: int | None = None,
     seed: int = 0,
     precision: SearchPrecision = "auto",
-    engine: Engine = "native",
+    engine: AutoAttackEngine = "native",
     keep_points: bool = False,
 ) -> AuditPlan:
     """Read the settings of an audit; see `robustfair.evaluate.run.audit` for what they mean.
@@ -158,7 +158,7 @@ def plan_audit(
         got = type(dataset).__name__
         raise ConfigError("audit", "dataset", allowed="an ImageDataset", got=got, hint="Of splits, pass data.test")
     names, limits = attack_names(attacks), threat(norm, eps, step_size)
-    for field, value, kind in (("precision", precision, SearchPrecision), ("engine", engine, Engine)):
+    for field, value, kind in (("precision", precision, SearchPrecision), ("engine", engine, AutoAttackEngine)):
         allowed = get_args(kind)
         require(value in allowed, "audit", field, allowed=f"one of {', '.join(allowed)}", got=value)
     return AuditPlan(

@@ -54,8 +54,8 @@ class Audit(ClassRates):
         head_norms: (C,) row norms of the head; None if the model has no plain linear head.
         groups: (C,) super-class per class, or None.
         group_names: names of the super-classes, empty without groups.
-        broken_by: strong attack -> (N,) number of the member that broke the image, -1 where none did.
-        points: strong attack -> image -> (C, H, W) where the model gives the prediction; kept only if asked for.
+        broken_by: AutoAttack -> (N,) number of the member that broke the image, -1 where none did.
+        points: AutoAttack -> image -> (C, H, W) where the model gives the prediction; kept only if asked for.
         provenance: versions, seed, precision, device, seconds per attack, date, what was found on the model, as JSON
             values.
 
@@ -201,7 +201,7 @@ class Audit(ClassRates):
         The npz holds `index`, `labels` and an array per attack (N,), no pickle. A slash in `stem` becomes a hyphen, so
         that a list of attacks may serve.
 
-        Attacked images that were kept go to `<stem>.points.safetensors`: for each strong attack `<name>/image` (M,)
+        Attacked images that were kept go to `<stem>.points.safetensors`: for each AutoAttack `<name>/image` (M,)
         and `<name>/pixels` (M, C, H, W).
 
         Returns:
@@ -242,7 +242,7 @@ class Audit(ClassRates):
         return prediction
 
     def fell_to(self, attack: str) -> dict[str, Tensor]:
-        """Of a strong attack: member -> (C,) images of each class that it broke, each on what the ones before left.
+        """Of a AutoAttack: member -> (C,) images of each class that it broke, each on what the ones before left.
 
         Raises:
             UnknownNameError: the audit holds no such attack.

@@ -22,17 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.autoattack.named import StrongAttack
+from robustfair.attacks.autoattack.named import AutoAttack
 from robustfair.attacks.named import AnyAttack
 from robustfair.config import RobustFairWarning, read_path, require
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import DataError, ModelError, UnknownNameError
 from robustfair.evaluate.autoattack import require_reference
-from robustfair.evaluate.columns import Progress, Sweeper, search_precisions
 from robustfair.evaluate.diagnostics.inputs import diagnose_model
 from robustfair.evaluate.journal import Journal, weights_fingerprint
 from robustfair.evaluate.plan import plan_audit
 from robustfair.evaluate.result import Audit, shortfall
+from robustfair.evaluate.runner import AttackRunner, Progress, search_precisions
 from robustfair.execution.capacity import images_that_fit
 from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
@@ -41,7 +41,7 @@ from robustfair.models.head import check_outputs, head_norms, in_float32, prepar
 from robustfair.models.modes import attacking
 from robustfair.runs.folder import versions
 
-CUDA_LANES = 1000
+CUDA_AUTOATTACK_BATCH = 1000
 """Images at a time by default for the AutoAttack family on a GPU, where nothing depends on it."""
 
 
@@ -92,7 +92,7 @@ def audit(
                 AutoAttack family, but for FAB by itself, bf16 where the hardware has instructions for it. Predictions
                 are the model's own always.
             engine: of the AutoAttack family: "native", or "reference" for pyautoattack.
-            keep_points: keep where the model fails, per strong attack.
+            keep_points: keep where the model fails, per AutoAttack.
 
     Raises:
         UnknownNameError, ConfigError: attacks or radii that cannot be read, or that the engine cannot run; a device
@@ -120,22 +120,22 @@ def audit(
     model = prepared(in_float32(model.to(device), example), example)
     check_outputs(model, data.num_classes, example)
     if plan.engine == "reference":
-        for attack in _strong(suite):
+        for attack in _autoattacks(suite):
             require_reference(attack, data.num_classes)
     _warn_of_few_classes(suite, data.num_classes)
-    lanes = CUDA_LANES if plan.batch_size is None and device.type == "cuda" else plan.at_a_time
+    at_once = CUDA_AUTOATTACK_BATCH if plan.batch_size is None and device.type == "cuda" else plan.at_a_time
     gradient = any(attack.needs_gradient for attack in suite)
-    fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else lanes
+    fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else at_once
     size = min(plan.at_a_time, fit)
     suspected = diagnose_model(model, dataset, device, batch_size=size) if checks else []
     precisions = search_precisions(plan.precision if plan.engine == "native" else "fp32", device)
     warn_of_slow_bf16("bf16" if "bf16" in precisions.values() else "fp32", device)
-    sweeper = Sweeper(
+    runner = AttackRunner(
         model=model,
         data=data,
         threat=plan.threat,
         batch_size=size,
-        lanes=min(lanes, fit),
+        autoattack_batch_size=min(at_once, fit),
         seed=plan.seed,
         precisions=precisions,
         engine=plan.engine,
@@ -154,7 +154,7 @@ def audit(
         kept = Journal(read_path(journal), identity)
     owning = nullcontext() if kept is None else kept.owned()
     with owning, kept_memory(device), full_float32(), attacking(model, "eval"):
-        found = sweeper.run(suite, kept, keep_journal=keep_journal)
+        found = runner.run(suite, kept, keep_journal=keep_journal)
     ran = {attack.name: attack.settings(plan.threat, data.num_classes) for attack in suite}
     result = Audit(
         model=label or type(unwrap(model)).__name__,
@@ -200,12 +200,12 @@ def _keywords(function: Callable[..., Any]) -> list[str]:
     return [name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
 
 
-def _strong(suite: Sequence[AnyAttack]) -> list[StrongAttack]:
-    return [attack for attack in suite if isinstance(attack, StrongAttack)]
+def _autoattacks(suite: Sequence[AnyAttack]) -> list[AutoAttack]:
+    return [attack for attack in suite if isinstance(attack, AutoAttack)]
 
 
 def _warn_of_few_classes(suite: Sequence[AnyAttack], classes: int) -> None:
-    members = [member for attack in _strong(suite) for member in attack.members]
+    members = [member for attack in _autoattacks(suite) for member in attack.members]
     for text in dict.fromkeys(member.warning(classes) for member in members):
         if text:
             warnings.warn(text, RobustFairWarning, stacklevel=3)

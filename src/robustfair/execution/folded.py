@@ -1,4 +1,4 @@
-"""The network that searches in bf16 see: what the model computes, in fewer and cheaper steps.
+"""A copy of a model for attacks that search in bf16: it computes the same, in fewer and cheaper steps.
 
 Batch norm that alone reads a convolution is folded into its weights, and weights are cast once instead of in every
 pass. That changes roundings, as bf16 does itself, and no more: what a search finds is judged by the model as given.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,8 +33,8 @@ def search_network(model: nn.Module, example: Tensor) -> nn.Module:
         example: (B, C, H, W) in [0, 1], on the device of the model.
     """
     with attacking(model, "eval"):
-        for prepare in (_folded, _plain):
-            network = _cast(model, prepare, example)
+        for copied in (partial(_folded, example=example), deepcopy):
+            network = _cast(model, copied, example)
             if network is not None:
                 return network
     return InPrecision(model, "bf16", example.device.type)
@@ -65,16 +66,10 @@ def _folded(model: nn.Module, example: Tensor) -> nn.Module | None:
     return network if same else None
 
 
-def _plain(model: nn.Module, example: Tensor) -> nn.Module | None:
-    return deepcopy(model)
-
-
-def _cast(
-    model: nn.Module, prepare: Callable[[nn.Module, Tensor], nn.Module | None], example: Tensor
-) -> nn.Module | None:
-    """The prepared network with its weights in bf16, if it shares none with the model and its passes go through."""
+def _cast(model: nn.Module, copied: Callable[[nn.Module], nn.Module | None], example: Tensor) -> nn.Module | None:
+    """The copy with its weights in bf16, if it shares none with the model and its passes go through."""
     try:
-        network = prepare(model, example)
+        network = copied(model)
         own = {parameter.data_ptr() for parameter in model.parameters()}
         if network is None or any(parameter.data_ptr() in own for parameter in network.parameters()):
             return None

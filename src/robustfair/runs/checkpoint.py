@@ -22,7 +22,7 @@ from torch import Tensor
 
 from robustfair.errors import CheckpointError
 from robustfair.files import flush, read_json, write_bytes, write_json
-from robustfair.training.state import Chosen, TrainState
+from robustfair.training.state import ScoredWeights, TrainState
 from robustfair.values import ClassTally, StateDict
 
 SCHEMA = "robustfair.checkpoint/1"
@@ -151,7 +151,7 @@ def read_state(checkpoints: Path, history: Sequence[Mapping[str, Any]] = ()) -> 
         found = read_checkpoint(checkpoints / "best")
         meta = found.meta
         clean = meta.get("clean_score", math.nan)
-        best = Chosen(meta["candidate"], meta["epoch"], meta["score"], found.weights, clean)
+        best = ScoredWeights(meta["candidate"], meta["epoch"], meta["score"], found.weights, clean)
     return TrainState(
         epoch=last.meta["epoch"],
         step=last.meta["step"],

@@ -1,4 +1,4 @@
-"""How a training run executes its model: precision, compilation, attacks as one CUDA graph, shared clean logits.
+"""How a training run executes its model: precision, compilation, and attacks as one CUDA graph.
 
 Nothing here changes what is computed, only how: `compile=False` in float32 is the reference path, and every other one
 is tested against it. What was tried, what it should have brought and what it brought is in benchmarks/NOTES.md.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import Ascent, Problem, ascend, functional_step, pgd, require_input_gradient
+from robustfair.attacks.pgd import Ascent, StepInputs, ascend, functional_step, pgd, require_input_gradient
 from robustfair.config import Precision
 from robustfair.errors import ConfigError, ModelError
 from robustfair.execution.precision import InPrecision
@@ -53,7 +53,6 @@ class Engine:
         self.batch_size = batch_size
         self._compiled: Callable[[Model, Tensor], Tensor] | None = None
         self._ascent: Ascent = ascend
-        self._clean: tuple[Tensor, Tensor] | None = None
         if compile:
             require_compiler(device.type)
             self._compiled = torch.compile(_own_copy(_logits), dynamic=False)
@@ -63,9 +62,6 @@ class Engine:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, K), float32 at least, differentiable in the weights."""
-        if self._clean is not None and self._clean[0] is x:
-            logits, self._clean = self._clean[1], None
-            return logits
         if self._compiled is None or not self._fits(x) or not self.model.training:
             return self.eager(x)
         return self._compiled(self.eager, x)
@@ -74,23 +70,21 @@ class Engine:
         """Another network as this engine runs its own: in the same precision, uncompiled."""
         return InPrecision(network, "bf16" if self.eager.bf16 else "fp32", self.eager.device_type)
 
-    def attack(self, batch: Batch, attack: Attack, *, clean_pass: bool = False, stream: str = "attack") -> Tensor:
+    def shares_clean_pass(self, attack: Attack) -> bool:
+        """Whether the attack reads the same clean logits as a loss in training mode, so that one pass serves both."""
+        return attack.goal.needs_clean and attack.mode == "train_frozen" and self.model.training
+
+    def attack(self, batch: Batch, attack: Attack, *, clean: Tensor | None = None, stream: str = "attack") -> Tensor:
         """The attacked images of a batch, (B, C, H, W).
 
         Args:
+            clean: logits of this engine at `batch.x`, where `shares_clean_pass` and the caller has them.
             stream: name of the random stream of the batch that it draws from.
-            clean_pass: the next call of this engine with `batch.x` is the loss's, in training mode and with these
-                weights. Where the attack would make the same pass, namely in mode "train_frozen" with a goal that
-                reads clean logits, it is made once, for both.
         """
-        clean, self._clean = None, None
-        if clean_pass and attack.goal.needs_clean and attack.mode == "train_frozen" and self.model.training:
-            logits = self(batch.x)
-            self._clean = batch.x, logits
-            clean = logits.detach()
         pure = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
         ascent = self._ascent if pure else ascend
-        return pgd(self.eager, batch.x, batch.y, attack, batch.rng(stream), clean=clean, ascent=ascent)
+        known = None if clean is None else clean.detach()
+        return pgd(self.eager, batch.x, batch.y, attack, batch.rng(stream), clean=known, ascent=ascent)
 
     def _fits(self, x: Tensor) -> bool:
         return self.batch_size is None or x.shape[0] == self.batch_size
@@ -122,7 +116,7 @@ def require_pure(model: nn.Module, x: Tensor) -> None:
     none = torch.zeros_like(x[:, :1, :1, :1])
     try:
         with attacking(model, "eval"):
-            functional_step(model, x, Problem(MaximiseCE(), x, y, None, none, none, "linf"))
+            functional_step(model, x, StepInputs(MaximiseCE(), x, y, None, none, none, "linf"))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"the model cannot be compiled, train it without compile: {reason}") from error

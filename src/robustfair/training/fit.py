@@ -33,9 +33,9 @@ from robustfair.methods.compose import Plan, compose
 from robustfair.models.head import OnCopies, check_gradient, check_outputs, check_training_outputs, head_norms, laid_out
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine, require_pure
-from robustfair.training.run import Meter, TrainingRun, finite_or_none
+from robustfair.training.run import EpochStatistics, TrainingRun, finite_or_none
 from robustfair.training.schedule import Schedule
-from robustfair.training.state import Chosen, TrainState
+from robustfair.training.state import ScoredWeights, TrainState
 from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, derive_seed
 
 SPLIT_SEED = 0
@@ -55,7 +55,7 @@ class Fitted:
 
     model: nn.Module
     state: TrainState
-    chosen: Chosen
+    chosen: ScoredWeights
 
     @property
     def history(self) -> tuple[Mapping[str, Any], ...]:
@@ -271,7 +271,7 @@ class _Training:
         _train_mode(self.engine.model, self.trainable if schedule.only else None)
         for network in self.networks.values():
             network.train(_trains(network))
-        meter = Meter(run.num_classes, self.device)
+        statistics = EpochStatistics(run.num_classes, self.device)
         started, steps = time.perf_counter(), self.loader.steps_per_epoch
         for step, batch in enumerate(self.loader.epoch(run.epoch)):
             lr = schedule.lr_at(run.epoch, step, steps)
@@ -279,47 +279,57 @@ class _Training:
                 group["lr"] = lr
                 if schedule.cycle_momentum:
                     group["momentum"] = schedule.momentum_at(run.epoch, step, steps)
-            self._step(batch, meter, step)
-            if self.device.type == "cpu" and meter.first_bad_step() is not None:
+            self._step(batch, statistics, step)
+            if self.device.type == "cpu" and statistics.first_bad_step() is not None:
                 break
             if on_step is not None:
                 on_step(run.epoch, step)
-        bad = meter.first_bad_step()
+        bad = statistics.first_bad_step()
         written = [t for module in (self.model, *self.networks.values()) for t in module.state_dict().values()]
         if bad is None and not all(bool(torch.isfinite(tensor).all()) for tensor in written):
             bad = step
         if bad is not None:
-            report = {"epoch": run.epoch, "step": bad, "lr": lr, "per_class": meter.per_class()}
-            raise DivergedError(report | {"train": counts(meter.tally), "class_state": self._class_state()})
+            report = {"epoch": run.epoch, "step": bad, "lr": lr, "per_class": statistics.per_class()}
+            raise DivergedError(report | {"train": counts(statistics.tally), "class_state": self._class_state()})
         run.epoch += 1
-        run.train = meter.tally
+        run.train = statistics.tally
         seconds = time.perf_counter() - started
         return {
             "epoch": run.epoch,
             "step": run.step,
             "lr": lr,
-            "loss": meter.loss(),
+            "loss": statistics.loss(),
             "seconds": round(seconds, 3),
             "images_per_second": round(len(self.loader.dataset) / seconds, 1),
-            "train": counts(meter.tally),
-            "per_class": meter.per_class(),
+            "train": counts(statistics.tally),
+            "per_class": statistics.per_class(),
         }
 
-    def _step(self, batch: Batch, meter: Meter, step: int) -> None:
+    def _step(self, batch: Batch, statistics: EpochStatistics, step: int) -> None:
         """Attack, loss, gradient, update, ticks: the order in which every method finds its hook."""
         plan, states, run = self.plan, self.states, self.run
         batch = plan.prepare(batch, states, run)
         attacks = plan.attacks(batch, states, run)
+        x, clean = batch.x, None
         for name, attack in attacks.items():
             if name == "x_adv":
-                shared = self.shares_clean and len(attacks) == 1
-                batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean_pass=shared))
+                if self.shares_clean and len(attacks) == 1 and self.engine.shares_clean_pass(attack):
+                    clean = self.engine(x)
+                batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean=clean))
             else:
                 batch = replace(batch, views={**batch.views, name: run.attacked(batch, attack, name)})
         batch = plan.examples(batch, states, run)
 
+        def forward(images: Tensor) -> Tensor:
+            """The engine, save that the first pass over the clean images may be one that was made for the attack."""
+            nonlocal clean
+            if clean is None or images is not x:
+                return self.engine(images)
+            logits, clean = clean, None
+            return logits
+
         def loss_at(model: Model, *, edited: bool = True) -> Loss:
-            called = self.engine if model is self.model else model
+            called = forward if model is self.model else model
             with run.forwarding(called):
                 return plan.loss(called, batch, states, run) if edited else plan.objective(called, batch)
 
@@ -331,7 +341,7 @@ class _Training:
         self.optimizer.step()
         run.step += 1
         self.states = plan.after_step(states, batch, loss, run)
-        meter.add(batch, attacks.get("x_adv"), loss, total, step)
+        statistics.add(batch, attacks.get("x_adv"), loss, total, step)
 
     def boundary(self, record: dict[str, Any]) -> None:
         """Between two epochs: the methods' ticks, validation of every candidate, selection, and the new `state`."""
@@ -349,7 +359,7 @@ class _Training:
         best = self.state.best
         for name, tallied in measured.items() if self.select != "last" else ():
             reached, clean = score(tallied, self.select), score(replace(tallied, robust_pred_true=None), self.select)
-            found = Chosen(name, run.epoch, reached, ({"model": weights} | exports)[name], clean)
+            found = ScoredWeights(name, run.epoch, reached, ({"model": weights} | exports)[name], clean)
             if best is None or better(found, best):
                 best = found
         self.state = TrainState(
@@ -411,7 +421,7 @@ def score(tallied: ClassTally, select: Select) -> float:
     return float({"average": average, "worst": worst, "average+worst": average + worst, "last": 0.0}[select])
 
 
-def better(new: Chosen, best: Chosen) -> bool:
+def better(new: ScoredWeights, best: ScoredWeights) -> bool:
     """Whether a candidate that was measured after `best` takes its place.
 
     The higher score does; of equal ones the higher score on clean images, then the later epoch; in one epoch the raw
@@ -508,10 +518,10 @@ def _trains(network: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in network.parameters())
 
 
-def _last(state: TrainState) -> Chosen:
+def _last(state: TrainState) -> ScoredWeights:
     """Without selection: the last weights, as the last method that exports any leaves them (an average), else raw."""
     name, weights = [("model", state.weights), *state.exports.items()][-1]
-    return Chosen(name, state.epoch, float("nan"), weights)
+    return ScoredWeights(name, state.epoch, float("nan"), weights)
 
 
 def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

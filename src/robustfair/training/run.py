@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.attacks.pgd import pgd
-from robustfair.attacks.predict import sweep, tally
+from robustfair.attacks.predict import tally, tally_batches
 from robustfair.data.datasets import ImageDataset
 from robustfair.data.loader import Loader, evaluation_batches
 from robustfair.errors import ConfigError
@@ -67,7 +67,7 @@ class TrainingRun:
             def attack_on(batch: Batch) -> Attack:
                 return replace(objective.evaluation_attack(batch), steps=steps)
 
-        return sweep(self.engine.eager, self.batches("validation"), self.num_classes, attack_on)
+        return tally_batches(self.engine.eager, self.batches("validation"), self.num_classes, attack_on)
 
     def batches(self, split: Literal["train", "validation"], attack: AttackOn | None = None) -> Iterator[Batch]:
         for batch in self._images(split):
@@ -111,8 +111,8 @@ class TrainingRun:
         return seeded_generator(self.labels.device, self.seed, "run", self.epoch, self.step, name)
 
 
-class Meter:
-    """Sums of one epoch, per class, on the device: nothing here waits for it.
+class EpochStatistics:
+    """Sums of one epoch, per class, on the device: adding to them never waits for it.
 
     Everything comes from what the step computed anyway: the logits of the loss, the attack's radii, the loss's
     coefficients.

@@ -13,8 +13,8 @@ from robustfair.values import ClassTally, State, StateDict
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The candidate with the best score on the validation split so far.
+class ScoredWeights:
+    """The weights of a candidate at one epoch, and its score on the validation split.
 
     Attributes:
         candidate: "model" (the raw weights) or the name of an export, such as "ema".
@@ -60,6 +60,6 @@ class TrainState:
     frozen: Mapping[str, StateDict] = field(default_factory=dict)
     objective: str | None = None
     exports: Mapping[str, StateDict] = field(default_factory=dict)
-    best: Chosen | None = None
+    best: ScoredWeights | None = None
     train: ClassTally | None = None
     history: tuple[Mapping[str, Any], ...] = ()

@@ -20,7 +20,7 @@ EPS = {"linf": 0.05, "l2": 0.3}
 
 
 def noise(x: Tensor, norm: str, seed: int = 0) -> Tensor:
-    """What `begin` draws for the lanes of a course."""
+    """What `begin` draws for the searches of a course."""
     draw = torch.rand if norm == "linf" else torch.randn
     return torch.stack([draw(x.shape[1:], generator=seeded_generator("cpu", seed, row)) for row in range(len(x))]).to(x)
 
@@ -65,11 +65,11 @@ def test_equals_the_slow_single_run(
         torch.testing.assert_close(points, torch.tensor(slow["points"][:alike], dtype=points.dtype), rtol=0, atol=1e-9)
         if alike == len(slow["points"]):
             best = torch.tensor(slow["best"], dtype=points.dtype)
-            torch.testing.assert_close(ours.lanes[-1]["best"][row].flatten(), best, rtol=0, atol=1e-9)
-        losses = [float(lane["best_loss"][row]) for lane in ours.lanes]
+            torch.testing.assert_close(ours.states[-1]["best"][row].flatten(), best, rtol=0, atol=1e-9)
+        losses = [float(state["best_loss"][row]) for state in ours.states]
         assert losses[:alike] == pytest.approx(slow["best_losses"][:alike], abs=1e-9)
-        assert [float(lane["step_size"][row]) for lane in ours.lanes][:alike] == slow["step_sizes"][:alike]
-        reset = [i for i, lane in enumerate(ours.lanes) if i and lane["since_check"][row] == 0]
+        assert [float(state["step_size"][row]) for state in ours.states][:alike] == slow["step_sizes"][:alike]
+        reset = [i for i, state in enumerate(ours.states) if i and state["since_check"][row] == 0]
         assert reset[0] == slow["checkpoints"][0]
         assert [i for i in reset if i < alike] == [i for i in slow["checkpoints"] if i < alike]
 
@@ -103,8 +103,8 @@ def test_equals_the_reference_engine(scene: Build, course: Build, loss: str, nor
         best, stands, best_loss, fooled = engine.attack_single_run(many.x, many.y)
     wrong = torch.stack([logits.argmax(1) != many.y for logits in ours.logits])
     assert torch.equal(~wrong.any(0), stands.bool())
-    torch.testing.assert_close(ours.lanes[-1]["best"], best.detach(), rtol=0, atol=1e-9)
-    torch.testing.assert_close(ours.lanes[-1]["best_loss"], best_loss, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(ours.states[-1]["best"], best.detach(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(ours.states[-1]["best_loss"], best_loss, rtol=1e-6, atol=1e-9)
     last = torch.stack(ours.points)[(wrong * torch.arange(1, steps + 2)[:, None]).argmax(0), torch.arange(8)]
     torch.testing.assert_close(last[wrong.any(0)], fooled.detach()[wrong.any(0)], rtol=0, atol=1e-9)
 
@@ -112,15 +112,15 @@ def test_equals_the_reference_engine(scene: Build, course: Build, loss: str, nor
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_checkpoints_step_sizes_and_best_loss_over_a_hundred_steps(scene: Build, course: Build, norm: str) -> None:
     search = Apgd(name="apgd", loss="ce", eps=EPS[norm], norm=norm)
-    lanes = course(search, scene(6, seed=2)).lanes
-    assert len(lanes) == search.turns == 101
-    assert [i for i, lane in enumerate(lanes) if i and (lane["since_check"] == 0).all()] == [
+    state = course(search, scene(6, seed=2)).states
+    assert len(state) == search.iterations == 101
+    assert [i for i, state in enumerate(state) if i and (state["since_check"] == 0).all()] == [
         *(22, 41, 57, 70, 80, 87, 93, 99)
     ]
-    halvings = torch.log2(2 * EPS[norm] / torch.stack([lane["step_size"] for lane in lanes]))
+    halvings = torch.log2(2 * EPS[norm] / torch.stack([state["step_size"] for state in state]))
     assert torch.equal(halvings, halvings.round())
     assert halvings.max() > 1
-    best = torch.stack([lane["best_loss"] for lane in lanes])
+    best = torch.stack([state["best_loss"] for state in state])
     assert (best.diff(dim=0) >= 0).all()
 
 
@@ -133,14 +133,16 @@ def test_without_a_radius_nothing_moves(scene: Build, course: Build, norm: str) 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
-def test_lanes_know_nothing_of_each_other(scene: Build, assert_lanes_independent: Build, loss: str, norm: str) -> None:
+def test_searches_know_nothing_of_each_other(
+    scene: Build, assert_searches_independent: Build, loss: str, norm: str
+) -> None:
     many = scene(4, seed=3)
     search = Apgd(name="apgd", loss=loss, eps=EPS[norm], norm=norm, steps=24)
-    assert_lanes_independent(search, many, many.other())
+    assert_searches_independent(search, many, many.other())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_gradient_that_is_not_finite_stops_no_lane(scene: Build, course: Build, norm: str) -> None:
+def test_a_gradient_that_is_not_finite_stops_no_search(scene: Build, course: Build, norm: str) -> None:
     """A square root at zero has no finite slope: only that pixel rests, and only while it is zero."""
     few = scene(3, seed=4)
     few.x[:, 0, 0, 0] = 0.0
@@ -154,7 +156,7 @@ def test_a_gradient_that_is_not_finite_stops_no_lane(scene: Build, course: Build
     search = Apgd(name="apgd", loss="ce", eps=EPS[norm], norm=norm, steps=10)
     ours = course(search, rooted)
     assert all(point.isfinite().all() for point in ours.points)
-    assert (ours.lanes[-1]["best_loss"] > ours.lanes[0]["best_loss"]).all()
+    assert (ours.states[-1]["best_loss"] > ours.states[0]["best_loss"]).all()
 
 
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=12, unique=True)

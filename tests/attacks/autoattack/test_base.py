@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustfair.attacks.autoattack.base import Passes, distance, into_ball, margins
+from robustfair.attacks.autoattack.base import SearchNetwork, distance, into_ball, margins
 from robustfair.attacks.autoattack.fab import lead
 from robustfair.errors import ModelError
 from robustfair.losses import cross_entropy
@@ -24,10 +24,10 @@ def test_margin_is_the_largest_other_logit_over_that_of_the_label() -> None:
 
 def test_gradients_are_those_of_each_example_alone(scene: Build) -> None:
     many = scene(4, classes=6)
-    target, passes = many.other(), Passes(many.model)
-    logits, gradient = passes.gradient(many.x, lead, many.y, target)
-    torch.testing.assert_close(logits, passes.logits(many.x))
-    all_logits, jacobian = passes.jacobian(many.x)
+    target, network = many.other(), SearchNetwork(many.model)
+    logits, gradient = network.gradient(many.x, lead, many.y, target)
+    torch.testing.assert_close(logits, network.logits(many.x))
+    all_logits, jacobian = network.jacobian(many.x)
     assert torch.equal(all_logits, logits)
     for row in range(4):
         z = many.x[row : row + 1].clone().requires_grad_(True)
@@ -46,15 +46,15 @@ def test_what_is_no_finite_gradient_is_zero() -> None:
         return torch.stack([x.flatten(1).sqrt().sum(1), x.flatten(1).sum(1)], 1)
 
     x = torch.tensor([0.0, 0.25, 0.0, 1.0]).view(1, 1, 2, 2)
-    _, gradient = Passes(root).gradient(x, lead, torch.tensor([1]), torch.tensor([0]))
+    _, gradient = SearchNetwork(root).gradient(x, lead, torch.tensor([1]), torch.tensor([0]))
     assert gradient.flatten().tolist() == [0.0, 0.0, 0.0, -0.5]
-    _, jacobian = Passes(root).jacobian(x)
+    _, jacobian = SearchNetwork(root).jacobian(x)
     assert jacobian[0].flatten(1).tolist() == [[0.0, 1.0, 0.0, 0.5], [0.0, 1.0, 0.0, 1.0]]
 
 
 def test_a_model_without_a_gradient_is_an_error(scene: Build) -> None:
     few = scene(2)
-    cut = Passes(lambda x: few.model(x).detach())
+    cut = SearchNetwork(lambda x: few.model(x).detach())
     with pytest.raises(ModelError, match="no gradient to its input"):
         cut.gradient(few.x, cross_entropy, few.y)
 
@@ -95,6 +95,6 @@ def test_a_model_that_cuts_its_graph_is_refused_in_one_line() -> None:
         return x.detach().flatten(1)[:, :3]
 
     x = torch.rand(2, 1, 2, 2)
-    for ask in (lambda passes: passes.jacobian(x), lambda passes: passes.gradient(x, lambda logits: logits[:, 0])):
+    for ask in (lambda network: network.jacobian(x), lambda network: network.gradient(x, lambda logits: logits[:, 0])):
         with pytest.raises(ModelError, match="gives no gradient to its input"):
-            ask(Passes(cut))
+            ask(SearchNetwork(cut))

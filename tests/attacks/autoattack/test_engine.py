@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from robustfair.attacks.autoattack.apgd import Apgd
-from robustfair.attacks.autoattack.base import BF16_SLACK, Passes, Search, distance
-from robustfair.attacks.autoattack.engine import STANDS, Ensemble, Verdicts, Victims
+from robustfair.attacks.autoattack.base import BF16_TOLERANCE, Search, SearchNetwork, distance
+from robustfair.attacks.autoattack.engine import UNBROKEN, AttackResult, Ensemble
 from robustfair.attacks.autoattack.fab import Fab
 from robustfair.attacks.autoattack.named import Member
 from robustfair.attacks.autoattack.square import Square
@@ -31,20 +31,23 @@ def searches(norm: Any, eps: float | None = None) -> list[Search]:
     ball = {"eps": EPS[norm] if eps is None else eps, "norm": norm}
     return [
         Apgd(name="apgd-ce", loss="ce", steps=4, **ball),
-        Apgd(name="apgd-t", loss="dlr-targeted", steps=5, rounds=3, **ball),
-        Fab(name="fab-t", targeted=True, steps=5, rounds=3, **ball),
-        Square(name="square", queries=12, rounds=2, **ball),
+        Apgd(name="apgd-t", loss="dlr-targeted", steps=5, restarts=3, **ball),
+        Fab(name="fab-t", targeted=True, steps=5, restarts=3, **ball),
+        Square(name="square", queries=12, restarts=2, **ball),
     ]
 
 
-def ensemble_on(scene: Any, attacks: list[Search], *, lanes: int = 4, passes: Passes | None = None) -> Ensemble:
-    victims = Victims(images=lambda rows: scene.x[rows], labels=scene.y, keys=torch.arange(len(scene.y)) + 100)
-    network = passes or Passes(scene.model)
+def ensemble_on(
+    scene: Any, attacks: list[Search], *, batch_size: int = 4, network: SearchNetwork | None = None
+) -> Ensemble:
+    images, keys = lambda rows: scene.x[rows], torch.arange(len(scene.y)) + 100
+    network = network or SearchNetwork(scene.model)
     eps, norm = attacks[0].eps, attacks[0].norm  # type: ignore[attr-defined]
-    return Ensemble(scene.model, network, victims, attacks, eps=eps, norm=norm, seed=5, lanes=lanes)
+    examples = {"images": images, "labels": scene.y, "keys": keys}
+    return Ensemble(scene.model, network, attacks, **examples, eps=eps, norm=norm, seed=5, batch_size=batch_size)
 
 
-def assert_same(one: Verdicts, two: Verdicts) -> None:
+def assert_same(one: AttackResult, two: AttackResult) -> None:
     assert torch.equal(one.prediction, two.prediction)
     assert torch.equal(one.broken_by, two.broken_by)
     assert one.points.keys() == two.points.keys()
@@ -54,24 +57,24 @@ def assert_same(one: Verdicts, two: Verdicts) -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_verdicts_do_not_depend_on_the_number_of_lanes(scene: Build, norm: str, number: int) -> None:
-    """With many lanes all rounds of an example run side by side, with one they follow each other."""
+def test_results_do_not_depend_on_the_batch_size(scene: Build, norm: str, number: int) -> None:
+    """In a large batch all restarts of an example run side by side, in one of one they follow each other."""
     many = scene(16, seed=1).one_by_one()
     attack = searches(norm, 2 * EPS[norm])[number]
-    alone = ensemble_on(many, [attack], lanes=1).run()
+    alone = ensemble_on(many, [attack], batch_size=1).run()
     assert 0 < len(alone.points) < 16
-    for lanes in (3, 200):
-        assert_same(ensemble_on(many, [attack], lanes=lanes).run(), alone)
+    for batch_size in (3, 200):
+        assert_same(ensemble_on(many, [attack], batch_size=batch_size).run(), alone)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_verdicts_do_not_depend_on_the_other_examples(scene: Build, norm: str) -> None:
+def test_results_do_not_depend_on_the_other_examples(scene: Build, norm: str) -> None:
     many = scene(12, seed=1).one_by_one()
     whole = ensemble_on(many, searches(norm)).run()
     half = ensemble_on(many, searches(norm))
     rows = torch.tensor([7, 2, 9])
-    half.victims = Victims(images=lambda at: many.x[rows[at]], labels=many.y[rows], keys=rows + 100)
-    part = Ensemble(many.model, half.passes, half.victims, half.searches, eps=EPS[norm], norm=norm, seed=5, lanes=2)
+    examples = {"images": lambda at: many.x[rows[at]], "labels": many.y[rows], "keys": rows + 100}
+    part = Ensemble(many.model, half.network, half.searches, **examples, eps=EPS[norm], norm=norm, seed=5, batch_size=2)
     found = part.run()
     assert torch.equal(found.prediction, whole.prediction[rows])
     assert torch.equal(found.broken_by, whole.broken_by[rows])
@@ -83,10 +86,10 @@ def test_goes_on_exactly_where_it_was_stopped(scene: Build, norm: str) -> None:
     few = scene(9, seed=2, dtype=torch.float32)
     few.x = few.x.contiguous(memory_format=torch.channels_last)
     few.model = few.model.to(memory_format=torch.channels_last)
-    turns = count()
-    whole = ensemble_on(few, searches(norm)).run(lambda _: next(turns) >= 0)
+    iterations = count()
+    whole = ensemble_on(few, searches(norm)).run(lambda _: next(iterations) >= 0)
     assert 0 < len(whole.points) < 9
-    total, members = next(turns), set()
+    total, members = next(iterations), set()
     for stop in range(1, total, 4):
         first, ahead, behind = ensemble_on(few, searches(norm)), count(1), count()
         first.run(lambda _, ahead=ahead, stop=stop: next(ahead) < stop)
@@ -100,14 +103,23 @@ def test_goes_on_exactly_where_it_was_stopped(scene: Build, norm: str) -> None:
     assert members == {0, 1, 2, 3}
 
 
+def test_journals_keep_their_keys(scene: Build) -> None:
+    """A journal that an earlier version left has these, and is gone on with."""
+    ensemble = ensemble_on(scene(6, seed=2), searches("linf"))
+    ensemble.run(lambda _: False)
+    kept = {key for key in ensemble.state() if "point" not in key}
+    assert {"prediction", "broken_by", "broken_in", "not_finite", "member", "queue/examples", "queue/position"} < kept
+    assert {"lanes/example", "lanes/round", "lanes/turns", "lanes/tested", "lanes/judged", "lanes/target"} < kept
+
+
 def test_a_finished_ensemble_restores_as_finished(scene: Build) -> None:
     few = scene(4)
     first = ensemble_on(few, searches("linf"))
-    verdicts = first.run()
+    result = first.run()
     second = ensemble_on(few, searches("linf"))
     second.restore(load(save(first.state())))
     assert second.finished
-    assert_same(second.run(), verdicts)
+    assert_same(second.run(), result)
 
 
 @given(
@@ -122,7 +134,7 @@ def test_a_finished_ensemble_restores_as_finished(scene: Build) -> None:
         max_size=3,
         unique=True,
     ),
-    lanes=st.integers(1, 12),
+    batch_size=st.integers(1, 12),
     bf16=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -135,7 +147,7 @@ def test_every_point_is_in_ball_and_box_and_misclassified(
     norm: Any,
     eps: float,
     kinds: list[Any],
-    lanes: int,
+    batch_size: int,
     bf16: bool,
     seed: int,
 ) -> None:
@@ -143,21 +155,21 @@ def test_every_point_is_in_ball_and_box_and_misclassified(
     clean = many.x.clone()
     members = [Member(kind=kind, steps=3, targets=4, restarts=2, queries=8) for kind in kinds]
     attacks = [member.search(Threat(norm=norm, eps=eps), classes, seed) for member in members]
-    passes = Passes(InPrecision(many.model, "bf16", "cpu"), BF16_SLACK) if bf16 else None
-    verdicts = ensemble_on(many, attacks, lanes=lanes, passes=passes).run()
+    network = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), BF16_TOLERANCE) if bf16 else None
+    result = ensemble_on(many, attacks, batch_size=batch_size, network=network).run()
     assert torch.equal(many.x, clean)
-    broken = (verdicts.broken_by != STANDS).nonzero().squeeze(1).tolist()
-    assert sorted(verdicts.points) == broken
-    assert torch.equal((verdicts.prediction != many.y).nonzero().squeeze(1), torch.tensor(broken, dtype=torch.long))
+    broken = (result.broken_by != UNBROKEN).nonzero().squeeze(1).tolist()
+    assert sorted(result.points) == broken
+    assert torch.equal((result.prediction != many.y).nonzero().squeeze(1), torch.tensor(broken, dtype=torch.long))
     assert eps > 0 or not broken
     for row in broken:
-        point = verdicts.points[row][None]
+        point = result.points[row][None]
         assert (point.dtype, point.shape) == (many.x.dtype, many.x[:1].shape)
         assert point.min() >= 0
         assert point.max() <= 1
         assert distance(many.x[row : row + 1], point, norm) <= eps + 1e-6
-        assert int(many.model(point).argmax()) == verdicts.prediction[row] != many.y[row]
-        assert 0 <= verdicts.broken_by[row] < len(attacks)
+        assert int(many.model(point).argmax()) == result.prediction[row] != many.y[row]
+        assert 0 <= result.broken_by[row] < len(attacks)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -180,7 +192,7 @@ def test_small_radii_are_searched_in_float32(scene: Build, norm: Any, eps: float
         Apgd(name="apgd", loss="ce", eps=eps, norm=norm, steps=12),
         Fab(name="fab", targeted=True, eps=eps, norm=norm, steps=12),
     ):
-        assert ensemble_on(flat, [attack]).run().broken_by.tolist() == [0, 0, 0, STANDS, STANDS]
+        assert ensemble_on(flat, [attack]).run().broken_by.tolist() == [0, 0, 0, UNBROKEN, UNBROKEN]
 
 
 class Watched(nn.Module):
@@ -209,11 +221,11 @@ def grey(scene: Build) -> Any:
 def test_what_is_broken_is_never_searched_again(grey: Any) -> None:
     watched = Watched(grey.model)
     near = [search for search in searches("linf", 0.03) if not isinstance(search, Fab)]
-    ensemble = ensemble_on(grey, near, lanes=2, passes=Passes(watched))
+    ensemble = ensemble_on(grey, near, batch_size=2, network=SearchNetwork(watched))
     broken_at: dict[int, int] = {}
 
     def note(running: Ensemble) -> bool:
-        for row in running.verdicts.points:
+        for row in running.result.points:
             broken_at.setdefault(row, len(watched.seen))
         return True
 
@@ -222,20 +234,20 @@ def test_what_is_broken_is_never_searched_again(grey: Any) -> None:
     for row, at in broken_at.items():
         assert all(row not in images for images in watched.seen[at:])
     for row in set(range(8)) - set(broken_at):
-        assert sum(images.count(row) for images in watched.seen) == sum(a.rounds * a.turns for a in near)
+        assert sum(images.count(row) for images in watched.seen) == sum(a.restarts * a.iterations for a in near)
 
 
-@pytest.mark.parametrize("lanes", [3, 100])
-def test_lanes_hold_what_stands_and_what_an_earlier_round_may_break(scene: Build, lanes: int) -> None:
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_the_batch_holds_what_stands_and_what_an_earlier_restart_may_break(scene: Build, batch_size: int) -> None:
     def note(running: Ensemble) -> bool:
-        if running.lanes:
-            broken_in = running.broken_in[running.lanes["example"]]
-            assert (running.lanes["round"] < broken_in).all()
-            assert len(broken_in) <= lanes
+        if running.active:
+            broken_in = running.broken_in[running.active["example"]]
+            assert (running.active["restart"] < broken_in).all()
+            assert len(broken_in) <= batch_size
         return True
 
-    verdicts = ensemble_on(scene(16, seed=1), searches("linf"), lanes=lanes).run(note)
-    assert len(verdicts.points) > 4
+    result = ensemble_on(scene(16, seed=1), searches("linf"), batch_size=batch_size).run(note)
+    assert len(result.points) > 4
 
 
 def test_broken_by_is_the_number_of_the_search(scene: Build) -> None:
@@ -245,63 +257,63 @@ def test_broken_by_is_the_number_of_the_search(scene: Build) -> None:
     strong = Apgd(name="strong", loss="ce", eps=0.3, norm="linf", steps=10)
     ensemble = ensemble_on(many, [strong, strong])
     ensemble.searches = (still, strong, Square(name="square", eps=0.3, norm="linf", queries=5))
-    verdicts = ensemble.run()
-    assert (verdicts.broken_by == 1).sum() >= 8
-    assert (verdicts.broken_by != 0).all()
+    result = ensemble.run()
+    assert (result.broken_by == 1).sum() >= 8
+    assert (result.broken_by != 0).all()
 
 
 def test_targets_are_the_likeliest_other_classes(scene: Build) -> None:
     few = scene(5, classes=5, seed=4)
     with torch.no_grad():
         logits = few.model(few.x).tolist()
-    attack = Apgd(name="apgd-t", loss="ce-targeted", eps=1e-6, norm="linf", steps=1, rounds=4)
+    attack = Apgd(name="apgd-t", loss="ce-targeted", eps=1e-6, norm="linf", steps=1, restarts=4)
     ensemble, seen = ensemble_on(few, [attack]), {}
 
     def note(running: Ensemble) -> bool:
-        columns = (running.lanes[name].tolist() for name in ("example", "round", "target") if running.lanes)
-        seen.update({(row, turn): target for row, turn, target in zip(*columns, strict=True)})
+        columns = (running.active[name].tolist() for name in ("example", "restart", "target") if running.active)
+        seen.update({(row, restart): target for row, restart, target in zip(*columns, strict=True)})
         return True
 
     ensemble.run(note)
     for row, z in enumerate(logits):
         ranked = sorted((k for k in range(5) if k != int(few.y[row])), key=lambda k: -z[k])
-        assert [seen[row, turn] for turn in range(4)] == ranked
+        assert [seen[row, restart] for restart in range(4)] == ranked
 
 
 def test_fewer_classes_than_targets(scene: Build) -> None:
     few = scene(6, classes=3, seed=5)
     for kind in ("apgd-t", "fab-t"):
         search = Member(kind=kind, steps=3).search(Threat(norm="linf", eps=0.05), 3, 0)
-        assert search.rounds == 2
+        assert search.restarts == 2
         assert ensemble_on(few, [search]).run().prediction.max() <= 2
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_bf16_breaks_only_what_float32_confirms(scene: Build, norm: str) -> None:
     many = scene(40, classes=10, size=(8, 8), seed=6, dtype=torch.float32).one_by_one()
-    low = Passes(InPrecision(many.model, "bf16", "cpu"), BF16_SLACK)
-    found, full = ensemble_on(many, searches(norm), passes=low).run(), ensemble_on(many, searches(norm)).run()
+    low = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), BF16_TOLERANCE)
+    found, full = ensemble_on(many, searches(norm), network=low).run(), ensemble_on(many, searches(norm)).run()
     assert len(found.points) > 5
     for row, point in found.points.items():
         assert int(many.model(point[None]).argmax()) == found.prediction[row] != many.y[row]
-    broken = [set(verdicts.points) for verdicts in (found, full)]
+    broken = [set(result.points) for result in (found, full)]
     assert len(broken[0] ^ broken[1]) <= 2
 
 
 def test_a_search_that_lies_breaks_nothing(scene: Build) -> None:
     many = scene(10, classes=4)
-    lying = Passes(lambda x: -many.model(x))
+    lying = SearchNetwork(lambda x: -many.model(x))
     still = [Square(name="square", eps=1e-9, norm="linf", queries=3)]
-    assert (ensemble_on(many, still, passes=lying).run().broken_by == STANDS).all()
+    assert (ensemble_on(many, still, network=lying).run().broken_by == UNBROKEN).all()
 
 
 def test_a_search_without_numbers_still_asks_the_exact_model(scene: Build) -> None:
     """A network that overflows tells nothing: every point is a suspect."""
     many = scene(10, classes=4, seed=7)
-    blind = Passes(lambda x: many.model(x) * torch.nan)
-    verdicts = ensemble_on(many, [Square(name="square", eps=0.3, norm="linf", queries=3)], passes=blind).run()
-    assert verdicts.not_finite == 0
-    assert len(verdicts.points) > 0
+    blind = SearchNetwork(lambda x: many.model(x) * torch.nan)
+    result = ensemble_on(many, [Square(name="square", eps=0.3, norm="linf", queries=3)], network=blind).run()
+    assert result.not_finite == 0
+    assert len(result.points) > 0
 
 
 def test_logits_that_are_no_numbers_break_an_image_and_are_counted(grey: Any) -> None:
@@ -313,17 +325,17 @@ def test_logits_that_are_no_numbers_break_an_image_and_are_counted(grey: Any) ->
             return torch.where(dark[:, None], torch.nan, network(x))
 
     usual = ensemble_on(grey, searches("linf", 0.03)).run()
-    verdicts = ensemble_on(replace(grey, model=Gap()), searches("linf", 0.03)).run()
-    assert set(verdicts.points) == set(usual.points) | {0, 1}
-    assert verdicts.broken_by[:2].tolist() == [0, 0]
-    assert torch.equal(verdicts.prediction[:2], (grey.y[:2] + 1) % 4)
-    assert verdicts.not_finite == 2
+    result = ensemble_on(replace(grey, model=Gap()), searches("linf", 0.03)).run()
+    assert set(result.points) == set(usual.points) | {0, 1}
+    assert result.broken_by[:2].tolist() == [0, 0]
+    assert torch.equal(result.prediction[:2], (grey.y[:2] + 1) % 4)
+    assert result.not_finite == 2
     assert usual.not_finite == 0
 
 
 def test_progress_rises_from_nothing_to_all(scene: Build) -> None:
     many = scene(12, seed=8)
-    ensemble = ensemble_on(many, searches("linf"), lanes=5)
+    ensemble = ensemble_on(many, searches("linf"), batch_size=5)
     assert ensemble.progress() == 0
     assert ensemble.ran() == [0, 0, 0, 0]
     progress, shares = [0.0], [[0.0] * 4]
@@ -346,11 +358,11 @@ def test_standing_examples_only_become_fewer(scene: Build) -> None:
     many = scene(16, seed=9)
     left = [16]
     ensemble = ensemble_on(many, searches("linf"))
-    verdicts = ensemble.run(lambda running: left.append(int((running.verdicts.broken_by == STANDS).sum())) is None)
+    result = ensemble.run(lambda running: left.append(int((running.result.broken_by == UNBROKEN).sum())) is None)
     assert all(before >= after for before, after in pairwise(left))
-    assert left[-1] == 16 - len(verdicts.points)
+    assert left[-1] == 16 - len(result.points)
     first = ensemble_on(many, searches("linf")[:1]).run()
-    assert set(first.points) <= set(verdicts.points)
+    assert set(first.points) <= set(result.points)
 
 
 def test_a_classifier_of_one_answer_is_never_broken(scene: Build) -> None:
@@ -359,10 +371,10 @@ def test_a_classifier_of_one_answer_is_never_broken(scene: Build) -> None:
     few.model.head.weight.zero_()
     few.model.head.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
     for norm in ("linf", "l2"):
-        assert (ensemble_on(few, searches(norm, 1.0)).run().broken_by == STANDS).all()
+        assert (ensemble_on(few, searches(norm, 1.0)).run().broken_by == UNBROKEN).all()
 
 
-def test_without_victims_it_ends_at_once(scene: Build) -> None:
+def test_without_examples_it_ends_at_once(scene: Build) -> None:
     few = scene(3)
     ensemble = ensemble_on(replace(few, x=few.x[:0], y=few.y[:0]), searches("linf"))
     assert ensemble.run().points == {}
@@ -372,14 +384,14 @@ def test_without_victims_it_ends_at_once(scene: Build) -> None:
 def test_a_model_of_the_wrong_shape_is_an_error(scene: Build) -> None:
     few = scene(3)
     ensemble = ensemble_on(
-        replace(few, model=lambda x: few.model(x).amax(1)), searches("linf"), passes=Passes(few.model)
+        replace(few, model=lambda x: few.model(x).amax(1)), searches("linf"), network=SearchNetwork(few.model)
     )
     with pytest.raises(ModelError, match="logits"):
         ensemble.run()
 
 
-def test_only_fab_sees_the_fine_passes(scene: Build) -> None:
-    class Counted(Passes):
+def test_only_fab_sees_the_distance_network(scene: Build) -> None:
+    class Counted(SearchNetwork):
         calls = 0
 
         def gradient(self, *given: Any) -> tuple[Tensor, Tensor]:
@@ -387,10 +399,10 @@ def test_only_fab_sees_the_fine_passes(scene: Build) -> None:
             return super().gradient(*given)
 
     held = scene(8, seed=2)
-    plain, fine = Counted(held.model), Counted(held.model)
-    for attack, used in ((searches("linf")[0], plain), (searches("linf")[2], fine)):
-        before = plain.calls + fine.calls
-        victims = Victims(images=lambda rows: held.x[rows], labels=held.y, keys=torch.arange(len(held.y)))
-        eps, norm = EPS["linf"], "linf"
-        Ensemble(held.model, plain, victims, [attack], eps=eps, norm=norm, seed=0, lanes=8, fine=fine).run()
-        assert used.calls == plain.calls + fine.calls - before > 0
+    plain, distance = Counted(held.model), Counted(held.model)
+    for attack, used in ((searches("linf")[0], plain), (searches("linf")[2], distance)):
+        before = plain.calls + distance.calls
+        ensemble = ensemble_on(held, [attack], batch_size=8, network=plain)
+        ensemble.distance_network = distance
+        ensemble.run()
+        assert used.calls == plain.calls + distance.calls - before > 0

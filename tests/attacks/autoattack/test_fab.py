@@ -24,16 +24,16 @@ def distances(points: Tensor, x: Tensor, norm: str) -> Tensor:
     return apart.abs().amax(-1) if norm == "linf" else apart.norm(dim=-1)
 
 
-def planes(lanes: int, *, seed: int, share: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def planes(count: int, *, seed: int, share: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Points with pixels on the faces of the box, normals with zeros, and planes at a share of the farthest in reach.
 
     Half of the planes lie on the other side of their points.
     """
     rng = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.rand(lanes, 3, 4, 5, generator=rng, dtype=torch.float64)  # noqa: E731
+    draw = lambda: torch.rand(count, 3, 4, 5, generator=rng, dtype=torch.float64)  # noqa: E731
     point = (1.4 * draw() - 0.2).clamp(0, 1)
     normal = (2 * draw() - 1) ** 5 * (draw() > 0.1)
-    side = torch.arange(lanes, dtype=torch.float64) % 2 * 2 - 1
+    side = torch.arange(count, dtype=torch.float64) % 2 * 2 - 1
     best = torch.where(normal * side[:, None, None, None] > 0, 1 - point, -point)
     offset = (normal * (point + share * best)).sum((1, 2, 3))
     return point.to(dtype), normal.to(dtype), offset.to(dtype)
@@ -161,20 +161,20 @@ def test_finds_the_nearest_point_of_the_reference_engine(
 def test_restarts_begin_at_half_the_radius(scene: Build, course: Build, norm: str) -> None:
     few = scene(6, seed=8)
     few.x = few.x * 0.2 + 0.4
-    search = Fab(name="fab", targeted=False, eps=0.1, norm=norm, steps=1, rounds=3)
-    begun = course(search, few, torch.tensor([0, 1, 2, 0, 1, 2]), turns=0).begun
+    search = Fab(name="fab", targeted=False, eps=0.1, norm=norm, steps=1, restarts=3)
+    begun = course(search, few, torch.tensor([0, 1, 2, 0, 1, 2]), iterations=0).begun
     far = distances(begun["point"], few.x, norm)
     torch.testing.assert_close(far, torch.tensor([0, 1, 1, 0, 1, 1]) * 0.05, rtol=0, atol=1e-8, check_dtype=False)
     assert torch.equal(begun["point"][0], few.x[0])
-    aimed = Fab(name="fab", targeted=True, eps=0.1, norm=norm, steps=1, rounds=3)
-    assert torch.equal(course(aimed, few, few.other(), turns=0).begun["point"], few.x)
+    aimed = Fab(name="fab", targeted=True, eps=0.1, norm=norm, steps=1, restarts=3)
+    assert torch.equal(course(aimed, few, few.other(), iterations=0).begun["point"], few.x)
 
 
 @pytest.mark.parametrize("targeted", [True, False])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_lanes_know_nothing_of_each_other(
-    scene: Build, assert_lanes_independent: Build, norm: str, targeted: bool
+def test_searches_know_nothing_of_each_other(
+    scene: Build, assert_searches_independent: Build, norm: str, targeted: bool
 ) -> None:
     many = scene(4, seed=9)
     search = Fab(name="fab", targeted=targeted, eps=EPS[norm], norm=norm, steps=10)
-    assert_lanes_independent(search, many, many.other() if targeted else torch.tensor([0, 1, 0, 2]))
+    assert_searches_independent(search, many, many.other() if targeted else torch.tensor([0, 1, 0, 2]))

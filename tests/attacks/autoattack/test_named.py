@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyautoattack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyautoattack import AutoAttack
 
 from robustfair.attacks.autoattack.apgd import Apgd
 from robustfair.attacks.autoattack.fab import Fab
-from robustfair.attacks.autoattack.named import OPTIONS, VERSIONS, Member, StrongAttack, cheaper
+from robustfair.attacks.autoattack.named import OPTIONS, VERSIONS, AutoAttack, Member, cheaper
 from robustfair.attacks.autoattack.square import Square
 from robustfair.attacks.named import parse_attacks
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
@@ -21,9 +21,9 @@ from robustfair.values import Threat
 LINF, L2 = Threat(), Threat(norm="l2", eps=0.5, step_size=0.1)
 
 
-def only(text: str) -> StrongAttack:
+def only(text: str) -> AutoAttack:
     (attack,) = parse_attacks(text)
-    assert isinstance(attack, StrongAttack)
+    assert isinstance(attack, AutoAttack)
     return attack
 
 
@@ -126,33 +126,33 @@ def test_broken_grammar_is_one_error() -> None:
 @pytest.mark.parametrize("version", ["standard", "plus"])
 @pytest.mark.parametrize(("threat", "norm"), [(LINF, "Linf"), (L2, "L2")])
 def test_versions_are_those_of_the_reference_engine(version: str, threat: Threat, norm: str) -> None:
-    engine = AutoAttack(lambda x: x, norm=norm, eps=threat.eps, version=version, device="cpu")
+    engine = pyautoattack.AutoAttack(lambda x: x, norm=norm, eps=threat.eps, version=version, device="cpu")
     members = only(f"autoattack(version={version})").members
     assert [member.kind for member in members] == engine.attacks_to_run
     for member in members:
         search: Any = member.search(threat, 100, 0)
         assert (search.eps, search.norm) == (threat.eps, threat.norm)
         if member.kind in ("apgd-ce", "apgd-dlr"):
-            assert (search.steps, search.rounds) == (engine.apgd.n_iter, engine.apgd.n_restarts)
+            assert (search.steps, search.restarts) == (engine.apgd.n_iter, engine.apgd.n_restarts)
             assert search.loss == member.kind.removeprefix("apgd-")
             assert search.rho == engine.apgd.thr_decr
         elif member.kind == "apgd-t":
             targeted = engine.apgd_targeted
-            assert (search.steps, search.rounds) == (targeted.n_iter, targeted.n_target_classes)
+            assert (search.steps, search.restarts) == (targeted.n_iter, targeted.n_target_classes)
             assert (targeted.n_restarts, search.loss) == (1, "dlr-targeted")
         elif member.kind in ("fab", "fab-t"):
-            rounds = engine.fab.n_target_classes if member.kind == "fab-t" else engine.fab.n_restarts
-            assert (search.steps, search.rounds) == (engine.fab.n_iter, rounds)
+            restarts = engine.fab.n_target_classes if member.kind == "fab-t" else engine.fab.n_restarts
+            assert (search.steps, search.restarts) == (engine.fab.n_iter, restarts)
             assert (search.alpha, search.eta, search.beta) == (engine.fab.alpha_max, engine.fab.eta, engine.fab.beta)
             assert search.targeted == (member.kind == "fab-t")
         else:
-            assert (search.queries, search.rounds) == (engine.square.n_queries, engine.square.n_restarts)
+            assert (search.queries, search.restarts) == (engine.square.n_queries, engine.square.n_restarts)
             assert (search.p_init, search.rescale_schedule) == (engine.square.p_init, engine.square.rescale_schedule)
             assert not search.per_image_windows
 
 
 @pytest.mark.parametrize(
-    ("kind", "classes", "loss", "rounds"),
+    ("kind", "classes", "loss", "restarts"),
     [
         ("apgd-ce", 2, "ce", 1),
         ("apgd-dlr", 2, "ce", 1),
@@ -164,11 +164,13 @@ def test_versions_are_those_of_the_reference_engine(version: str, threat: Threat
         ("apgd-t", 100, "dlr-targeted", 9),
     ],
 )
-def test_few_classes_fall_back_to_the_cross_entropy_and_say_so(kind: Any, classes: int, loss: str, rounds: int) -> None:
+def test_few_classes_fall_back_to_the_cross_entropy_and_say_so(
+    kind: Any, classes: int, loss: str, restarts: int
+) -> None:
     member = Member(kind=kind)
     search = member.search(LINF, classes, 0)
     assert isinstance(search, Apgd)
-    assert (search.loss, search.rounds) == (loss, rounds)
+    assert (search.loss, search.restarts) == (loss, restarts)
     assert search.targeted == (kind == "apgd-t")
     said = member.warning(classes)
     if loss in ("dlr", "dlr-targeted") or kind == "apgd-ce":
@@ -182,19 +184,19 @@ def test_few_classes_fall_back_to_the_cross_entropy_and_say_so(kind: Any, classe
 def test_other_members_need_no_warning() -> None:
     for kind in ("fab", "fab-t", "square"):
         assert Member(kind=kind).warning(2) is None
-    assert Member(kind="fab-t").search(LINF, 2, 0).rounds == 1
-    assert Member(kind="fab", restarts=4).search(LINF, 2, 0).rounds == 4
+    assert Member(kind="fab-t").search(LINF, 2, 0).restarts == 1
+    assert Member(kind="fab", restarts=4).search(LINF, 2, 0).restarts == 4
 
 
 def test_searches_carry_every_setting() -> None:
     options = {"queries": 7, "p_init": 0.1, "per_image_windows": True, "rescale_schedule": True}
     square = Member(kind="square", restarts=3, **options).search(L2, 10, 42)
     assert isinstance(square, Square)
-    assert (square.turns, square.rounds, square.seed, square.norm, square.eps) == (8, 3, 42, "l2", 0.5)
+    assert (square.iterations, square.restarts, square.seed, square.norm, square.eps) == (8, 3, 42, "l2", 0.5)
     assert all(getattr(square, key) == value for key, value in options.items())
     fab = Member(kind="fab-t", steps=6, targets=2).search(L2, 10, 0)
     assert isinstance(fab, Fab)
-    assert (fab.turns, fab.rounds, fab.targeted) == (6, 2, True)
+    assert (fab.iterations, fab.restarts, fab.targeted) == (6, 2, True)
 
 
 def test_settings_are_json_values_and_hold_everything() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reference import strong_attacks as reference
 from robustfair.attacks.autoattack import square
-from robustfair.attacks.autoattack.base import Passes, margins
+from robustfair.attacks.autoattack.base import SearchNetwork, margins
 from robustfair.attacks.autoattack.square import Draws, Square, bump, stripes, tiles
 from robustfair.values import seeded_generator
 
@@ -22,10 +22,10 @@ EPS = {"linf": 0.05, "l2": 0.5}
 
 
 def draws_of(search: Square, begun: dict[str, Tensor], row: int) -> list[tuple[list[float], list[int], bool]]:
-    """What each query of a lane of the first round draws: places, signs, whether its bump is turned."""
+    """What each query of a search of the first restart draws: places, signs, whether its bump is turned."""
     channels = begun["x"].shape[1]
     shared = Draws.of(
-        search.rounds * search.queries, channels, seeded_generator("cpu", "square", search.seed, search.name)
+        search.restarts * search.queries, channels, seeded_generator("cpu", "square", search.seed, search.name)
     )
     parts = {name: begun[name][row] if name in begun else getattr(shared, name) for name in ("place", "sign", "turned")}
     rows = zip(*(parts[name][: search.queries].tolist() for name in parts), strict=True)
@@ -40,7 +40,7 @@ def tile_draws(grid: tuple[int, int], channels: int, rng: torch.Generator) -> li
 
 
 def start_of(search: Square, shape: torch.Size, row: int, seed: int = 0) -> Tensor:
-    """The pattern that a lane of a course begins with."""
+    """The pattern that a search of a course begins with."""
     return (stripes if search.norm == "linf" else tiles)(shape, seeded_generator("cpu", seed, row)).double()
 
 
@@ -66,7 +66,7 @@ def test_equals_the_slow_search(
         eps=EPS[norm],
         norm=norm,
         queries=70,
-        rounds=2,
+        restarts=2,
         per_image_windows=own,
         rescale_schedule=rescaled,
     )
@@ -85,10 +85,10 @@ def test_equals_the_slow_search(
         )
         points = torch.stack([point[row].flatten() for point in ours.points])
         torch.testing.assert_close(points, torch.tensor(slow["points"], dtype=points.dtype), rtol=0, atol=1e-9)
-        kept = [-float(lane["margin"][row]) for lane in ours.lanes]
+        kept = [-float(state["margin"][row]) for state in ours.states]
         assert kept == pytest.approx(slow["margins"], abs=1e-9)
         best = torch.tensor(slow["best"], dtype=points.dtype)
-        torch.testing.assert_close(ours.lanes[-1]["point"][row].flatten(), best, rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours.states[-1]["point"][row].flatten(), best, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("gaps", [False, True])
@@ -106,30 +106,30 @@ def test_judging_ahead_meets_the_same_points(
         none = (1e6 * x.sum((1, 2, 3), keepdim=True)).flatten(1).remainder(1) < 0.1
         return torch.where(none & torch.tensor(gaps), torch.nan, few.model(x))
 
-    def run(room: int) -> tuple[dict[str, Tensor], list[list[tuple[int, float]]], int]:
-        """The lanes at the end, of each lane the queries that it kept or that had no margin, and the passes."""
+    def run(capacity: int) -> tuple[dict[str, Tensor], list[list[tuple[int, float]]], int]:
+        """The state at the end, of each search the queries that it kept or that had no margin, and the passes."""
         rngs = [seeded_generator("cpu", 0, row) for row in range(5)]
-        lanes = search.begin(few.x, few.y, torch.zeros_like(few.y), rngs)
-        passes, turns, kept = Passes(model, room=room), 0, [[] for _ in range(5)]
-        while int(lanes["judged"].min()) < search.turns:
-            before = lanes["margin"].clone()
-            point, logits = search.turn(lanes, passes)
-            turns += 1
+        state = search.begin(few.x, few.y, torch.zeros_like(few.y), rngs)
+        network, iterations, kept = SearchNetwork(model, capacity=capacity), 0, [[] for _ in range(5)]
+        while int(state["judged"].min()) < search.iterations:
+            before = state["margin"].clone()
+            point, logits = search.iterate(state, network)
+            iterations += 1
             torch.testing.assert_close(model(point), logits, rtol=0, atol=1e-12, equal_nan=True)
             for row in range(5):
-                if lanes["margin"][row] != before[row]:
-                    kept[row].append((int(lanes["judged"][row]), float(lanes["margin"][row])))
-                    assert torch.equal(point[row], lanes["point"][row])
-                elif logits[row].isnan().any() and int(lanes["judged"][row]) < search.turns:
-                    kept[row].append((int(lanes["judged"][row]), 0.0))
-            if room:  # a lane that is through waits for the others, as it would not in an ensemble
-                assert int((lanes["turns"] + turns - lanes["judged"]).abs().max()) == 0
-        return lanes, kept, turns
+                if state["margin"][row] != before[row]:
+                    kept[row].append((int(state["judged"][row]), float(state["margin"][row])))
+                    assert torch.equal(point[row], state["point"][row])
+                elif logits[row].isnan().any() and int(state["judged"][row]) < search.iterations:
+                    kept[row].append((int(state["judged"][row]), 0.0))
+            if capacity:  # a search that is through waits for the others, as it would not in an ensemble
+                assert int((state["iterations"] + iterations - state["judged"]).abs().max()) == 0
+        return state, kept, iterations
 
-    one, kept_one, turns_one = run(0)
-    many, kept_many, turns_many = run(60)
-    assert turns_one == search.turns
-    assert turns_many < 0.8 * turns_one
+    one, kept_one, iterations_one = run(0)
+    many, kept_many, iterations_many = run(60)
+    assert iterations_one == search.iterations
+    assert iterations_many < 0.8 * iterations_one
     assert kept_one == kept_many
     assert sum(map(len, kept_one)) > 10
     assert torch.equal(one["point"], many["point"])
@@ -149,18 +149,18 @@ def test_judging_ahead_passes_over_no_point_that_the_exact_model_is_asked_about(
         large = torch.sin(1e4 * x.sum((1, 2, 3))) > 0.9
         return x.flatten(1) @ weight + 10 * large[:, None]
 
-    def asked(room: int) -> list[list[int]]:
+    def asked(capacity: int) -> list[list[int]]:
         y = model(x).argmax(1)
-        lanes = search.begin(x, y, torch.zeros_like(y), [seeded_generator("cpu", 0, row) for row in range(20)])
-        passes, found = Passes(model, slack=2**-6, room=room), [[] for _ in range(20)]
-        while int(lanes["judged"].min()) < search.turns:
-            waits = lanes["judged"] >= search.turns
-            _, logits = search.turn(lanes, passes)
+        state = search.begin(x, y, torch.zeros_like(y), [seeded_generator("cpu", 0, row) for row in range(20)])
+        network, found = SearchNetwork(model, tolerance=2**-6, capacity=capacity), [[] for _ in range(20)]
+        while int(state["judged"].min()) < search.iterations:
+            waits = state["judged"] >= search.iterations
+            _, logits = search.iterate(state, network)
             margin = margins(logits, y)
-            near = (margin >= -passes.slack * logits.abs().amax(1)) & (margin > lanes["tested"]) & ~waits
-            lanes["tested"] = torch.where(near, margin, lanes["tested"])
+            near = (margin >= -network.tolerance * logits.abs().amax(1)) & (margin > state["tested"]) & ~waits
+            state["tested"] = torch.where(near, margin, state["tested"])
             for row in near.nonzero().flatten().tolist():
-                found[row].append(int(lanes["judged"][row]))
+                found[row].append(int(state["judged"][row]))
         return found
 
     one = asked(0)
@@ -169,7 +169,7 @@ def test_judging_ahead_passes_over_no_point_that_the_exact_model_is_asked_about(
 
 
 class Replayed(SquareAttack):
-    """The reference engine on one image with the draws of one of our lanes in place of its own."""
+    """The reference engine on one image with the draws of one of our searches in place of its own."""
 
     def __init__(self, search: Square, draws: list[Any], signs: Iterator[Tensor], turns: Iterator[bool], **rest: Any):
         super().__init__(n_queries=search.queries, eps=search.eps, p_init=search.p_init, resc_schedule=False, **rest)
@@ -216,8 +216,8 @@ def test_equals_the_reference_engine(scene: Build, course: Build, norm: str, cha
         engine.init_hyperparam(x)
         queries, best = engine.attack_single_run(x, y)
         broken = [i for i, z in enumerate(logits[:, row]) if reference.margin(z.tolist(), int(y)) <= 0]
-        assert int(queries) == (broken[0] + 1 if broken else search.turns)
-        found = ours.points[broken[0]] if broken else ours.lanes[-1]["point"]
+        assert int(queries) == (broken[0] + 1 if broken else search.iterations)
+        found = ours.points[broken[0]] if broken else ours.states[-1]["point"]
         torch.testing.assert_close(found[row], best[0], rtol=0, atol=1e-9)
 
 
@@ -293,8 +293,8 @@ def test_asks_once_a_query_and_for_no_gradient(scene: Build, course: Build, norm
     few.model = NoGradient(few.model)
     search = Square(name="square", eps=EPS[norm], norm=norm, queries=60)
     ours = course(search, few)
-    assert few.model.asked == 3 * search.turns == 3 * 61
-    margins = torch.stack([lane["margin"] for lane in ours.lanes])
+    assert few.model.asked == 3 * search.iterations == 3 * 61
+    margins = torch.stack([state["margin"] for state in ours.states])
     stands = margins < 0
     assert (margins.diff(dim=0)[stands[1:]] >= 0).all()
     assert (margins[-1] > margins[0]).all()
@@ -302,9 +302,11 @@ def test_asks_once_a_query_and_for_no_gradient(scene: Build, course: Build, norm
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_lanes_know_nothing_of_each_other(scene: Build, assert_lanes_independent: Build, norm: str, own: bool) -> None:
-    search = Square(name="square", eps=EPS[norm], norm=norm, queries=60, rounds=2, per_image_windows=own)
-    assert_lanes_independent(search, scene(4, seed=3), torch.tensor([0, 1, 0, 1]))
+def test_searches_know_nothing_of_each_other(
+    scene: Build, assert_searches_independent: Build, norm: str, own: bool
+) -> None:
+    search = Square(name="square", eps=EPS[norm], norm=norm, queries=60, restarts=2, per_image_windows=own)
+    assert_searches_independent(search, scene(4, seed=3), torch.tensor([0, 1, 0, 1]))
 
 
 @given(
@@ -320,10 +322,10 @@ def test_images_of_any_size(channels: int, height: int, width: int, norm: str, o
     search = Square(name="square", eps=EPS[norm], norm=norm, queries=15, per_image_windows=own, seed=seed)
     x = torch.rand(2, channels, height, width, generator=seeded_generator("cpu", seed))
     y = torch.zeros(2, dtype=torch.long)
-    lanes = search.begin(x, y, y, [seeded_generator("cpu", seed, row) for row in range(2)])
-    passes = Passes(lambda z: torch.stack([z.flatten(1).sum(1), 1 - z[:, 0, 0, 0]], 1))
-    for _ in range(search.turns):
-        point, _ = search.turn(lanes, passes)
+    state = search.begin(x, y, y, [seeded_generator("cpu", seed, row) for row in range(2)])
+    network = SearchNetwork(lambda z: torch.stack([z.flatten(1).sum(1), 1 - z[:, 0, 0, 0]], 1))
+    for _ in range(search.iterations):
+        point, _ = search.iterate(state, network)
         apart = (point - x).flatten(1)
         assert (apart.abs().amax() if norm == "linf" else apart.norm(dim=1).amax()) <= EPS[norm] + 1e-6
         assert point.min() >= 0

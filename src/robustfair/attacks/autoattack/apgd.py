@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustfair.attacks.autoattack.base import Lanes, Passes
+from robustfair.attacks.autoattack.base import SearchNetwork, SearchState
 from robustfair.attacks.pgd import per_pixel
 from robustfair.config import Norm
 from robustfair.losses import cross_entropy
@@ -25,7 +25,7 @@ ApgdLoss = Literal["ce", "dlr", "dlr-targeted", "ce-targeted"]
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """(L,) difference of logits ratio, positive where the class is wrong; for three classes or more.
+    """(B,) difference of logits ratio, positive where the class is wrong; for three classes or more.
 
     >>> dlr(torch.tensor([[3.0, 1.0, 0.0, -1.0]]), torch.tensor([0]))
     tensor([-0.6667])
@@ -37,7 +37,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """(L,) the same towards one class; for four classes or more.
+    """(B,) the same towards one class; for four classes or more.
 
     >>> dlr_targeted(torch.tensor([[3.0, 1.0, 0.0, -1.0]]), torch.tensor([0]), torch.tensor([2]))
     tensor([-0.8571])
@@ -66,14 +66,14 @@ CLASSES: Mapping[ApgdLoss, int] = {"ce": 2, "dlr": 3, "dlr-targeted": 4, "ce-tar
 
 @dataclass(frozen=True, kw_only=True)
 class Apgd:
-    """APGD as lanes.
+    """APGD on a batch of searches.
 
     Attributes:
         name: for its random streams.
         loss: what it climbs.
         eps, norm: the ball.
         steps: gradient steps; one more pass judges the start.
-        rounds: restarts, or target classes for the targeted loss.
+        restarts: of each example, or target classes for the targeted loss.
         rho: share of rises in a window up to which the step is halved.
     """
 
@@ -82,24 +82,24 @@ class Apgd:
     eps: float
     norm: Norm
     steps: int = 100
-    rounds: int = 1
+    restarts: int = 1
     rho: float = 0.75
 
     cost = 2
-    fine = False
+    measures_distance = False
 
     @property
-    def turns(self) -> int:
+    def iterations(self) -> int:
         """One for every point that is judged."""
         return self.steps + 1
 
     @property
     def targeted(self) -> bool:
-        """Whether a round goes for a class of its own."""
+        """Whether a restart goes for a class of its own."""
         return self.loss in ("dlr-targeted", "ce-targeted")
 
-    def begin(self, x: Tensor, y: Tensor, target: Tensor, rngs: Sequence[torch.Generator]) -> Lanes:
-        """Lanes at random points on the surface of the ball, clipped to the box."""
+    def begin(self, x: Tensor, y: Tensor, target: Tensor, rngs: Sequence[torch.Generator]) -> SearchState:
+        """Searches from random points on the surface of the ball, clipped to the box."""
         random = torch.rand if self.norm == "linf" else torch.randn
         noise = torch.stack([random(x.shape[1:], generator=rng) for rng in rngs]).to(x)
         noise = 2 * noise - 1 if self.norm == "linf" else noise
@@ -124,53 +124,53 @@ class Apgd:
             "judged": torch.zeros_like(y),
         }
 
-    def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
+    def iterate(self, state: SearchState, network: SearchNetwork) -> tuple[Tensor, Tensor]:
         """Judge the points and step on from them."""
-        point = lanes["point"]
-        logits, gradient = passes.gradient(point, LOSSES[self.loss], lanes["y"], lanes["target"])
-        loss = LOSSES[self.loss](logits, lanes["y"], lanes["target"])
-        first = lanes["judged"] == 0
-        self._remember(lanes, loss, gradient, first)
-        start, gradient = self._halve(lanes, gradient, first)
-        self._step(lanes, start, gradient, first)
-        lanes["judged"] = lanes["judged"] + 1
+        point = state["point"]
+        logits, gradient = network.gradient(point, LOSSES[self.loss], state["y"], state["target"])
+        loss = LOSSES[self.loss](logits, state["y"], state["target"])
+        first = state["judged"] == 0
+        self._remember(state, loss, gradient, first)
+        start, gradient = self._halve(state, gradient, first)
+        self._step(state, start, gradient, first)
+        state["judged"] = state["judged"] + 1
         return point, logits
 
-    def _remember(self, lanes: Lanes, loss: Tensor, gradient: Tensor, first: Tensor) -> None:
+    def _remember(self, state: SearchState, loss: Tensor, gradient: Tensor, first: Tensor) -> None:
         """The best point so far, and whether the loss rose. The start is no step, and is compared with nothing."""
-        better = loss > lanes["best_loss"]
+        better = loss > state["best_loss"]
         at = per_pixel(better, gradient)
-        lanes["best"] = torch.where(at, lanes["point"], lanes["best"])
-        lanes["best_gradient"] = torch.where(at, gradient, lanes["best_gradient"])
-        lanes["best_loss"] = torch.where(better, loss, lanes["best_loss"])
-        lanes["best_at_check"] = torch.where(first, loss, lanes["best_at_check"])
-        lanes["rises"] = lanes["rises"] + ((loss > lanes["last_loss"]) & ~first)
-        lanes["last_loss"] = torch.where(first, lanes["last_loss"], loss)
+        state["best"] = torch.where(at, state["point"], state["best"])
+        state["best_gradient"] = torch.where(at, gradient, state["best_gradient"])
+        state["best_loss"] = torch.where(better, loss, state["best_loss"])
+        state["best_at_check"] = torch.where(first, loss, state["best_at_check"])
+        state["rises"] = state["rises"] + ((loss > state["last_loss"]) & ~first)
+        state["last_loss"] = torch.where(first, state["last_loss"], loss)
 
-    def _halve(self, lanes: Lanes, gradient: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    def _halve(self, state: SearchState, gradient: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """Where to step from and along: at a checkpoint without progress the best point, with half the step."""
-        lanes["since_check"] = lanes["since_check"] + ~first
-        check = lanes["since_check"] == lanes["window"]
-        stuck = lanes["rises"] <= self.rho * lanes["window"]
-        flat = ~lanes["halved"] & (lanes["best_at_check"] >= lanes["best_loss"])
+        state["since_check"] = state["since_check"] + ~first
+        check = state["since_check"] == state["window"]
+        stuck = state["rises"] <= self.rho * state["window"]
+        flat = ~state["halved"] & (state["best_at_check"] >= state["best_loss"])
         halve = check & (stuck | flat)
-        lanes["halved"] = torch.where(check, halve, lanes["halved"])
-        lanes["best_at_check"] = torch.where(check, lanes["best_loss"], lanes["best_at_check"])
-        lanes["rises"] = torch.where(check, 0.0, lanes["rises"])
-        lanes["since_check"] = torch.where(check, 0, lanes["since_check"])
-        shorter = (lanes["window"] - self._share(0.03)).clamp_min(self._share(0.06))
-        lanes["window"] = torch.where(check, shorter, lanes["window"])
-        lanes["step_size"] = torch.where(halve, lanes["step_size"] / 2, lanes["step_size"])
+        state["halved"] = torch.where(check, halve, state["halved"])
+        state["best_at_check"] = torch.where(check, state["best_loss"], state["best_at_check"])
+        state["rises"] = torch.where(check, 0.0, state["rises"])
+        state["since_check"] = torch.where(check, 0, state["since_check"])
+        shorter = (state["window"] - self._share(0.03)).clamp_min(self._share(0.06))
+        state["window"] = torch.where(check, shorter, state["window"])
+        state["step_size"] = torch.where(halve, state["step_size"] / 2, state["step_size"])
         back = per_pixel(halve, gradient)
-        return torch.where(back, lanes["best"], lanes["point"]), torch.where(back, lanes["best_gradient"], gradient)
+        return torch.where(back, state["best"], state["point"]), torch.where(back, state["best_gradient"], gradient)
 
-    def _step(self, lanes: Lanes, start: Tensor, gradient: Tensor, first: Tensor) -> None:
-        x, momentum = lanes["x"], start - lanes["before"]
+    def _step(self, state: SearchState, start: Tensor, gradient: Tensor, first: Tensor) -> None:
+        x, momentum = state["x"], start - state["before"]
         direction = gradient.sign() if self.norm == "linf" else self._unit(gradient)
-        ahead = self._project(x, start + per_pixel(lanes["step_size"], x) * direction)
+        ahead = self._project(x, start + per_pixel(state["step_size"], x) * direction)
         share = per_pixel(torch.where(first, 1.0, 0.75).to(x), x)
-        lanes["before"] = start
-        lanes["point"] = self._project(x, start + share * (ahead - start) + (1 - share) * momentum)
+        state["before"] = start
+        state["point"] = self._project(x, start + share * (ahead - start) + (1 - share) * momentum)
 
     def _project(self, x: Tensor, point: Tensor) -> Tensor:
         if self.norm == "linf":

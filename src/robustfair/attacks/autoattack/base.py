@@ -1,7 +1,7 @@
-"""The contract between a strong attack and the engine that runs it, and the measures they share.
+"""The contract between an attack of the AutoAttack family and the engine that runs it, and the measures they share.
 
-An attack of the AutoAttack family is a `Search`: the state of many independent searches side by side, a lane each, is a
-mapping of tensors with a row per lane, and a turn moves all of them by one iteration.
+An attack of the AutoAttack family is a `Search`. One search is one restart, or one target class, on one example; many
+run side by side, independently, as a batch. Their state is a mapping of tensors with a row for each of them.
 """
 
 from __future__ import annotations
@@ -16,56 +16,56 @@ from robustfair.attacks.pgd import input_gradient, per_pixel, require_graph
 from robustfair.config import Norm
 from robustfair.values import Model
 
-Lanes = dict[str, Tensor]
-"""State of all lanes, a row (L, ...) each; "x" and "y" are the example."""
+SearchState = dict[str, Tensor]
+"""State of a batch of searches, a row (B, ...) each; "x" and "y" are the example."""
 Loss = Callable[..., Tensor]
-"""From logits (L, K) and columns (L,) of integers to values (L,)."""
-BF16_SLACK = 2.0**-6
+"""From logits (B, K) and classes (B,) to values (B,)."""
+BF16_TOLERANCE = 2.0**-6
 """Share of the largest logit by which a bf16 margin may be wrong: two roundings to 8 bits, and as much again."""
 
 
-class Passes:
-    """The network as a search calls it: logits, and gradients of the images.
+class SearchNetwork:
+    """The network that a search attacks: its logits, and its gradients with respect to the images.
 
     Args:
-        model: (L, C, H, W) -> logits (L, K), float32 at least.
-        slack: share of the largest logit by which its margins may differ from the exact model's.
-        room: images that a pass may take; a search may use what its lanes leave of it.
+        model: (B, C, H, W) -> logits (B, K), float32 at least.
+        tolerance: share of the largest logit by which its margins may differ from the exact model's.
+        capacity: images that a pass may take; a search may use what the batch leaves of it.
     """
 
-    def __init__(self, model: Model, slack: float = 0.0, room: int = 0) -> None:
+    def __init__(self, model: Model, tolerance: float = 0.0, capacity: int = 0) -> None:
         self.model = model
-        self.slack = slack
-        self.room = room
+        self.tolerance = tolerance
+        self.capacity = capacity
 
     def suspects(self, logits: Tensor, margin: Tensor, tested: Tensor) -> Tensor:
-        """(L,) where the exact model is to be asked: it may be wrong there, or the logits are no numbers.
+        """(B,) where the exact model is to be asked: it may be wrong there, or the logits are no numbers.
 
         Args:
-            margin: (L,) of `logits` (L, K).
-            tested: (L,) largest margin that it was asked about before; below it only a wrong class is new.
+            margin: (B,) of `logits` (B, K).
+            tested: (B,) largest margin that it was asked about before; below it only a wrong class is new.
         """
-        near = margin >= -self.slack * logits.abs().amax(1)
+        near = margin >= -self.tolerance * logits.abs().amax(1)
         return near & ((margin > tested) | (margin >= 0)) | ~logits.isfinite().all(1)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(L, K), without a graph."""
+        """(B, K), without a graph."""
         with torch.no_grad():
             return self.model(x)
 
-    def gradient(self, x: Tensor, loss: Loss, *columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (L, K) at `x`, and the gradient (L, C, H, W) of `loss(logits, *columns)`, each example's its own.
+    def gradient(self, x: Tensor, loss: Loss, *classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) at `x`, and the gradient (B, C, H, W) of `loss(logits, *classes)`, each example's its own.
 
         Where the gradient is no finite number it is zero, so that no search carries it on.
         """
         z = x.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = self.model(z)
-            gradient = input_gradient(loss(logits, *columns), z)
+            gradient = input_gradient(loss(logits, *classes), z)
         return logits.detach(), _finite(gradient)
 
     def jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (L, K) at `x` and their gradients (L, K, C, H, W): K backward passes."""
+        """Logits (B, K) at `x` and their gradients (B, K, C, H, W): K backward passes."""
         z = x.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = self.model(z)
@@ -75,7 +75,7 @@ class Passes:
 
 
 class Search(Protocol):
-    """One attack as a state machine over lanes."""
+    """One attack as a state machine over a batch of searches."""
 
     @property
     def name(self) -> str:
@@ -83,55 +83,55 @@ class Search(Protocol):
         ...
 
     @property
-    def rounds(self) -> int:
-        """Searches for each example: restarts, or target classes."""
+    def restarts(self) -> int:
+        """Searches for each example, one for each restart or target class."""
         ...
 
     @property
-    def turns(self) -> int:
+    def iterations(self) -> int:
         """Iterations of one search."""
         ...
 
     @property
     def cost(self) -> int:
-        """Forward passes that a turn takes about, a backward pass counting as one."""
+        """Forward passes that an iteration takes about, a backward pass counting as one."""
         ...
 
     @property
-    def fine(self) -> bool:
+    def measures_distance(self) -> bool:
         """Whether it measures distances to a boundary, which low precision blurs."""
         ...
 
     @property
     def targeted(self) -> bool:
-        """Whether each round goes for a class of its own: the first for the likeliest other one."""
+        """Whether each restart goes for a class of its own: the first for the likeliest other one."""
         ...
 
-    def begin(self, x: Tensor, y: Tensor, target: Tensor, rngs: Sequence[torch.Generator]) -> Lanes:
-        """New lanes for images (L, C, H, W) and labels (L,); a CPU generator for each draws its numbers.
+    def begin(self, x: Tensor, y: Tensor, target: Tensor, rngs: Sequence[torch.Generator]) -> SearchState:
+        """New searches for images (B, C, H, W) and labels (B,); a CPU generator for each draws its numbers.
 
         Args:
-            target: (L,) class that the round goes for where the search is targeted, else the number of the round.
+            target: (B,) class that the restart goes for where the search is targeted, else the number of the restart.
         """
         ...
 
-    def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
-        """Move all lanes by one iteration: a point of each lane (L, C, H, W) and the logits (L, K) there.
+    def iterate(self, state: SearchState, network: SearchNetwork) -> tuple[Tensor, Tensor]:
+        """Run one iteration of every search: a point of each (B, C, H, W) and the logits (B, K) there.
 
-        A search that moves some by several, as if one after another, counts those beyond the first in "turns".
+        An attack that takes several at once, as if one after another, counts those beyond the first in "iterations".
         """
         ...
 
 
 def margins(logits: Tensor, y: Tensor) -> Tensor:
-    """(L,) largest other logit minus that of the label: positive where the class is wrong."""
+    """(B,) largest other logit minus that of the label: positive where the class is wrong."""
     own = logits.gather(1, y[:, None])
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - own.squeeze(1)
 
 
 def distance(x: Tensor, point: Tensor, norm: Norm) -> Tensor:
-    """(L,) norm of `point - x`, in float64."""
+    """(B,) norm of `point - x`, in float64."""
     apart = (point.double() - x.double()).flatten(1)
     return apart.abs().amax(1) if norm == "linf" else apart.norm(dim=1)
 

@@ -1,12 +1,12 @@
-"""The engine of the strong attacks: searches for adversarial points side by side, refilled as lanes fall free.
+"""The engine of AutoAttack: a batch of searches for adversarial points, refilled as places fall free.
 
-An example is attacked until it is broken and then leaves. Lanes know nothing of each other, every draw is keyed by the
-example, and where several rounds of an example run side by side the earliest that breaks it counts: what becomes of an
-example depends neither on the batch size nor on its neighbours, up to the rounding of the network.
+An example is attacked until it is broken and then leaves. Searches know nothing of each other, every draw is keyed by
+the example, and where several restarts of an example run side by side the earliest that breaks it counts: what becomes
+of an example depends neither on the batch size nor on its neighbours, up to the rounding of the network.
 
-An example is broken only by the verdict of the exact model: at a point inside the ball and the box its class is wrong
-there, or it has none because its logits are no finite numbers. The search may run in a lower precision; points that it
-takes for adversarial, or nearly so, are suspects that the exact model is asked about.
+The exact model alone decides what is broken: at a point inside the ball and the box it predicts a wrong class, or none
+because its logits are no finite numbers. The search may run in a lower precision; points that it takes for adversarial,
+or nearly so, are suspects that the exact model is asked about.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustfair.attacks.autoattack.base import Lanes, Passes, Search, distance, into_ball, margins
+from robustfair.attacks.autoattack.base import Search, SearchNetwork, SearchState, distance, into_ball, margins
 from robustfair.attacks.pgd import predicted
 from robustfair.config import Norm
 from robustfair.errors import ModelError
@@ -26,50 +26,40 @@ from robustfair.values import Model, seeded_generator
 
 ROUNDING = 1e-6
 """By how much, and by which share of the radius, a point of a search may lie outside before it is put into the ball."""
-STANDS = -1
+UNBROKEN = -1
+"""What broke an example that is still robust."""
 NEVER = 2**31
-"""Round in which an example that stands was broken."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Victims:
-    """The examples to attack, all classified right as they are.
-
-    Attributes:
-        images: from rows (L,) to pixels (L, C, H, W) on the device.
-        labels: (n,) on the device.
-        keys: (n,) what each example's draws are keyed by: its place in the audited data set.
-    """
-
-    images: Callable[[Tensor], Tensor]
-    labels: Tensor
-    keys: Tensor
+"""Restart that broke it."""
+JOURNAL_KEYS = {"restart": "round", "iterations": "turns"}
+"""Parts of the state of searches that journals hold under another key, which stays."""
 
 
 @dataclass
-class Verdicts:
-    """What is known of each of n victims, on the CPU.
+class AttackResult:
+    """What an ensemble did to each of n examples, on the CPU.
 
     Attributes:
         prediction: (n,) class that the exact model gives at the point found, the one after the label where it gives
-            none: the label while the example stands.
-        broken_by: (n,) number of the search that broke it, -1 while it stands.
+            none: the label while the example is robust.
+        broken_by: (n,) number of the member that broke it, -1 while it is robust.
         points: example -> (C, H, W) where the exact model gives that class, inside ball and box.
         not_finite: points at which the exact model's logits were no finite numbers.
+        ran: member -> share of its work that was done when the run ended.
     """
 
     prediction: Tensor
     broken_by: Tensor
     points: dict[int, Tensor] = field(default_factory=dict)
     not_finite: int = 0
+    ran: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
-    def none_on(labels: Tensor) -> Verdicts:
-        """All examples stand."""
-        return Verdicts(labels.cpu().clone(), torch.full_like(labels, STANDS, device="cpu"))
+    def all_robust(labels: Tensor) -> AttackResult:
+        """Before the first attack."""
+        return AttackResult(labels.cpu().clone(), torch.full_like(labels, UNBROKEN, device="cpu"))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `of_state` needs."""
+        """What is found so far, for `of_state`."""
         found = {
             "prediction": self.prediction,
             "broken_by": self.broken_by,
@@ -81,74 +71,80 @@ class Verdicts:
         return found
 
     @staticmethod
-    def of_state(state: Mapping[str, Tensor]) -> Verdicts:
+    def of_state(state: Mapping[str, Tensor]) -> AttackResult:
         """What `state` gave."""
         examples = state.get("points/example", torch.empty(0)).tolist()
         points = dict(zip(examples, state.get("points/pixels", torch.empty(0)), strict=True))
-        return Verdicts(state["prediction"].clone(), state["broken_by"].clone(), points, int(state["not_finite"]))
+        return AttackResult(state["prediction"].clone(), state["broken_by"].clone(), points, int(state["not_finite"]))
 
 
 @dataclass
 class Queue:
-    """The searches of one attack that wait: all examples in the first round before any in the second."""
+    """The searches of one attack that wait: all examples in the first restart before any in the second."""
 
     examples: Tensor
-    rounds: int
+    restarts: int
     position: int = 0
 
     def __len__(self) -> int:
-        return self.rounds * len(self.examples)
+        return self.restarts * len(self.examples)
 
-    def take(self, most: int, stands: Tensor) -> tuple[Tensor, Tensor]:
-        """Up to `most` searches whose example stands: examples (L,) and rounds (L,)."""
+    def take(self, most: int, robust: Tensor) -> tuple[Tensor, Tensor]:
+        """Up to `most` searches whose example is robust: examples (B,) and restarts (B,)."""
         examples: list[int] = []
-        rounds: list[int] = []
+        restarts: list[int] = []
         while len(examples) < most and self.position < len(self):
-            turn, row = divmod(self.position, len(self.examples))
+            restart, row = divmod(self.position, len(self.examples))
             self.position += 1
             example = int(self.examples[row])
-            if stands[example]:
+            if robust[example]:
                 examples.append(example)
-                rounds.append(turn)
-        return torch.tensor(examples, dtype=torch.int64), torch.tensor(rounds, dtype=torch.int64)
+                restarts.append(restart)
+        return torch.tensor(examples, dtype=torch.int64), torch.tensor(restarts, dtype=torch.int64)
 
 
 class Ensemble:
-    """Searches one after another, each on the examples that all before it have left standing.
+    """Searches one after another, each on the examples that all before it have left robust.
 
     Args:
         exact: the model as given, in eval mode; its word breaks an example.
-        passes: the network that the searches see.
-        fine: what those see that measure distances to a boundary, where it is another.
+        network: the network that the searches see.
+        distance_network: what those see that measure distances to a boundary, where it is another.
         keep_points: keep where each example was broken.
-        searches: in order.
+        searches: the members, in order.
+        images: from rows (B,) to pixels (B, C, H, W) on the device; all are classified right as they are.
+        labels: (n,) on the device.
+        keys: (n,) what each example's draws are keyed by: its place in the audited data set.
         eps, norm: the ball.
         seed: of all draws.
-        lanes: most searches at a time.
+        batch_size: most searches at a time.
     """
 
     def __init__(
         self,
         exact: Model,
-        passes: Passes,
-        victims: Victims,
+        network: SearchNetwork,
         searches: Sequence[Search],
         *,
+        images: Callable[[Tensor], Tensor],
+        labels: Tensor,
+        keys: Tensor,
         eps: float,
         norm: Norm,
         seed: int,
-        lanes: int,
-        fine: Passes | None = None,
+        batch_size: int,
+        distance_network: SearchNetwork | None = None,
         keep_points: bool = True,
     ) -> None:
-        self.exact, self.passes, self.victims, self.searches = exact, passes, victims, tuple(searches)
-        self.fine, self.keep_points = passes if fine is None else fine, keep_points
-        self.eps, self.norm, self.seed, self.most = eps, norm, seed, lanes
-        self.verdicts = Verdicts.none_on(victims.labels)
-        self.broken_in = torch.full_like(self.verdicts.broken_by, NEVER)
+        self.exact, self.network, self.searches = exact, network, tuple(searches)
+        self.images, self.labels, self.keys = images, labels, keys
+        self.distance_network, self.keep_points = network if distance_network is None else distance_network, keep_points
+        self.eps, self.norm, self.seed, self.batch_size = eps, norm, seed, batch_size
+        self.result = AttackResult.all_robust(labels)
+        self.broken_in = torch.full_like(self.result.broken_by, NEVER)
         self.member = 0
         self.queue: Queue | None = None
-        self.lanes: Lanes = {}
+        self.active: SearchState = {}
         self._ranking: Tensor | None = None
 
     @property
@@ -156,13 +152,13 @@ class Ensemble:
         """Whether every search has run."""
         return self.member == len(self.searches)
 
-    def run(self, watch: Callable[[Ensemble], bool] = lambda ensemble: True) -> Verdicts:
-        """Go on until all is done, or until `watch`, called after every turn, says no.
+    def run(self, watch: Callable[[Ensemble], bool] = lambda ensemble: True) -> AttackResult:
+        """Go on until all is done, or until `watch`, called after every iteration, says no.
 
-        A turn that is interrupted has not happened: the state is that before it.
+        An iteration that is interrupted has not happened: the state is that before it.
         """
         while not self.finished:
-            before = self._standing()
+            before = self._snapshot()
             try:
                 moved = self._advance()
             except BaseException:
@@ -170,143 +166,147 @@ class Ensemble:
                 raise
             if moved and not watch(self):
                 break
-        return self.verdicts
+        names = [search.name for search in self.searches]
+        self.result.ran = dict(zip(names, self.ran(), strict=True))
+        return self.result
 
     def ran(self) -> list[float]:
         """Of every search, the share of its work that is done."""
         found = [float(number < self.member) for number in range(len(self.searches))]
         if self.queue is not None and len(self.queue):
-            turns = self.searches[self.member].turns
-            left = int((turns - self.lanes["turns"]).sum()) / turns if self.lanes else 0.0
+            each = self.searches[self.member].iterations
+            left = int((each - self.active["iterations"]).sum()) / each if self.active else 0.0
             found[self.member] = (self.queue.position - left) / len(self.queue)
         return found
 
     def progress(self) -> float:
         """Share of all work that is done, counting forward passes as if no more examples broke."""
-        sizes = [search.rounds * search.turns * search.cost for search in self.searches]
+        sizes = [search.restarts * search.iterations * search.cost for search in self.searches]
         return sum(size * share for size, share in zip(sizes, self.ran(), strict=True)) / sum(sizes)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `restore` needs, on the CPU."""
-        found = {**self.verdicts.state(), "broken_in": self.broken_in, "member": torch.tensor(self.member)}
-        for name, rows in self.lanes.items():
-            last = _channels_last(rows)
-            found[f"{'channels_last' if last else 'lanes'}/{name}"] = (rows.movedim(1, -1) if last else rows).cpu()
+        found = {**self.result.state(), "broken_in": self.broken_in, "member": torch.tensor(self.member)}
+        for name, rows in self.active.items():
+            last, key = _channels_last(rows), JOURNAL_KEYS.get(name, name)
+            found[f"{'channels_last' if last else 'lanes'}/{key}"] = (rows.movedim(1, -1) if last else rows).cpu()
         if self.queue is not None:
             found |= {"queue/examples": self.queue.examples, "queue/position": torch.tensor(self.queue.position)}
         return {name: value.contiguous().clone() for name, value in found.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from where `state` was taken, with the same searches on the same victims."""
-        device = self.victims.labels.device
+        """Go on from where `state` was taken, with the same searches on the same examples."""
+        device = self.labels.device
         self.member, self.broken_in = int(state["member"]), state["broken_in"].clone()
-        self.queue, self.lanes, self.verdicts = None, {}, Verdicts.of_state(state)
+        self.queue, self.active, self.result = None, {}, AttackResult.of_state(state)
         if "queue/position" in state:
-            rounds = self.searches[self.member].rounds
-            self.queue = Queue(state["queue/examples"], rounds, int(state["queue/position"]))
+            restarts = self.searches[self.member].restarts
+            self.queue = Queue(state["queue/examples"], restarts, int(state["queue/position"]))
+        names = {key: name for name, key in JOURNAL_KEYS.items()}
         for key, rows in state.items():
-            kind, _, name = key.partition("/")
+            kind, _, part = key.partition("/")
             if kind in ("lanes", "channels_last"):
-                self.lanes[name] = (rows.movedim(-1, 1) if kind == "channels_last" else rows).to(device)
+                name = names.get(part, part)
+                self.active[name] = (rows.movedim(-1, 1) if kind == "channels_last" else rows).to(device)
 
-    def _standing(self) -> dict[str, Any]:
-        """What a turn changes. It replaces the tensors of lanes and never writes into them, so they need no copy."""
-        known = self.verdicts
-        verdicts = replace(
+    def _snapshot(self) -> dict[str, Any]:
+        """What an iteration changes. It replaces the tensors of `active`, never writes into them: they need no copy."""
+        known = self.result
+        result = replace(
             known, prediction=known.prediction.clone(), broken_by=known.broken_by.clone(), points=dict(known.points)
         )
         return {
             "member": self.member,
             "queue": None if self.queue is None else replace(self.queue),
-            "lanes": dict(self.lanes),
+            "active": dict(self.active),
             "broken_in": self.broken_in.clone(),
-            "verdicts": verdicts,
+            "result": result,
         }
 
     def _advance(self) -> bool:
-        """A turn of the search that is on; False where that was over, and the next one's comes."""
+        """One iteration of the attack that is on; False where that was over, and the next one's turn comes."""
         if self.queue is None:
-            standing = (self.verdicts.broken_by == STANDS).nonzero().squeeze(1)
-            self.queue = Queue(standing, self.searches[self.member].rounds)
+            robust = (self.result.broken_by == UNBROKEN).nonzero().squeeze(1)
+            self.queue = Queue(robust, self.searches[self.member].restarts)
         if not self._fill():
             self.member, self.queue = self.member + 1, None
             return False
-        self._turn(self.searches[self.member])
+        self._iterate(self.searches[self.member])
         return True
 
     def _fill(self) -> bool:
-        """Begin searches in free lanes; whether any lane is at work."""
+        """Begin searches in the free places of the batch; whether any search is at work."""
         assert self.queue is not None, "filled only while an attack runs"
-        free = self.most - (len(self.lanes["y"]) if self.lanes else 0)
-        examples, rounds = self.queue.take(free, self.verdicts.broken_by == STANDS)
+        free = self.batch_size - (len(self.active["y"]) if self.active else 0)
+        examples, restarts = self.queue.take(free, self.result.broken_by == UNBROKEN)
         if len(examples):
-            new = self._begin(self.searches[self.member], examples, rounds)
-            self.lanes = {k: torch.cat([self.lanes[k], new[k]]) for k in new} if self.lanes else new
-        return bool(self.lanes)
+            new = self._begin(self.searches[self.member], examples, restarts)
+            self.active = {k: torch.cat([self.active[k], new[k]]) for k in new} if self.active else new
+        return bool(self.active)
 
-    def _begin(self, search: Search, examples: Tensor, rounds: Tensor) -> Lanes:
-        rows = examples.to(self.victims.labels.device)
-        x, y = self.victims.images(rows), self.victims.labels[rows]
-        target = self._targets()[examples, rounds] if search.targeted else rounds
-        keys = self.victims.keys[examples].tolist()
-        pairs = zip(keys, rounds.tolist(), strict=True)
-        rngs = [seeded_generator("cpu", "search", self.seed, search.name, key, turn) for key, turn in pairs]
+    def _begin(self, search: Search, examples: Tensor, restarts: Tensor) -> SearchState:
+        rows = examples.to(self.labels.device)
+        x, y = self.images(rows), self.labels[rows]
+        target = self._targets()[examples, restarts] if search.targeted else restarts
+        keys = self.keys[examples].tolist()
+        pairs = zip(keys, restarts.tolist(), strict=True)
+        rngs = [seeded_generator("cpu", "search", self.seed, search.name, key, restart) for key, restart in pairs]
         own = search.begin(x, y, target.to(y), rngs)
         zero = torch.zeros_like(y)
         tested = torch.full_like(x[:, 0, 0, 0], -torch.inf)
-        return {**own, "example": rows, "round": rounds.to(y), "turns": zero, "tested": tested}
+        return {**own, "example": rows, "restart": restarts.to(y), "iterations": zero, "tested": tested}
 
     def _targets(self) -> Tensor:
         """(n, K - 1) classes other than the label, the largest clean logit of the exact model first, on the CPU."""
         if self._ranking is None:
-            labels = self.victims.labels
+            labels = self.labels
             ranked = []
-            for rows in torch.arange(len(labels), device=labels.device).split(self.most):
-                logits = self._exact(self.victims.images(rows))
+            for rows in torch.arange(len(labels), device=labels.device).split(self.batch_size):
+                logits = self._exact(self.images(rows))
                 others = logits.scatter(1, labels[rows, None], -torch.inf)
                 ranked.append(others.argsort(dim=1, descending=True, stable=True)[:, :-1].cpu())
             self._ranking = torch.cat(ranked)
         return self._ranking
 
-    def _turn(self, search: Search) -> None:
-        lanes = self.lanes
-        passes = self.fine if search.fine else self.passes
-        point, logits = search.turn(lanes, passes)
-        margin = margins(logits, lanes["y"])
-        suspect = passes.suspects(logits, margin, lanes["tested"])
-        lanes["turns"] = lanes["turns"] + 1
-        leaves = lanes["turns"] >= search.turns
+    def _iterate(self, search: Search) -> None:
+        active = self.active
+        network = self.distance_network if search.measures_distance else self.network
+        point, logits = search.iterate(active, network)
+        margin = margins(logits, active["y"])
+        suspect = network.suspects(logits, margin, active["tested"])
+        active["iterations"] = active["iterations"] + 1
+        leaves = active["iterations"] >= search.iterations
         rows = suspect.nonzero().squeeze(1)
         if len(rows):
             most = self.eps * (1 + ROUNDING) + ROUNDING
-            rows = rows[distance(lanes["x"][rows], point[rows], self.norm) <= most]
-            inside = into_ball(lanes["x"][rows], point[rows], self.eps, self.norm)
-            self._judge(lanes["example"][rows], lanes["round"][rows], inside)
-            tested = torch.where(margin.isfinite(), margin, lanes["tested"])
-            lanes["tested"] = lanes["tested"].index_copy(0, rows, tested[rows].to(lanes["tested"]))
-            leaves = leaves | (self.broken_in.to(leaves.device)[lanes["example"]] <= lanes["round"])
+            rows = rows[distance(active["x"][rows], point[rows], self.norm) <= most]
+            inside = into_ball(active["x"][rows], point[rows], self.eps, self.norm)
+            self._judge(active["example"][rows], active["restart"][rows], inside)
+            tested = torch.where(margin.isfinite(), margin, active["tested"])
+            active["tested"] = active["tested"].index_copy(0, rows, tested[rows].to(active["tested"]))
+            leaves = leaves | (self.broken_in.to(leaves.device)[active["example"]] <= active["restart"])
         stays = (~leaves).nonzero().squeeze(1)
         if len(stays) < len(leaves):
-            self.lanes = {name: rows[stays] for name, rows in lanes.items()} if len(stays) else {}
+            self.active = {name: rows[stays] for name, rows in active.items()} if len(stays) else {}
 
-    def _judge(self, rows: Tensor, rounds: Tensor, points: Tensor) -> None:
-        """Ask the exact model about points (L, C, H, W) of the examples `rows`, and note what it breaks first."""
+    def _judge(self, rows: Tensor, restarts: Tensor, points: Tensor) -> None:
+        """Ask the exact model about points (B, C, H, W) of the examples `rows`, and note what it breaks first."""
         if len(rows) == 0:
             return
         logits = self._exact(points)
-        labels, finite = self.victims.labels[rows], logits.isfinite().all(1)
-        self.verdicts.not_finite += int((~finite).sum())
+        labels, finite = self.labels[rows], logits.isfinite().all(1)
+        self.result.not_finite += int((~finite).sum())
         wrong = predicted(logits, labels)
         broken = (wrong != labels).cpu()
         for at in broken.nonzero().squeeze(1).tolist():
-            example, turn = int(rows[at]), int(rounds[at])
-            if turn >= self.broken_in[example]:
+            example, restart = int(rows[at]), int(restarts[at])
+            if restart >= self.broken_in[example]:
                 continue
-            self.broken_in[example] = turn
-            self.verdicts.prediction[example] = int(wrong[at])
-            self.verdicts.broken_by[example] = self.member
+            self.broken_in[example] = restart
+            self.result.prediction[example] = int(wrong[at])
+            self.result.broken_by[example] = self.member
             if self.keep_points:
-                self.verdicts.points[example] = points[at].cpu().clone()
+                self.result.points[example] = points[at].cpu().clone()
 
     def _exact(self, x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from robustfair.attacks.autoattack.base import Lanes, Passes
+from robustfair.attacks.autoattack.base import SearchNetwork, SearchState
 from robustfair.attacks.pgd import per_pixel
 from robustfair.config import Norm
 
@@ -24,19 +24,19 @@ FLAT = 1e-8
 MOST_SEGMENTS = 100
 """Newton steps of a projection at most: three do as a rule, a score where the box only just lets the plane be met."""
 LOOK_EVERY = 5
-"""Newton steps after which a GPU is asked whether all lanes have arrived, which waits for it; a CPU is after each."""
+"""Newton steps after which a GPU is asked whether all searches have arrived, which waits for it; a CPU after each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fab:
-    """FAB as lanes.
+    """FAB on a batch of searches.
 
     Attributes:
         name: for its random streams.
-        targeted: towards one class a round, else towards the class whose tie is nearest at every point.
+        targeted: towards one class a restart, else towards the class whose tie is nearest at every point.
         eps, norm: the ball; `eps` scales the starts of restarts after the first.
         steps: iterations.
-        rounds: restarts, or target classes.
+        restarts: of each example, or target classes.
         alpha: largest share of the step that comes from the image's own projection.
         eta: by how much a projection overshoots the hyperplane.
         beta: share of its displacement that a point of another class keeps.
@@ -47,21 +47,21 @@ class Fab:
     eps: float
     norm: Norm
     steps: int = 100
-    rounds: int = 1
+    restarts: int = 1
     alpha: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
 
     cost = 3
-    fine = True
+    measures_distance = True
 
     @property
-    def turns(self) -> int:
+    def iterations(self) -> int:
         """One for every step."""
         return self.steps
 
-    def begin(self, x: Tensor, y: Tensor, target: Tensor, rngs: Sequence[torch.Generator]) -> Lanes:
-        """Lanes at the image; from the second restart of the untargeted attack on, near it at random."""
+    def begin(self, x: Tensor, y: Tensor, target: Tensor, rngs: Sequence[torch.Generator]) -> SearchState:
+        """Searches from the image; from the second restart of the untargeted attack on, near it at random."""
         starts = []
         for image, goal, rng in zip(x, target.tolist(), rngs, strict=True):
             starts.append(image if self.targeted or goal == 0 else self._near(image, rng))
@@ -72,10 +72,10 @@ class Fab:
             "point": torch.stack(starts),
         }
 
-    def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
+    def iterate(self, state: SearchState, network: SearchNetwork) -> tuple[Tensor, Tensor]:
         """Step from the points, judge where that leads, and draw back what is of another class."""
-        x, point = lanes["x"], lanes["point"]
-        apart, normal = self._tie(lanes, passes)
+        x, point = state["x"], state["point"]
+        apart, normal = self._tie(state, network)
         offset = (normal * point).sum((1, 2, 3)) - apart
         from_point = project(point, normal, offset, self.norm)
         from_image = project(x, normal, offset, self.norm)
@@ -83,18 +83,18 @@ class Fab:
         share = per_pixel((a / (a + b)).clamp(0, self.alpha), x)
         ahead = (1 - share) * (point + self.eta * from_point) + share * (x + self.eta * from_image)
         ahead = ahead.clamp(0, 1)
-        logits = passes.logits(ahead)
-        wrong = per_pixel(logits.argmax(1) != lanes["y"], x)
-        lanes["point"] = torch.where(wrong, x + self.beta * (ahead - x), ahead)
+        logits = network.logits(ahead)
+        wrong = per_pixel(logits.argmax(1) != state["y"], x)
+        state["point"] = torch.where(wrong, x + self.beta * (ahead - x), ahead)
         return ahead, logits
 
-    def _tie(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
-        """By how much the other class leads (L,), and the gradient of that (L, C, H, W)."""
-        y, target, point = lanes["y"], lanes["target"], lanes["point"]
+    def _tie(self, state: SearchState, network: SearchNetwork) -> tuple[Tensor, Tensor]:
+        """By how much the other class leads (B,), and the gradient of that (B, C, H, W)."""
+        y, target, point = state["y"], state["target"], state["point"]
         if self.targeted:
-            logits, gradient = passes.gradient(point, lead, y, target)
+            logits, gradient = network.gradient(point, lead, y, target)
             return lead(logits, y, target), gradient
-        logits, gradients = passes.jacobian(point)
+        logits, gradients = network.jacobian(point)
         rows = torch.arange(len(y), device=y.device)
         apart = logits - logits[rows, y][:, None]
         normals = gradients - gradients[rows, y][:, None]
@@ -117,7 +117,7 @@ class Fab:
 
 
 def lead(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """(L,) logit of the target minus that of the label."""
+    """(B,) logit of the target minus that of the label."""
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
 
 
@@ -127,16 +127,16 @@ def project(point: Tensor, normal: Tensor, offset: Tensor, norm: Norm) -> Tensor
     It solves min |d| subject to <normal, point + d> = offset and 0 <= point + d <= 1; where no such d is, it goes as
     far as the box lets it. Every pixel moves in proportion to a multiplier until it meets the box. What that makes up
     of the gap is a concave, piecewise linear function of the multiplier, on which Newton's iteration climbs from zero
-    to the root segment by segment; a lane that has arrived rests, so that lanes know nothing of each other.
+    to the root segment by segment; a search that has arrived rests, so that searches know nothing of each other.
 
     Args:
-        point: (L, C, H, W) in [0, 1].
-        normal: (L, C, H, W).
-        offset: (L,).
+        point: (B, C, H, W) in [0, 1].
+        normal: (B, C, H, W).
+        offset: (B,).
         norm: "linf" or "l2", of the displacement.
 
     Returns:
-        (L, C, H, W).
+        (B, C, H, W).
 
     >>> two = torch.tensor([0.5, 0.9]).view(1, 1, 1, 2)
     >>> project(two, torch.ones_like(two), torch.tensor([1.7]), "linf").flatten()
@@ -146,19 +146,19 @@ def project(point: Tensor, normal: Tensor, offset: Tensor, norm: Norm) -> Tensor
     towards = -normal * per_pixel(torch.where(gap < 0, -1.0, 1.0).to(point), point)
     if norm == "l2":
         towards = hardshrink(towards, FLAT)
-    room, steep = torch.where(towards < 0, point, 1 - point), towards.abs()
+    limit, steep = torch.where(towards < 0, point, 1 - point), towards.abs()
     rate, rise = (1.0, steep) if norm == "linf" else (steep, steep * steep)
     gap = gap.abs()
-    out_of_reach = (steep * room).sum((1, 2, 3)) < gap
+    out_of_reach = (steep * limit).sum((1, 2, 3)) < gap
     multiplier = torch.zeros_like(gap)
     every = 1 if point.device.type == "cpu" else LOOK_EVERY
     for step in range(MOST_SEGMENTS):
         moved = per_pixel(multiplier, point) * rate
-        slope = torch.where(moved < room, rise, 0.0).sum((1, 2, 3))
-        missing = gap - (steep * torch.minimum(moved, room)).sum((1, 2, 3))
+        slope = torch.where(moved < limit, rise, 0.0).sum((1, 2, 3))
+        missing = gap - (steep * torch.minimum(moved, limit)).sum((1, 2, 3))
         short = (missing > 4 * torch.finfo(gap.dtype).eps * gap) & (slope > 0) & ~out_of_reach
         if step % every == every - 1 and not short.any():
             break
         multiplier = torch.where(short, multiplier + missing / slope, multiplier)
-    moved = torch.minimum(per_pixel(multiplier, point) * rate, room)
-    return towards.sign() * torch.where(per_pixel(out_of_reach, point), room, moved)
+    moved = torch.minimum(per_pixel(multiplier, point) * rate, limit)
+    return towards.sign() * torch.where(per_pixel(out_of_reach, point), limit, moved)

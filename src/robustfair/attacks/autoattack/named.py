@@ -21,7 +21,7 @@ from robustfair.registry import canonical
 from robustfair.values import Threat
 
 Kind = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
-Engine = Literal["native", "reference"]
+AutoAttackEngine = Literal["native", "reference"]
 
 AUTOATTACK = "autoattack"
 _APGD: tuple[str, ...] = ("steps", "restarts")
@@ -110,18 +110,18 @@ class Member:
                 eps=eps,
                 norm=norm,
                 queries=self.queries,
-                rounds=self.restarts,
+                restarts=self.restarts,
                 p_init=self.p_init,
                 per_image_windows=self.per_image_windows,
                 rescale_schedule=self.rescale_schedule,
                 seed=seed,
             )
         targeted = self.kind in ("apgd-t", "fab-t")
-        rounds = min(self.targets, classes - 1) if targeted else self.restarts
+        restarts = min(self.targets, classes - 1) if targeted else self.restarts
         if self.kind in LOSSES:
             loss = self._loss(classes)
-            return Apgd(name=self.name, loss=loss, eps=eps, norm=norm, steps=self.steps, rounds=rounds)
-        return Fab(name=self.name, targeted=targeted, eps=eps, norm=norm, steps=self.steps, rounds=rounds)
+            return Apgd(name=self.name, loss=loss, eps=eps, norm=norm, steps=self.steps, restarts=restarts)
+        return Fab(name=self.name, targeted=targeted, eps=eps, norm=norm, steps=self.steps, restarts=restarts)
 
     def warning(self, classes: int) -> str | None:
         """What a model of so few classes changes, for the user."""
@@ -150,12 +150,12 @@ VERSIONS: Mapping[str, tuple[Member, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrongAttack:
-    """An attack of an audit that runs members of the AutoAttack family; `parse_attacks` builds it from its name.
+class AutoAttack:
+    """AutoAttack, or one of its members by itself, as an attack of an audit; `parse_attacks` builds it from its name.
 
     Attributes:
         name: the canonical text, the key of this attack everywhere.
-        members: in the order they run, each on what those before it left standing.
+        members: in the order they run, each on the images that those before it left robust.
     """
 
     name: str
@@ -178,7 +178,7 @@ class StrongAttack:
     def describe(self, threat: Threat) -> str:
         """One line for reports.
 
-        >>> strong_attack(Term("autoattack", {})).describe(Threat())
+        >>> parse_autoattack(Term("autoattack", {})).describe(Threat())
         'autoattack: apgd-ce, apgd-t, fab-t and square in turn, linf radius 8/255'
         """
         names = [member.name for member in self.members]
@@ -187,7 +187,7 @@ class StrongAttack:
         return f"{self.name}: {what}, {threat.norm} radius {format_eps(threat.eps)}"
 
 
-def strong_attack(term: Term) -> StrongAttack:
+def parse_autoattack(term: Term) -> AutoAttack:
     """Read `autoattack`, `autoattack(version=plus)` or one of the family.
 
     Raises:
@@ -201,18 +201,18 @@ def strong_attack(term: Term) -> StrongAttack:
             raise UnknownNameError(f"option of {term.name}", key, allowed)
     if term.name != AUTOATTACK:
         member = build(Member, {"kind": term.name, **args}, owner=term.name)
-        return StrongAttack(name=member.name, members=(member,))
+        return AutoAttack(name=member.name, members=(member,))
     version = canonical(str(args.get("version", "standard")))
     if version not in VERSIONS:
         raise UnknownNameError("version of autoattack", version, tuple(VERSIONS))
     name = AUTOATTACK if version == "standard" else f"{AUTOATTACK}(version={version})"
-    return StrongAttack(name=name, members=VERSIONS[version])
+    return AutoAttack(name=name, members=VERSIONS[version])
 
 
-def cheaper(attack: StrongAttack, **settings: Any) -> StrongAttack:
+def cheaper(attack: AutoAttack, **settings: Any) -> AutoAttack:
     """The attack with other settings in every member that has them, for tests and checks of how the engine works."""
     members = tuple(
         replace(member, **{key: value for key, value in settings.items() if key in OPTIONS[member.kind]})
         for member in attack.members
     )
-    return StrongAttack(name=attack.name, members=members)
+    return AutoAttack(name=attack.name, members=members)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robustfair.attacks.autoattack.base import Lanes, Passes, margins
+from robustfair.attacks.autoattack.base import SearchNetwork, SearchState, margins
 from robustfair.attacks.pgd import per_pixel
 from robustfair.config import Norm
 from robustfair.values import seeded_generator
@@ -27,11 +27,11 @@ TINY = 1e-12
 FORGOTTEN = 0.03
 """Share of the judged candidates that may lie behind one that is kept, about."""
 MEMORY = 0.98
-"""What counts of a turn in the next one, for the share of candidates that are kept."""
+"""What counts of an iteration in the next one, for the share of candidates that are kept."""
 
 
 class Draws(NamedTuple):
-    """Random numbers of Q queries, of one lane or of all: places of two windows, signs of channels, turns of the bump.
+    """Random numbers of Q queries, of one search or all: places of two windows, signs of channels, turns of the bump.
 
     `place` (Q, 4) is uniform in [0, 1), `sign` (Q, C) is +-1, `turned` (Q,) is a flag.
     """
@@ -58,13 +58,13 @@ class Query(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Square:
-    """Square attack as lanes.
+    """Square attack on a batch of searches.
 
     Attributes:
         name: for its random streams.
         eps, norm: the ball.
         queries: after the one that judges the start.
-        rounds: restarts.
+        restarts: of each example.
         p_init: share of pixels that the first squares change.
         per_image_windows: each example draws windows and signs of its own.
         rescale_schedule: halve as if the queries were 10,000.
@@ -75,69 +75,69 @@ class Square:
     eps: float
     norm: Norm
     queries: int = 5000
-    rounds: int = 1
+    restarts: int = 1
     p_init: float = 0.8
     per_image_windows: bool = False
     rescale_schedule: bool = False
     seed: int = 0
 
     cost = 1
-    fine = False
+    measures_distance = False
     targeted = False
 
     @property
-    def turns(self) -> int:
+    def iterations(self) -> int:
         """One for every query, and one for the start."""
         return self.queries + 1
 
-    def begin(self, x: Tensor, y: Tensor, target: Tensor, rngs: Sequence[torch.Generator]) -> Lanes:
-        """Lanes at stripes (linf) or tiles (l2) of random sign."""
+    def begin(self, x: Tensor, y: Tensor, target: Tensor, rngs: Sequence[torch.Generator]) -> SearchState:
+        """Searches from stripes (linf) or tiles (l2) of random sign."""
         shape = x.shape[1:]
         start = stripes if self.norm == "linf" else tiles
         moved = torch.stack([start(shape, rng) for rng in rngs]).to(x)
-        lanes = {
+        state = {
             "x": x,
             "y": y,
-            "round": target,
+            "restart": target,
             "point": (x + self.eps * (moved if self.norm == "linf" else _unit(moved))).clamp(0, 1),
             "margin": torch.full_like(x[:, 0, 0, 0], -torch.inf),
             "tested": torch.full_like(x[:, 0, 0, 0], -torch.inf),
             "judged": torch.zeros_like(y),
-            "turns": torch.zeros_like(y),
+            "iterations": torch.zeros_like(y),
             "stops": torch.ones_like(x[:, 0, 0, 0]),
             "asked": torch.ones_like(x[:, 0, 0, 0]),
         }
         if self.norm == "l2" or self.per_image_windows:
             own = [Draws.of(self.queries, shape[0], rng) for rng in rngs]
-            lanes["sign"] = torch.stack([draw.sign for draw in own]).to(x.device)
+            state["sign"] = torch.stack([draw.sign for draw in own]).to(x.device)
             if self.per_image_windows:
-                lanes["place"] = torch.stack([draw.place for draw in own]).to(x.device)
-                lanes["turned"] = torch.stack([draw.turned for draw in own]).to(x.device)
-        return lanes
+                state["place"] = torch.stack([draw.place for draw in own]).to(x.device)
+                state["turned"] = torch.stack([draw.turned for draw in own]).to(x.device)
+        return state
 
-    def turn(self, lanes: Lanes, passes: Passes) -> tuple[Tensor, Tensor]:
-        """Judge candidates of every lane, up to the first that is kept: the margin grows, or the class is wrong.
+    def iterate(self, state: SearchState, network: SearchNetwork) -> tuple[Tensor, Tensor]:
+        """Judge candidates of every search, up to the first that is kept: the margin grows, or the class is wrong.
 
-        A candidate is drawn from the best point, which few of them change. Where a pass has room the candidates of the
-        next queries are therefore judged with it, and those behind the first that is kept, or that the exact model is
-        to be asked about, are forgotten: what a lane meets is the same as one query at a time.
+        A candidate is drawn from the best point, which few of them change. Where the capacity allows it, the candidates
+        of the next queries are therefore judged with it, and those behind the first that is kept, or that the exact
+        model is to be asked about, are forgotten: what a search meets is the same as one query at a time.
         """
-        rows = torch.arange(len(lanes["y"]), device=lanes["y"].device)
-        ahead = self._ahead(lanes, passes)
-        candidates = self._candidates(lanes, rows, ahead)
-        logits = passes.logits(candidates)
-        margin = margins(logits, lanes["y"].repeat_interleave(ahead))
-        asked = passes.suspects(logits, margin, lanes["tested"].repeat_interleave(ahead)).view(-1, ahead)
+        rows = torch.arange(len(state["y"]), device=state["y"].device)
+        ahead = self._ahead(state, network)
+        candidates = self._candidates(state, rows, ahead)
+        logits = network.logits(candidates)
+        margin = margins(logits, state["y"].repeat_interleave(ahead))
+        asked = network.suspects(logits, margin, state["tested"].repeat_interleave(ahead)).view(-1, ahead)
         margin = margin.view(-1, ahead)
-        better = (margin > lanes["margin"][:, None]) | (margin >= 0)
-        last = (self.queries - lanes["judged"]).clamp_max(ahead - 1)
+        better = (margin > state["margin"][:, None]) | (margin >= 0)
+        last = (self.queries - state["judged"]).clamp_max(ahead - 1)
         seen = torch.arange(ahead, device=rows.device) <= last[:, None]
         stop = (better | asked) & seen
         at = torch.where(stop.any(1), stop.int().argmax(1), last)
         kept, candidate = better[rows, at], candidates[rows * ahead + at]
-        lanes["point"] = torch.where(per_pixel(kept, candidate), candidate, lanes["point"])
-        lanes["margin"] = torch.where(kept, margin[rows, at], lanes["margin"])
-        self._count(lanes, at, stop.any(1))
+        state["point"] = torch.where(per_pixel(kept, candidate), candidate, state["point"])
+        state["margin"] = torch.where(kept, margin[rows, at], state["margin"])
+        self._count(state, at, stop.any(1))
         return candidate, logits[rows * ahead + at]
 
     def side(self, query: int, height: int, width: int) -> int:
@@ -150,33 +150,33 @@ class Square:
         side = max(side, 3)
         return min(side + (side % 2 == 0), height, width)
 
-    def _count(self, lanes: Lanes, at: Tensor, stopped: Tensor) -> None:
-        """Note the queries that a turn was, the one at `at` of each lane the last, and whether it changed anything."""
-        lanes["judged"] = lanes["judged"] + at + 1
-        lanes["turns"] = lanes["turns"] + at
-        lanes["stops"] = MEMORY * lanes["stops"] + stopped
-        lanes["asked"] = MEMORY * lanes["asked"] + at + 1
+    def _count(self, state: SearchState, at: Tensor, stopped: Tensor) -> None:
+        """Note the queries of an iteration, the one at `at` of each search the last, and whether it changed any."""
+        state["judged"] = state["judged"] + at + 1
+        state["iterations"] = state["iterations"] + at
+        state["stops"] = MEMORY * state["stops"] + stopped
+        state["asked"] = MEMORY * state["asked"] + at + 1
 
-    def _ahead(self, lanes: Lanes, passes: Passes) -> int:
-        """Queries to judge at a time: what a pass has room for, so few that hardly any are forgotten."""
-        room = passes.room // len(lanes["y"])
-        if room <= 1:
+    def _ahead(self, state: SearchState, network: SearchNetwork) -> int:
+        """Queries to judge at a time: what the capacity allows, so few that hardly any are forgotten."""
+        capacity = network.capacity // len(state["y"])
+        if capacity <= 1:
             return 1
-        share = float(lanes["stops"].sum() / lanes["asked"].sum())
-        return min(room, 1 + int(2 * FORGOTTEN / max(share, 1 / self.queries)), self.queries)
+        share = float(state["stops"].sum() / state["asked"].sum())
+        return min(capacity, 1 + int(2 * FORGOTTEN / max(share, 1 / self.queries)), self.queries)
 
-    def _candidates(self, lanes: Lanes, rows: Tensor, ahead: int) -> Tensor:
-        """(L ahead, C, H, W) what the next queries of each lane judge, the start before the first of them."""
+    def _candidates(self, state: SearchState, rows: Tensor, ahead: int) -> Tensor:
+        """(B ahead, C, H, W) what the next queries of each search judge, the start before the first of them."""
         rows = rows.repeat_interleave(ahead)
-        judged = lanes["judged"][rows] + torch.arange(ahead, device=rows.device).repeat(len(lanes["y"]))
+        judged = state["judged"][rows] + torch.arange(ahead, device=rows.device).repeat(len(state["y"]))
         query, started = (judged - 1).clamp(0, self.queries - 1), judged > 0
-        x, point = (lanes["x"], lanes["point"]) if ahead == 1 else (lanes["x"][rows], lanes["point"][rows])
-        draws = self._draws(lanes, rows, query)
+        x, point = (state["x"], state["point"]) if ahead == 1 else (state["x"][rows], state["point"][rows])
+        draws = self._draws(state, rows, query)
         if self.norm == "linf":
             moved = self._square_of_signs(x, point, draws._replace(side=draws.side * started))
         else:
             moved = torch.where(per_pixel(started, x), self._moved_bump(x, point, draws), point)
-        last = lanes["x"].is_contiguous(memory_format=torch.channels_last)
+        last = state["x"].is_contiguous(memory_format=torch.channels_last)
         return moved.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def _square_of_signs(self, x: Tensor, point: Tensor, draws: Query) -> Tensor:
@@ -201,15 +201,15 @@ class Square:
         bump = bump / (TINY + length(bump)) * (spare + both.square()).sqrt()
         return (x + self.eps * _unit(apart * (1 - either) + bump)).clamp(0, 1)
 
-    def _draws(self, lanes: Lanes, rows: Tensor, query: Tensor) -> Query:
-        """The draws of queries (M,) of the lanes `rows`."""
-        x = lanes["x"]
+    def _draws(self, state: SearchState, rows: Tensor, query: Tensor) -> Query:
+        """The draws of queries (M,) of the searches `rows`."""
+        x = state["x"]
         shared, sides = _shared(self, *x.shape[1:], x.device)
-        at = lanes["round"][rows] * self.queries + query
+        at = state["restart"][rows] * self.queries + query
         side = sides[query]
 
         def drawn(name: str) -> Tensor:
-            return lanes[name][rows, query] if name in lanes else getattr(shared, name)[at]
+            return state[name][rows, query] if name in state else getattr(shared, name)[at]
 
         drawn_place = drawn("place")
         rows_and_columns = (drawn_place[:, k] * (x.shape[2 + k % 2] - side) for k in range(4))
@@ -217,7 +217,7 @@ class Square:
         return Query(side, place, drawn("sign").to(x), drawn("turned"))
 
     def _bumps(self, x: Tensor, side: Tensor, turned: Tensor, place: Tensor) -> Tensor:
-        """(L, 1, H, W) the bump of each lane's side, in its first window."""
+        """(B, 1, H, W) the bump of each search's side, in its first window."""
         sides, table = _bump_table(self, *x.shape[2:], x.device, x.dtype)
         bumps = table[torch.searchsorted(sides, side), turned.long()]
         row, column = (_within(place[:, k], side, x.shape[2 + k]) + 1 for k in (0, 1))
@@ -267,13 +267,13 @@ def _half(height: int, width: int) -> Tensor:
 
 
 def _within(start: Tensor, side: Tensor, size: int) -> Tensor:
-    """(L, size) place of every row or column of the image in each lane's square, -1 outside of it."""
+    """(B, size) place of every row or column of the image in each search's square, -1 outside of it."""
     place = torch.arange(size, device=start.device) - start[:, None]
     return torch.where((place >= 0) & (place < side[:, None]), place, -1)
 
 
 def _window(top: Tensor, left: Tensor, side: Tensor, x: Tensor) -> Tensor:
-    """(L, 1, H, W) flags of the pixels inside the square at each lane's place."""
+    """(B, 1, H, W) flags of the pixels inside the square at each search's place."""
     rows, columns = _within(top, side, x.shape[2]) >= 0, _within(left, side, x.shape[3]) >= 0
     return (rows[:, :, None] & columns[:, None])[:, None]
 
@@ -286,7 +286,7 @@ def _unit(v: Tensor) -> Tensor:
 def _shared(square: Square, channels: int, height: int, width: int, device: torch.device) -> tuple[Draws, Tensor]:
     """The draws that the examples share, and the side of every query."""
     rng = seeded_generator("cpu", "square", square.seed, square.name)
-    drawn = Draws.of(square.rounds * square.queries, channels, rng)
+    drawn = Draws.of(square.restarts * square.queries, channels, rng)
     sides = torch.tensor([square.side(query, height, width) for query in range(square.queries)])
     return Draws(*(part.to(device) for part in drawn)), sides.to(device)
 

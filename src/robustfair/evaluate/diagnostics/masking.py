@@ -17,12 +17,12 @@ from torch import nn
 from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
 from robustfair.errors import ModelError
-from robustfair.evaluate.columns import Progress
 from robustfair.evaluate.diagnostics.base import Diagnostic, paired_difference
 from robustfair.evaluate.diagnostics.results import MISLEADING, WITHOUT_GRADIENTS
 from robustfair.evaluate.plan import SearchPrecision
 from robustfair.evaluate.result import CLEAN, Audit, shortfall
 from robustfair.evaluate.run import audit
+from robustfair.evaluate.runner import Progress
 from robustfair.values import Threat
 
 SAMPLE = 256

@@ -144,7 +144,7 @@ def _masked(audit: Audit) -> list[Diagnostic]:
 
 
 def _square_is_stronger(audit: Audit) -> list[Diagnostic]:
-    """Images that only Square broke, of those on which attacks by gradients had failed in the same strong attack."""
+    """Images that only Square broke, of those on which attacks by gradients had failed in the same AutoAttack."""
     found = []
     for attack in audit.broken_by:
         gradients: list[str] = []

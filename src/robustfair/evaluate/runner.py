@@ -1,4 +1,4 @@
-"""The attacks of an audit, run on a data set that is resident on the device: a column of predictions for each."""
+"""Runs the attacks of an audit on a data set that is resident on the device: predictions of every image for each."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.autoattack.named import Engine, StrongAttack
+from robustfair.attacks.autoattack.engine import AttackResult
+from robustfair.attacks.autoattack.named import AutoAttack, AutoAttackEngine
 from robustfair.attacks.named import AnyAttack, NamedAttack
 from robustfair.attacks.pgd import input_gradient, predicted
 from robustfair.attacks.predict import attacked_logits
 from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import CheckpointError
-from robustfair.evaluate.autoattack import SAVE_EVERY, Outcome, Terms, run_native, run_reference
+from robustfair.evaluate.autoattack import SAVE_EVERY, AutoAttackRun
 from robustfair.evaluate.journal import Journal
 from robustfair.execution.capacity import CPU_BUDGET
 from robustfair.execution.device import has_bf16
@@ -38,18 +39,18 @@ Save = Callable[[Mapping[str, Tensor]], None]
 
 
 @dataclass
-class Sweep:
+class PgdProgress:
     """How far fgsm, pgd-K or cw-K has come on n images, on the CPU.
 
     Attributes:
-        column: (n,) class found for each image, its label where none was yet.
+        prediction: (n,) class found for each image, its label where none was yet.
         rows: images of the restart that is on: all, or those that are not fooled yet.
         restart: its number.
         done: how many of them it has attacked; how many it takes at a time may change when a run goes on.
         not_finite: attacked images so far whose logits were no finite numbers.
     """
 
-    column: Tensor
+    prediction: Tensor
     rows: Tensor
     restart: int = 0
     done: int = 0
@@ -57,28 +58,29 @@ class Sweep:
 
     def state(self) -> dict[str, Tensor]:
         """For a journal."""
-        return {name: torch.as_tensor(value) for name, value in vars(self).items()}
+        counts = {name: torch.tensor(getattr(self, name)) for name in ("restart", "done", "not_finite")}
+        return {"column": self.prediction, "rows": self.rows, **counts}
 
     @staticmethod
-    def of_state(state: Mapping[str, Tensor]) -> Sweep:
+    def of_state(state: Mapping[str, Tensor]) -> PgdProgress:
         """What `state` gave."""
         counts = (int(state[name]) for name in ("restart", "done", "not_finite"))
-        return Sweep(state["column"], state["rows"], *counts)
+        return PgdProgress(state["column"], state["rows"], *counts)
 
 
 @dataclass
-class Columns:
+class SuiteResult:
     """What an audit has found so far; tensors on the CPU.
 
     Attributes:
         predictions: attack -> (N,), clean first; an image that is wrong when clean keeps that class.
         seconds: attack -> time it took.
-        ran: strong attack -> member -> share of its work that was done.
-        broken_by: strong attack -> (N,) number of the member that broke the image, -1 where none did.
+        ran: AutoAttack -> member -> share of its work that was done.
+        broken_by: AutoAttack -> (N,) number of the member that broke the image, -1 where none did.
         not_finite: attack -> attacked points at which the logits were no finite numbers: no image is right there.
-        points: strong attack -> image -> (C, H, W) where the model gives the prediction.
+        points: AutoAttack -> image -> (C, H, W) where the model gives the prediction.
         gradients: of the images that are right when clean: how many have none that an attack can follow.
-        not_run: attacks that the deadline left without a column.
+        not_run: attacks that the deadline left without predictions.
         begun: those of them that were begun, and the share of their work that was done and is kept for the next time.
     """
 
@@ -102,8 +104,8 @@ class Columns:
     def state(self) -> dict[str, Tensor]:
         """The finished attacks as tensors, for a journal."""
         found: dict[str, Tensor] = {}
-        for name, column in self.predictions.items():
-            found[f"column/{name}"] = column
+        for name, prediction in self.predictions.items():
+            found[f"column/{name}"] = prediction
             found[f"seconds/{name}"] = torch.tensor(self.seconds[name], dtype=torch.float64)
             if name in self.ran:
                 found[f"broken_by/{name}"] = self.broken_by[name]
@@ -124,7 +126,7 @@ class Columns:
             return False
         self.predictions[name] = state[f"column/{name}"]
         self.seconds[name] = float(state[f"seconds/{name}"])
-        if isinstance(attack, StrongAttack):
+        if isinstance(attack, AutoAttack):
             self.ran[name] = dict.fromkeys((member.name for member in attack.members), 1.0)
             self.broken_by[name] = state[f"broken_by/{name}"]
         if f"not_finite/{name}" in state:
@@ -139,7 +141,7 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweeper:
+class AttackRunner:
     """Runs attacks one after another.
 
     Attributes:
@@ -147,11 +149,11 @@ class Sweeper:
         data: the images.
         threat: norm, radius and step that all attacks share.
         batch_size: images at a time.
-        lanes: searches of a strong attack at a time.
+        autoattack_batch_size: searches of an AutoAttack member at a time.
         seed: of random starts.
         precisions: "pgd", "strong" and "fab" -> precision that these attacks search in. FAB alone was found weaker in
             bf16; in an ensemble APGD has gone before it, and it searches as the others do.
-        engine: of the strong attacks.
+        engine: of AutoAttack.
         deadline: `time.monotonic()` at which to stop.
         keep_points: keep where the model fails.
         on_progress: see `robustfair.evaluate.run.audit`.
@@ -161,17 +163,19 @@ class Sweeper:
     data: ImageDataset
     threat: Threat
     batch_size: int
-    lanes: int
+    autoattack_batch_size: int
     seed: int
     precisions: Mapping[str, Precision]
-    engine: Engine = "native"
+    engine: AutoAttackEngine = "native"
     deadline: float | None = None
     keep_points: bool = False
     on_progress: Progress | None = None
 
-    def run(self, suite: Sequence[AnyAttack], journal: Journal | None = None, *, keep_journal: bool = False) -> Columns:
-        """All attacks of `suite`, which begins with clean, as far as time goes: a turn of one at least."""
-        found, known = Columns(), {} if journal is None else journal.read()
+    def run(
+        self, suite: Sequence[AnyAttack], journal: Journal | None = None, *, keep_journal: bool = False
+    ) -> SuiteResult:
+        """All attacks of `suite`, which begins with clean, as far as time goes: an iteration of one at least."""
+        found, known = SuiteResult(), {} if journal is None else journal.read()
         labels = self.data.labels.cpu()
         survivors, rows = self.data, torch.arange(len(self.data))
         cut = worked = False
@@ -203,7 +207,7 @@ class Sweeper:
         attack: AnyAttack,
         survivors: ImageDataset,
         rows: Tensor,
-        found: Columns,
+        found: SuiteResult,
         state: dict[str, Tensor],
         journal: Journal | None,
     ) -> bool:
@@ -218,61 +222,69 @@ class Sweeper:
                 now = {**now, SPENT: torch.tensor(spent(), dtype=torch.float64)}
                 journal.write(found.state() | {f"{NOW}{key}": value for key, value in now.items()})
 
-        if isinstance(attack, StrongAttack):
-            done = self._strong(attack, survivors, rows, found, state, save)
+        if isinstance(attack, AutoAttack):
+            done = self._run_autoattack(attack, survivors, rows, found, state, save)
         elif attack.is_clean:
-            found.predictions[attack.name], done = self._clean().cpu(), True
+            found.predictions[attack.name], done = self._run_clean().cpu(), True
         else:
-            sweep, share = self._sweep(survivors, attack, state, save)
+            progress, share = self._run_pgd(survivors, attack, state, save)
             done = share == 1
             if not done:
                 found.not_run.append(attack.name)
                 found.begun[attack.name] = share
             else:
-                found.predictions[attack.name] = found.predictions[CLEAN].clone().index_copy_(0, rows, sweep.column)
-                found.not_finite[attack.name] = sweep.not_finite
+                found.predictions[attack.name] = (
+                    found.predictions[CLEAN].clone().index_copy_(0, rows, progress.prediction)
+                )
+                found.not_finite[attack.name] = progress.not_finite
         if attack.name in found.predictions:
             found.seconds[attack.name] = round(spent(), 3)
         return done
 
-    def _strong(
+    def _run_autoattack(
         self,
-        attack: StrongAttack,
+        attack: AutoAttack,
         survivors: ImageDataset,
         rows: Tensor,
-        found: Columns,
+        found: SuiteResult,
         state: Mapping[str, Tensor],
         save: Save,
     ) -> bool:
         name, count = attack.name, len(survivors)
-        terms = Terms(
-            threat=self.threat,
-            seed=self.seed,
-            lanes=self._lanes(attack),
-            keep_points=self.keep_points,
-            precision=self.precisions["strong"],
-            fine_precision=self.precisions["strong" if len(attack.members) > 1 else "fab"],
-            deadline=self.deadline,
-        )
 
         def tell(share: float) -> None:
             if self.on_progress:
                 self.on_progress(name, int(share * count), count)
 
-        run = run_reference if self.engine == "reference" else run_native
+        run = AutoAttackRun(
+            attack=attack,
+            model=self.model,
+            data=survivors,
+            rows=rows,
+            threat=self.threat,
+            seed=self.seed,
+            batch_size=self._autoattack_batch_size(attack),
+            keep_points=self.keep_points,
+            precision=self.precisions["strong"],
+            distance_precision=self.precisions["strong" if len(attack.members) > 1 else "fab"],
+            deadline=self.deadline,
+            save=save,
+            tell=tell,
+        )
         if count == 0:
-            outcome, unfinished = _nothing(attack), None
+            result, unfinished = AttackResult.all_robust(survivors.labels), None
+            result.ran = dict.fromkeys((member.name for member in attack.members), 1.0)
         else:
-            outcome, unfinished = run(attack, self.model, survivors, rows, terms, state=state, save=save, tell=tell)
+            result, unfinished = run.run(self.engine, state)
         if unfinished is None:
             tell(1.0)
         else:
             save(unfinished)
-        found.predictions[name] = found.predictions[CLEAN].clone().index_copy_(0, rows, outcome.prediction)
-        found.broken_by[name] = torch.full_like(found.predictions[CLEAN], -1).index_copy_(0, rows, outcome.broken_by)
-        found.ran[name], found.not_finite[name] = dict(outcome.ran), outcome.not_finite
+        found.predictions[name] = found.predictions[CLEAN].clone().index_copy_(0, rows, result.prediction)
+        found.broken_by[name] = torch.full_like(found.predictions[CLEAN], -1).index_copy_(0, rows, result.broken_by)
+        found.ran[name], found.not_finite[name] = result.ran, result.not_finite
         if self.keep_points:
-            found.points[name] = {int(rows[at]): point for at, point in outcome.points.items()}
+            found.points[name] = {int(rows[at]): point for at, point in result.points.items()}
         return unfinished is None
 
     def _gradients(self, data: ImageDataset) -> dict[str, int] | None:
@@ -298,24 +310,24 @@ class Sweeper:
             found["not_finite"] += int((~gradient.isfinite()).any(1).sum())
         return found
 
-    def _clean(self, *, quiet: bool = False) -> Tensor:
-        columns, done = [self.data.labels[:0]], 0
+    def _run_clean(self, *, quiet: bool = False) -> Tensor:
+        predictions, done = [self.data.labels[:0]], 0
         for batch in evaluation_batches(self.data, self.batch_size):
             with torch.no_grad():
                 logits = self.model(batch.x)
             require_finite(self.model, logits, batch.index)
-            columns.append(logits.argmax(1))
+            predictions.append(logits.argmax(1))
             done += len(batch.y)
             if self.on_progress and not quiet:
                 self.on_progress(CLEAN, done, len(self.data))
-        return torch.cat(columns)
+        return torch.cat(predictions)
 
     def _require_same(self, known: Tensor, journal: Journal | None) -> None:
         """Refuse to go on with what a journal says of other predictions: the same weights may serve another function.
 
         A few images, one in a thousand, may lie so near a boundary that rounding decides them.
         """
-        different = int((self._clean(quiet=True).cpu() != known).sum())
+        different = int((self._run_clean(quiet=True).cpu() != known).sum())
         if different * 1000 > len(known):
             where = "the journal" if journal is None else journal.path
             raise CheckpointError(
@@ -323,58 +335,60 @@ class Sweeper:
                 "to begin the audit anew"
             )
 
-    def _sweep(
+    def _run_pgd(
         self, data: ImageDataset, attack: NamedAttack, state: Mapping[str, Tensor], save: Save
-    ) -> tuple[Sweep, float]:
+    ) -> tuple[PgdProgress, float]:
         """What `attack` finds, and the share of its work that was done: below 1 where time was up.
 
         Where fooled images stay so, a restart takes only those that are left.
         """
         labels = data.labels.cpu()
-        at = Sweep.of_state(state) if state else Sweep(labels.clone(), torch.arange(len(data)))
-        rounds = attack.restarts if attack.freeze else 1
-        once = attack if rounds == 1 else replace(attack, restarts=1)
+        progress = PgdProgress.of_state(state) if state else PgdProgress(labels.clone(), torch.arange(len(data)))
+        restarts = attack.restarts if attack.freeze else 1
+        once = attack if restarts == 1 else replace(attack, restarts=1)
         moved, told, saved = False, 0, time.monotonic()
         try:
-            while at.restart < rounds:
-                part = data.subset(at.rows[at.done :].to(data.device))
+            while progress.restart < restarts:
+                part = data.subset(progress.rows[progress.done :].to(data.device))
                 for batch in evaluation_batches(part, self.batch_size):
                     if moved and self._late():
-                        save(at.state())
-                        return at, told / (rounds * len(data))
-                    position = at.done // self.batch_size
-                    keys = (position,) if rounds == 1 else (at.restart, position)
-                    self._batch(once, replace(batch, seed=derive_seed("audit", self.seed, attack.name, *keys)), at)
-                    moved, told = True, (at.restart + 1) * len(data) - (len(at.rows) - at.done)
+                        save(progress.state())
+                        return progress, told / (restarts * len(data))
+                    position = progress.done // self.batch_size
+                    keys = (position,) if restarts == 1 else (progress.restart, position)
+                    self._attack_batch(
+                        once, replace(batch, seed=derive_seed("audit", self.seed, attack.name, *keys)), progress
+                    )
+                    moved, told = True, (progress.restart + 1) * len(data) - (len(progress.rows) - progress.done)
                     if self.on_progress:
-                        self.on_progress(attack.name, told, rounds * len(data))
+                        self.on_progress(attack.name, told, restarts * len(data))
                     if time.monotonic() - saved >= SAVE_EVERY:
-                        save(at.state())
+                        save(progress.state())
                         saved = time.monotonic()
-                left = (at.column == labels).nonzero().squeeze(1)
-                at = Sweep(at.column, left, at.restart + 1, not_finite=at.not_finite)
+                left = (progress.prediction == labels).nonzero().squeeze(1)
+                progress = PgdProgress(progress.prediction, left, progress.restart + 1, not_finite=progress.not_finite)
         except KeyboardInterrupt:
-            save(at.state())
+            save(progress.state())
             raise
-        if self.on_progress and told < rounds * len(data):
-            self.on_progress(attack.name, rounds * len(data), rounds * len(data))
-        return at, 1.0
+        if self.on_progress and told < restarts * len(data):
+            self.on_progress(attack.name, restarts * len(data), restarts * len(data))
+        return progress, 1.0
 
-    def _batch(self, attack: NamedAttack, batch: Batch, at: Sweep) -> None:
+    def _attack_batch(self, attack: NamedAttack, batch: Batch, progress: PgdProgress) -> None:
         """Attack the batch at hand and note the classes found."""
         search = InPrecision(self.model, self.precisions["pgd"], batch.x.device.type)
         logits = attacked_logits(self.model, batch, lambda given: attack.on(given, self.threat), search=search)
-        rows = at.rows[at.done :][: len(logits)]
-        at.column[rows] = predicted(logits, batch.y).cpu()
-        at.not_finite += int((~logits.isfinite()).any(1).sum())
-        at.done += len(logits)
+        rows = progress.rows[progress.done :][: len(logits)]
+        progress.prediction[rows] = predicted(logits, batch.y).cpu()
+        progress.not_finite += int((~logits.isfinite()).any(1).sum())
+        progress.done += len(logits)
 
-    def _lanes(self, attack: StrongAttack) -> int:
+    def _autoattack_batch_size(self, attack: AutoAttack) -> int:
         """Searches at a time: fewer where one holds the gradients of every class."""
         if all(member.kind != "fab" for member in attack.members):
-            return self.lanes
+            return self.autoattack_batch_size
         each = JACOBIANS * 4 * self.data.num_classes * self.data.images[0].numel()
-        return max(1, min(self.lanes, CPU_BUDGET // (2 * each)))
+        return max(1, min(self.autoattack_batch_size, CPU_BUDGET // (2 * each)))
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
@@ -385,10 +399,3 @@ def search_precisions(asked: str, device: torch.device) -> dict[str, Precision]:
     if asked == "auto":
         return {"pgd": "fp32", "strong": "bf16" if has_bf16(device) else "fp32", "fab": "fp32"}
     return dict.fromkeys(("pgd", "strong", "fab"), asked)  # type: ignore[arg-type]
-
-
-def _nothing(attack: StrongAttack) -> Outcome:
-    """The outcome where no image is right to begin with."""
-    none = torch.empty(0, dtype=torch.int64)
-    ran = dict.fromkeys((member.name for member in attack.members), 1.0)
-    return Outcome(prediction=none, broken_by=none, ran=ran, not_finite=0, points={})
