@@ -24,8 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustfair.config import needed
-from robustfair.errors import ConfigError
+from robustfair.errors import ConfigError, needed
 
 Array = Tensor | np.ndarray
 

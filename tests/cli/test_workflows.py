@@ -24,9 +24,16 @@ from robustfair.cli.workflows import (
     run_demo,
     write_outputs,
 )
-from robustfair.config import RobustFairWarning
 from robustfair.data import load_dataset
-from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
+from robustfair.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    RobustFairError,
+    RobustFairWarning,
+    UnknownNameError,
+)
 from robustfair.evaluate.audit import BATCH_SIZE, audit, load_audit
 from robustfair.evaluate.columns import Sweeper
 from robustfair.evaluate.diagnostics.diagnostic import Finding

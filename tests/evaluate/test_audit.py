@@ -20,9 +20,8 @@ from reference.audits import random_audit
 from reference.linear_robustness import margin_left, survives
 from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
 from robustfair import metrics
-from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
-from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, UnknownNameError
+from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairWarning, UnknownNameError
 from robustfair.evaluate.audit import Audit, audit, load_audit, threat
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.diagnostics.results import findings

@@ -11,8 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from robustfair.config import FAST_SCHEDULE, RobustFairWarning
-from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.config import FAST_SCHEDULE
+from robustfair.errors import ConfigError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.runs.recipe import SCHEMA, Recipe, Stage, read_recipe, shipped_recipes
 
 
@@ -131,7 +131,7 @@ RECIPES = st.fixed_dictionaries({key: values_of(hint) for key, hint in KEYS.item
 )
 
 
-@pytest.mark.filterwarnings("ignore::robustfair.config.RobustFairWarning")
+@pytest.mark.filterwarnings("ignore::robustfair.errors.RobustFairWarning")
 @given(RECIPES)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_recipe_reads_back_from_its_yaml(tmp_path: Path, recipe: Recipe) -> None:

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 import cyclopts
 from cyclopts import App, Parameter
 
-from robustfair.config import read_path
 from robustfair.errors import DivergedError, RecipeError, RobustFairError, as_flags
+from robustfair.grammar import read_path
 from robustfair.report.console import PipedConsole, Screen, results, results_apart, say, screen
 from robustfair.runs.recipe import Recipe, read_recipe
 
@@ -683,7 +683,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _show_warnings_as_lines() -> None:
     """Our warnings as one line each on stderr, at every place once; others as Python has them."""
-    from robustfair.config import RobustFairWarning
+    from robustfair.errors import RobustFairWarning
 
     plain = warnings.showwarning
 

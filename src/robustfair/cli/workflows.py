@@ -16,9 +16,9 @@ import torch
 
 from robustfair.attacks.named import parse_attacks
 from robustfair.cli.progress import AuditProgress, TrainingProgress
-from robustfair.config import RobustFairWarning, format_eps, parse_norm, require
+from robustfair.config import require
 from robustfair.data import ImageDataset, load_dataset
-from robustfair.errors import DataError, RobustFairError
+from robustfair.errors import DataError, RobustFairError, RobustFairWarning
 from robustfair.evaluate.audit import BATCH_SIZE, CLEAN, Audit, audit, threat
 from robustfair.evaluate.compare import Comparison, check_comparable, compare
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
@@ -28,6 +28,7 @@ from robustfair.evaluate.diagnostics.results import compare_findings, findings
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
 from robustfair.evaluate.journal import Journal
+from robustfair.grammar import format_eps, parse_norm
 from robustfair.report.compare import comparison_table, group_table
 from robustfair.report.console import Screen
 from robustfair.report.corruptions import write_corruption_report

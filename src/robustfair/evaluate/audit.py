@@ -27,9 +27,17 @@ from torch import Tensor, nn
 from robustfair import metrics
 from robustfair.attacks.autoattack.named import Engine, StrongAttack
 from robustfair.attacks.named import AnyAttack, NamedAttack, parse_attacks
-from robustfair.config import Norm, RobustFairWarning, parse_eps, parse_norm, read_path, require
+from robustfair.config import Norm, require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.errors import CheckpointError, ConfigError, DataError, ModelError, RobustFairError, UnknownNameError
+from robustfair.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    RobustFairError,
+    RobustFairWarning,
+    UnknownNameError,
+)
 from robustfair.evaluate.autoattack import require_reference
 from robustfair.evaluate.columns import Progress, Sweeper, search_precisions
 from robustfair.evaluate.diagnostics.inputs import suspect_model
@@ -40,6 +48,7 @@ from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import full_float32
 from robustfair.files import as_json, read_tensors, write_arrays, write_json, write_tensors
+from robustfair.grammar import parse_eps, parse_norm, read_path
 from robustfair.models.head import check_outputs, head_norms, in_float32, prepared, unwrap
 from robustfair.models.modes import attacking
 from robustfair.registry import REPORTS

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from robustfair import metrics
-from robustfair.config import read_path, require
+from robustfair.config import require
 from robustfair.data import ImageDataset
 from robustfair.errors import DataError, UnknownNameError
 from robustfair.evaluate.audit import CLEAN, ROBUST, Audit, WorstClass, find_attack
 from robustfair.files import as_json
+from robustfair.grammar import read_path
 from robustfair.registry import canonical
 from robustfair.values import Threat
 

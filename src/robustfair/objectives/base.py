@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustfair.config import Norm, parse_eps, parse_norm, require_at_least, require_literals, require_whole
+from robustfair.config import Norm, require_at_least, require_literals, require_whole
+from robustfair.grammar import parse_eps, parse_norm
 from robustfair.losses import MaximiseCE, cross_entropy, soft_cross_entropy
 from robustfair.values import Attack, Batch, Forward, Goal, Loss, Mode, Model, default_eps, default_step
 

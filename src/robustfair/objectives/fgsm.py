@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from math import isclose
 from typing import ClassVar
 
-from robustfair.config import format_value, require, require_at_least
+from robustfair.config import require, require_at_least
+from robustfair.grammar import format_value
 from robustfair.losses import MaximiseCE
 from robustfair.objectives.base import AdversarialObjective, label_loss_at_attacked
 from robustfair.registry import OBJECTIVES

@@ -16,7 +16,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from robustfair.config import format_value, require, require_at_least
+from robustfair.config import require, require_at_least
+from robustfair.grammar import format_value
 from robustfair.losses import MaximiseKL, at_least_float32, kl_divergence, soft_cross_entropy
 from robustfair.objectives.base import AdversarialObjective, label_loss
 from robustfair.registry import OBJECTIVES

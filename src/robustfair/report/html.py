@@ -20,14 +20,14 @@ import torch
 from markupsafe import Markup
 
 from robustfair import metrics
-from robustfair.config import format_eps, needed, read_path
-from robustfair.errors import ConfigError
+from robustfair.errors import ConfigError, needed
 from robustfair.evaluate.audit import CLEAN, Audit, WorstClass
 from robustfair.evaluate.compare import AttackComparison, Difference, PairedTest, check_comparable, compare_under
 from robustfair.evaluate.diagnostics.results import compare_findings, findings
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
 from robustfair.files import write_text
+from robustfair.grammar import format_eps, read_path
 from robustfair.registry import REPORTS
 from robustfair.report import figures
 from robustfair.report.figures import Bar, Curve

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robustfair.config import read_path
 from robustfair.errors import CheckpointError, ModelError
 from robustfair.files import write_text
+from robustfair.grammar import read_path
 from robustfair.models.head import head_norms
 from robustfair.repairs import Repair
 from robustfair.runs.checkpoint import Checkpoint, write_checkpoint

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
-from robustfair.errors import ModelError
+from robustfair.errors import ModelError, RobustFairWarning
 from robustfair.evaluate.audit import CLEAN, Audit, SearchPrecision, audit, shortfall
 from robustfair.evaluate.columns import Progress
 from robustfair.evaluate.diagnostics.diagnostic import Finding, paired_difference
