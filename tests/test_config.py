@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
-from robustfair.config import build
+from robustfair.config import Bounds, Count, NonNegative, Norm, Share, Whole, build, config
 from robustfair.data.augment.idbh import IDBH
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
-from robustfair.grammar import (
-    parse_composition,
-)
+from robustfair.grammar import parse_composition
 from robustfair.methods import AWP, CCM, CCR, EMA, AVmixup, FriendlyAT, LabelSmoothing
 from robustfair.objectives import FGSMAT, MART, PGDAT, Trades
 from robustfair.training import Schedule
@@ -152,3 +152,113 @@ def test_values_of_another_type_are_refused(cls: type, args: dict[str, Any]) -> 
 
 def test_a_step_is_read_as_a_radius_is() -> None:
     assert PGDAT(step_size="2/255").step == 2 / 255  # type: ignore[arg-type]
+
+
+@config
+class Bounded:
+    name: ClassVar[str] = "bounded"
+    weight: NonNegative = 0.0
+    share: Share = 0.0
+    begin: Whole = 0
+    count: Count | None = None
+    rate: Annotated[float, Bounds(gt=0)] = 1.0
+    part: Annotated[float, Bounds(gt=0, lt=1)] = 0.5
+    level: Annotated[int, Bounds(ge=0, le=255)] = 0
+    turns: Annotated[int | str, Bounds(ge=0, allowed="a number of turns, or text")] = 0
+    foreign: Annotated[float, "help", SimpleNamespace(lt=2)] = 0.0
+    kind: Literal["one", "two"] = "one"
+    flag: bool = False
+    text: str = ""
+    pair: tuple[float, float] = (0.0, 1.0)
+    names: tuple[str, ...] = ()
+    table: Mapping[str, int] | None = None
+    norm: Norm = "linf"
+    eps: float | None = None
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    *(("weight", wrong, "a finite number >= 0") for wrong in (-0.1, math.nan, math.inf, 10**400, True, None, "1")),
+    *(("share", wrong, "in [0, 1]") for wrong in (-0.1, 1.1, math.nan)),
+    *(("begin", wrong, "a whole number >= 0") for wrong in (-1, 1.0, False)),
+    *(("count", wrong, "a whole number >= 1, or none") for wrong in (0, 1.5, "1")),
+    *(("rate", wrong, "a finite number above 0") for wrong in (0.0, -1.0, math.inf)),
+    *(("part", wrong, "in (0, 1)") for wrong in (0.0, 1.0)),
+    *(("level", wrong, "a whole number in [0, 255]") for wrong in (-1, 256, 0.5)),
+    *(("turns", wrong, "a number of turns, or text") for wrong in (-1, 0.5, None)),
+    ("foreign", 2.0, "a finite number below 2"),
+    *(("kind", wrong, "'one' or 'two'") for wrong in ("One", None, [])),
+    *(("flag", wrong, "a bool") for wrong in (1, "yes", None)),
+    ("text", 5, "a valid string"),
+    *(("pair", wrong, "a tuple of 2, each a finite number") for wrong in ((0.5,), (0, 1, 2), (0, "1"), 0.5)),
+    *(("names", wrong, "a tuple, each a valid string") for wrong in ("head", ("head", 1))),
+    ("table", 3, "a Mapping, or none"),
+    ("norm", "l1", "linf or l2"),
+    ("eps", "8", "a fraction like 8/255 or a decimal, in units of pixels scaled to [0, 1]"),
+]
+
+
+@pytest.mark.parametrize(("field", "wrong", "allowed"), WRONG)
+def test_a_config_checks_every_field_against_its_annotation(field: str, wrong: Any, allowed: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Bounded(**{field: wrong})
+    assert str(refused.value).startswith(f"bounded: {field} must be {allowed}, got {wrong!r}")
+    assert (refused.value.owner, refused.value.field) == ("bounded", field)
+    if field != "kind":
+        with pytest.raises(ConfigError, match=f"^theirs: {field} must be "):
+            build(Bounded, {field: wrong}, owner="theirs")
+
+
+def test_every_field_of_the_example_is_tried() -> None:
+    assert {field for field, *_ in WRONG} == {field.name for field in fields(Bounded)}
+
+
+def test_a_config_takes_what_its_annotation_allows_as_it_is() -> None:
+    ends = Bounded(weight=3, share=1, begin=0, count=1, level=255, turns="four", table={}, pair=(0, 1), names=("a",))
+    assert (ends.weight, ends.share, ends.turns, ends.pair) == (3, 1, "four", (0, 1))
+    assert type(ends.weight) is int
+    read = Bounded(eps="128/255", norm="L_2", names=["a", "b"], pair=[0.5, 1.0])  # type: ignore[arg-type]
+    assert read == Bounded(eps=128 / 255, norm="l2", names=("a", "b"), pair=(0.5, 1.0))
+    assert hash(read) == hash(replace(read))
+
+
+def test_a_config_is_frozen_and_takes_keywords_only() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Bounded().weight = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Bounded(1.0)  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="bounded: share must be"):
+        replace(Bounded(), share=2)
+
+
+def test_what_a_class_checks_of_its_own_comes_after_its_fields() -> None:
+    seen = []
+
+    @config
+    class Between:
+        low: Share = 0.0
+        high: Share = 1.0
+
+        def __post_init__(self) -> None:
+            seen.append((self.low, self.high))
+
+    @config
+    class Further(Between):
+        more: Count = 1
+
+    @dataclass(frozen=True, kw_only=True)
+    class Plain(Between):
+        more: Whole = 0
+
+    Between(low=0.5)
+    Further(high=0.5)
+    assert seen == [(0.5, 1.0), (0.0, 0.5)]
+    for cls, wrong in ((Between, {"low": 2}), (Further, {"low": 2}), (Further, {"more": 0}), (Plain, {"more": -1})):
+        with pytest.raises(ConfigError, match=f"^{cls.__name__.lower()}: {next(iter(wrong))} must be"):
+            cls(**wrong)
+    assert len(seen) == 2
+
+
+def test_whole_numbers_and_lists_are_read_as_what_a_field_holds() -> None:
+    built = build(Bounded, {"weight": 3, "pair": [0, 1], "kind": "Two", "count": 2, "names": ["a"]}, owner="bounded")
+    assert [type(value) for value in (built.weight, *built.pair, built.count)] == [float, float, float, int]
+    assert (built.kind, built.names) == ("two", ("a",))

@@ -1,4 +1,4 @@
-"""Configs: dataclasses built from plain values, strictly, and the checks that their fields share.
+"""Configs: frozen dataclasses whose annotations hold the bounds, checked in one place and built from plain values.
 
 An unknown key is an error that shows the nearest one; nothing is coerced silently.
 """
@@ -6,12 +6,15 @@ An unknown key is an error that shows the nearest one; nothing is coerced silent
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from numbers import Integral, Real
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
-from robustfair.errors import ConfigError, RecipeError, UnknownNameError, needed
+from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 from robustfair.grammar import canonical_key, parse_eps, parse_norm
 from robustfair.registry import canonical
 
@@ -31,37 +34,78 @@ FAST_SCHEDULE: Mapping[str, Any] = {
 """What `schedule: fast` stands for, by recipe key: adversarial training in the fewest epochs, see recipes/fast/."""
 
 
-def require_at_least(least: float, owner: str, field: str, value: float) -> None:
-    """Raise ConfigError unless `value` is a number, finite and not below `least`."""
-    number = _is_number(value) and least <= value < float("inf")
-    require(number, owner, field, allowed=f"a finite number >= {least:g}", got=value)
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The numbers that a field of a config may hold, as part of its annotation: `Annotated[float, Bounds(ge=0)]`.
+
+    It has the form of annotated-types' `Interval`, which does as well where that package is installed.
+
+    Attributes:
+        ge, gt, le, lt: at least, above, at most, below; None leaves that side open.
+        allowed: what a message says in place of the bounds.
+    """
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    allowed: str = ""
 
 
-def require_whole(least: int, owner: str, field: str, value: float) -> None:
-    """Raise ConfigError unless `value` is an int that is not below `least`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
-    require(whole, owner, field, allowed=f"a whole number >= {least}", got=value)
+NonNegative = Annotated[float, Bounds(ge=0)]
+Share = Annotated[float, Bounds(ge=0, le=1)]
+Whole = Annotated[int, Bounds(ge=0)]
+Count = Annotated[int, Bounds(ge=1)]
 
 
-def require_share(owner: str, field: str, value: float) -> None:
-    """Raise ConfigError unless `value` is a number in [0, 1]."""
-    require(_is_number(value) and 0 <= value <= 1, owner, field, allowed="in [0, 1]", got=value)
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def config(cls: type[T]) -> type[T]:
+    """Decorator: a frozen, keyword-only dataclass that checks every field against its annotation when it is made.
+
+    Checked are numbers (finite and within their bounds), true or false, text, the words of a Literal, and tuples of
+    them; a value of any other type is let through. `eps`, `step_size` and `norm` are read as `build` reads them. A
+    `__post_init__` of the class runs after that: for what depends on more than one field.
+
+    Raises:
+        ConfigError: when the config is made; it names the owner, the field, what is allowed and what it got.
+
+    >>> @config
+    ... class Smoothing:
+    ...     amount: Share = 0.1
+    >>> Smoothing(amount=2)
+    Traceback (most recent call last):
+        ...
+    robustfair.errors.ConfigError: smoothing: amount must be in [0, 1], got 2
+    """
+    own = getattr(cls, "__post_init__", None)
+
+    def checked(self: Any) -> None:
+        _check(self)
+        if own is not None:
+            own(self)
+
+    cls.__post_init__ = checked  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True)(cls)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def require(condition: bool, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:
-    """Raise ConfigError unless `condition`."""
-    if not condition:
-        raise ConfigError(owner, field, allowed=allowed, got=got, hint=hint)
+def _check(made: Any) -> None:
+    """Raise ConfigError where a field is not what its annotation allows; lengths, norm and lists are read first."""
+    owner = getattr(made, "name", type(made).__name__.lower())
+    hints = get_type_hints(type(made), include_extras=True)
+    values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    read = _read_threat(values, None, owner)
+    read |= {name: _read(value, hints[name]) for name, value in values.items() if isinstance(value, list)}
+    for name, value in read.items():
+        object.__setattr__(made, name, value)
+    for name, value in {**values, **read}.items():
+        require(_fits(value, hints[name]), owner, name, allowed=_allowed(hints[name]), got=value)
 
 
 def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
-    """Instantiate a config dataclass from plain values, strictly typed.
+    """Instantiate a config dataclass from plain values, strictly typed: a text is no number, a number is no flag.
 
-    Fields called `eps` or `step_size` also read `8/255`; `norm` any usual spelling; `alpha` stands for `step_size`.
+    A whole number is read as a float where one is asked for, a list as a tuple, and a word in any spelling. Fields
+    called `eps` or `step_size` also read `8/255`; `norm` any usual spelling; `alpha` stands for `step_size`.
 
     Raises:
         UnknownNameError: a key that is no field; shows the nearest fields.
@@ -78,39 +122,118 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
         if key in values:
             raise RecipeError(f"{owner}: {key} is given twice, also as {given}: give it once")
         values[key] = value
+    values |= _read_threat(values, getattr(cls, "norm", None), owner)
+    hints = get_type_hints(cls, include_extras=True)
+    for key, value in values.items():
+        values[key] = _read(value, hints[key])
+        require(_fits(values[key], hints[key]), owner, key, allowed=_allowed(hints[key]), got=value)
+    return cls(**values)
+
+
+def _read_threat(values: Mapping[str, Any], norm: str | None, owner: str) -> dict[str, Any]:
+    """Norm and lengths among `values`, as far as they are given; `norm` holds where the values name none."""
+    read: dict[str, Any] = {}
     if values.get("norm") is not None:
-        values["norm"] = parse_norm(values["norm"], owner=owner)
+        read["norm"] = norm = parse_norm(values["norm"], owner=owner)
     for key in ("eps", "step_size"):
         if values.get(key) is not None:
-            norm = values.get("norm") or getattr(cls, "norm", None) or "any"
-            values[key] = parse_eps(values[key], norm=norm, owner=owner, field=key)
-    types = get_type_hints(cls)
-    return cls(**{key: _read(value, types[key], owner, key) for key, value in values.items()})
+            read[key] = parse_eps(values[key], norm=norm or "any", owner=owner, field=key)
+    return read
 
 
-def _read(value: Any, hint: Any, owner: str, key: str) -> Any:
-    if get_origin(hint) is Literal and isinstance(value, str):
-        spelled = {canonical(word): word for word in get_args(hint) if isinstance(word, str)}
-        value = spelled.get(canonical(value), value)
-    if _is_plainly(value, hint):
-        return value
-    with needed("pydantic", f"reading {owner}: {key}={value}"):
-        from pydantic import ConfigDict, TypeAdapter, ValidationError
-    try:
-        reader = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-        return reader.validate_python(tuple(value) if isinstance(value, list) else value)
-    except ValidationError as error:
-        allowed = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise ConfigError(owner, key, allowed=allowed, got=value) from None
+def _read(value: Any, hint: Any) -> Any:
+    """A plain value as the type `hint` has it, and as it is where it is nothing of the kind."""
+    kind, inside = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _read(value, inside[0])
+    if kind in (Union, UnionType):
+        return next((read for option in inside if _fits(read := _read(value, option), option)), value)
+    if kind is Literal and isinstance(value, str):
+        return {canonical(word): word for word in inside if isinstance(word, str)}.get(canonical(value), value)
+    if kind is tuple and isinstance(value, list):
+        hints = _entries(hint, len(value))
+        return tuple(_read(*pair) for pair in zip(value, hints, strict=True)) if len(hints) == len(value) else value
+    return float(value) if hint is float and type(value) is int and _is_finite(value) else value
 
 
-def _is_plainly(value: object, hint: Any) -> bool:
-    """Whether `value` is of the type `hint` as it stands, so that strict reading would hand it back as it is."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_is_plainly(value, option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(option) and value == option for option in get_args(hint))
-    return type(value) is hint
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint` and within its bounds; a protocol and the like let all through."""
+    kind, inside = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated:
+        kept = not _is_number(value) or all(_SIDES[side][0](value, end) for side, end in _ends(hint).items())
+        return _fits(value, inside[0]) and kept
+    if kind in (Union, UnionType):
+        return any(_fits(value, option) for option in inside)
+    if kind is Literal:
+        return any(type(value) is type(word) and value == word for word in inside)
+    if kind is tuple and isinstance(value, tuple):
+        hints = _entries(hint, len(value))
+        return len(hints) == len(value) and all(map(_fits, value, hints))
+    if kind in (int, float):
+        return _is_number(value) and (_is_finite(value) if kind is float else isinstance(value, Integral))
+    plain = isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False)
+    return isinstance(value, kind) if plain else True
+
+
+def _entries(hint: Any, count: int) -> tuple[Any, ...]:
+    """The types of the entries of a tuple, of `count` where it takes any number."""
+    inside = get_args(hint) or (Any, ...)
+    return inside[:1] * count if inside[-1] is ... else inside
+
+
+def _allowed(hint: Any) -> str:
+    """What `_fits` asks for, in words."""
+    kind, inside = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated:
+        said = [mark.allowed for mark in inside[1:] if getattr(mark, "allowed", "")]
+        return said[0] if said else _range(hint)
+    if kind in (Union, UnionType):
+        options = " or ".join(_allowed(option) for option in inside if option is not NoneType)
+        return options + (", or none" if NoneType in inside else "")
+    if kind is Literal:
+        return " or ".join(map(repr, inside))
+    if kind is tuple and inside:
+        return f"a tuple{'' if inside[-1] is ... else f' of {len(inside)}'}, each {_allowed(inside[0])}"
+    words = {int: "a whole number", float: "a finite number", str: "a valid string", NoneType: "none"}
+    return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+_SIDES: Mapping[str, tuple[Callable[[Any, Any], bool], str, str]] = {
+    "ge": (operator.ge, ">=", "["),
+    "gt": (operator.gt, "above", "("),
+    "le": (operator.le, "<=", "]"),
+    "lt": (operator.lt, "below", ")"),
+}
+"""Of each side of a bound: what holds, and its signs in a message, alone and as an end of a range."""
+
+
+def _ends(hint: Any) -> dict[str, float]:
+    """Side -> number of the bounds of an annotation."""
+    marks = get_args(hint)[1:]
+    return {side: getattr(mark, side) for side in _SIDES for mark in marks if getattr(mark, side, None) is not None}
+
+
+def _range(hint: Any) -> str:
+    """The bounds of an annotation in words."""
+    kind, ends = get_args(hint)[0], [(side, f"{end:g}") for side, end in _ends(hint).items()]
+    if len(ends) == 2:
+        (low, least), (high, most) = ends
+        return f"{'' if kind is float else _allowed(kind) + ' '}in {_SIDES[low][2]}{least}, {most}{_SIDES[high][2]}"
+    return " ".join([_allowed(kind), *(f"{_SIDES[side][1]} {end}" for side, end in ends)])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return abs(value) <= sys.float_info.max
+
+
+def require(condition: bool, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:
+    """Raise ConfigError unless `condition`."""
+    if not condition:
+        raise ConfigError(owner, field, allowed=allowed, got=got, hint=hint)
 
 
 def require_one_way(owner: str, *, compile: bool, deterministic: bool) -> None:
@@ -119,18 +242,3 @@ def require_one_way(owner: str, *, compile: bool, deterministic: bool) -> None:
     require(
         not (compile and deterministic), owner, "compile", allowed="false beside deterministic", got=True, hint=hint
     )
-
-
-def require_literals(config: Any) -> None:
-    """Raise ConfigError where a field of a config dataclass holds a word that its Literal type does not list, or where
-    one that is true or false holds something else.
-
-    For `__post_init__`: a config built in Python is then read as strictly as one from a recipe.
-    """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            owner = getattr(config, "name", type(config).__name__.lower())
-            raise ConfigError(owner, name, allowed=" or ".join(map(repr, get_args(hint))), got=value)
-        if hint is bool and not isinstance(value, bool):
-            raise ConfigError(getattr(config, "name", type(config).__name__.lower()), name, allowed="a bool", got=value)

@@ -12,12 +12,11 @@ refuses some of the README's own commands), and any number of classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
-from robustfair.config import require, require_at_least, require_share
+from robustfair.config import Bounds, NonNegative, Share, config
 from robustfair.losses import (
     MaximiseCE,
     MaximiseJS,
@@ -40,7 +39,7 @@ GOALS: dict[str, Goal] = {
 
 
 @OBJECTIVES.register("arow")
-@dataclass(frozen=True, kw_only=True)
+@config
 class ARoW(AdversarialObjective):
     """mean of smoothed CE at x plus lam times KL(f(x) || f(x')), weighted by how wrong f is about x'.
 
@@ -58,19 +57,12 @@ class ARoW(AdversarialObjective):
     terms: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
     label_at: ClassVar[Literal["x", "x_adv"]] = "x"
     clean_pass: ClassVar[bool] = True
-    lam: float = 7.0
-    label_smoothing: float = 0.2
+    lam: NonNegative = 7.0
+    label_smoothing: Share = 0.2
     perturb_loss: Literal["kl", "ce", "revkl", "js"] = "kl"
     start: Literal["uniform", "gauss001"] = "uniform"
     weighting: Literal["anti-robust", "confidence", "constant"] = "anti-robust"
-    eps_log: float = 1e-12
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(0, self.name, "lam", self.lam)
-        require_share(self.name, "label_smoothing", self.label_smoothing)
-        require_at_least(0, self.name, "eps_log", self.eps_log)
-        require(self.eps_log < 1, self.name, "eps_log", allowed="in [0, 1)", got=self.eps_log)
+    eps_log: Annotated[float, Bounds(ge=0, lt=1)] = 1e-12
 
     def attack(self, batch: Batch) -> Attack:
         return self.attack_with(batch, GOALS[self.perturb_loss], self.start)

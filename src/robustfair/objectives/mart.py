@@ -13,10 +13,9 @@ WRN-34-10; the paper calls it lambda. The paper starts at a uniform point (`star
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from robustfair.config import require, require_at_least
+from robustfair.config import Bounds, NonNegative, config
 from robustfair.losses import MaximiseCE, boosted_cross_entropy, floored_kl_divergence, true_probability
 from robustfair.objectives.base import AdversarialObjective
 from robustfair.registry import OBJECTIVES
@@ -24,7 +23,7 @@ from robustfair.values import Attack, Batch, Forward, Loss, Model
 
 
 @OBJECTIVES.register("mart")
-@dataclass(frozen=True, kw_only=True)
+@config
 class MART(AdversarialObjective):
     """mean of boosted CE at x' plus beta times KL(f(x) || f(x')), weighted by how wrong f is about x.
 
@@ -39,19 +38,11 @@ class MART(AdversarialObjective):
     name: ClassVar[str] = "mart"
     terms: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
     clean_pass: ClassVar[bool] = True
-    beta: float = 5.0
+    beta: NonNegative = 5.0
     start: Literal["gauss001", "uniform"] = "gauss001"
-    bce_margin: float = 1.0001
-    weight_margin: float = 1.0000001
-    eps_log: float = 1e-12
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(0, self.name, "beta", self.beta)
-        require_at_least(1, self.name, "bce_margin", self.bce_margin)
-        require_at_least(1, self.name, "weight_margin", self.weight_margin)
-        require_at_least(0, self.name, "eps_log", self.eps_log)
-        require(self.eps_log < 1, self.name, "eps_log", allowed="in [0, 1)", got=self.eps_log)
+    bce_margin: Annotated[float, Bounds(ge=1)] = 1.0001
+    weight_margin: Annotated[float, Bounds(ge=1)] = 1.0000001
+    eps_log: Annotated[float, Bounds(ge=0, lt=1)] = 1e-12
 
     def attack(self, batch: Batch) -> Attack:
         return self.attack_with(batch, MaximiseCE(), self.start)

@@ -10,13 +10,12 @@ another on f(x).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isclose
 from typing import ClassVar, Literal
 
 import torch
 
-from robustfair.config import require, require_at_least
+from robustfair.config import NonNegative, config, require
 from robustfair.grammar import format_value
 from robustfair.losses import MaximiseKL, at_least_float32, kl_divergence, soft_cross_entropy
 from robustfair.objectives.base import AdversarialObjective, label_loss
@@ -25,7 +24,7 @@ from robustfair.values import Attack, Batch, Forward, Loss, Model
 
 
 @OBJECTIVES.register("trades")
-@dataclass(frozen=True, kw_only=True)
+@config
 class Trades(AdversarialObjective):
     """mean of CE(f(x), y) + beta KL(f(x) || f(x')), x' maximising the KL from a start of 0.001 Gaussian noise.
 
@@ -41,14 +40,13 @@ class Trades(AdversarialObjective):
     reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft", "shift"})
     label_at: ClassVar[Literal["x", "x_adv"]] = "x"
     clean_pass: ClassVar[bool] = True
-    beta: float = 6.0
+    beta: NonNegative = 6.0
     regularizer: Literal["kl", "ce"] = "kl"
     detach_clean: bool = False
     l2_step: Literal["two-eps-over-steps", "given"] = "two-eps-over-steps"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(0, self.name, "beta", self.beta)
         agrees = self.step_size is None or isclose(self.step_size, self.step, rel_tol=1e-6)
         allowed = f"2 eps / steps = {self.step:.6g} under l2, or left out"
         hint = "Add l2_step=given for a step of your own"
