@@ -15,11 +15,42 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+from torch import Tensor
+
 from robustfair.config import Bounds, NonNegative, config
 from robustfair.losses import MaximiseCE, boosted_cross_entropy, floored_kl_divergence, true_probability
 from robustfair.objectives.base import AdversarialObjective
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Attack, Batch, Forward, Loss, Model
+
+
+def mart_loss(
+    clean: Tensor,
+    adv: Tensor,
+    y: Tensor,
+    beta: float = 5.0,
+    *,
+    bce_margin: float = 1.0001,
+    weight_margin: float = 1.0000001,
+    eps_log: float = 1e-12,
+) -> Loss:
+    """BCE(q, y) + beta KL(p || q) (1 - p_y) per example, with p, q the softmax of the logits `clean`, `adv` (B, C).
+
+    Args:
+        y: (B,) labels.
+        beta, bce_margin, weight_margin, eps_log: as in `MART`.
+
+    >>> import torch
+    >>> clean, adv, y = torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])
+    >>> mart_loss(clean, adv, y, beta=5, bce_margin=1, weight_margin=1).per_example()  # 2 log 4 + 5 (log 4/3) / 2 / 2
+    tensor([3.1322])
+    """
+    unsure = weight_margin - true_probability(clean, y)
+    return Loss.of(
+        Forward(clean=clean, adv=adv),
+        label=(boosted_cross_entropy(adv, y, bce_margin, eps_log), 1.0),
+        consistency=(floored_kl_divergence(clean, adv, eps_log) * unsure, beta),
+    )
 
 
 @OBJECTIVES.register("mart")
@@ -51,9 +82,5 @@ class MART(AdversarialObjective):
         assert batch.x_adv is not None, "fit attacks the batch before it asks for the loss"
         clean = model(batch.x)
         adv = model(batch.x_adv)
-        unsure = self.weight_margin - true_probability(clean, batch.y)
-        return Loss.of(
-            Forward(clean=clean, adv=adv),
-            label=(boosted_cross_entropy(adv, batch.y, self.bce_margin, self.eps_log), 1.0),
-            consistency=(floored_kl_divergence(clean, adv, self.eps_log) * unsure, self.beta),
-        )
+        constants = {"bce_margin": self.bce_margin, "weight_margin": self.weight_margin, "eps_log": self.eps_log}
+        return mart_loss(clean, adv, batch.y, self.beta, **constants)
