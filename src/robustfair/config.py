@@ -38,7 +38,7 @@ FAST_SCHEDULE: Mapping[str, Any] = {
 class Bounds:
     """The numbers that a field of a config may hold, as part of its annotation: `Annotated[float, Bounds(ge=0)]`.
 
-    It has the form of annotated-types' `Interval`, which does as well where that package is installed.
+    The bounds of the package annotated-types have these attributes too and may be used in its place.
 
     Attributes:
         ge, gt, le, lt: at least, above, at most, below; None leaves that side open.
@@ -62,9 +62,9 @@ Count = Annotated[int, Bounds(ge=1)]
 def config(cls: type[T]) -> type[T]:
     """Decorator: a frozen, keyword-only dataclass that checks every field against its annotation when it is made.
 
-    Checked are numbers (finite and within their bounds), true or false, text, the words of a Literal, and tuples of
-    them; a value of any other type is let through. `eps`, `step_size` and `norm` are read as `build` reads them. A
-    `__post_init__` of the class runs after that: for what depends on more than one field.
+    Numbers must be finite and within their bounds, words listed by their Literal, anything else of the type named, and
+    so must the entries of a tuple; a list is read as one. `eps`, `step_size` and `norm` are read as `build` reads them.
+    A `__post_init__` of the class runs after that: for what depends on more than one field.
 
     Raises:
         ConfigError: when the config is made; it names the owner, the field, what is allowed and what it got.
@@ -102,7 +102,7 @@ def _check(made: Any) -> None:
 
 
 def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
-    """Instantiate a config dataclass from plain values, strictly typed: a text is no number, a number is no flag.
+    """Instantiate a config dataclass from plain values. Text is never read as a number, nor a number as true or false.
 
     A whole number is read as a float where one is asked for, a list as a tuple, and a word in any spelling. Fields
     called `eps` or `step_size` also read `8/255`; `norm` any usual spelling; `alpha` stands for `step_size`.
@@ -142,7 +142,7 @@ def _read_threat(values: Mapping[str, Any], norm: str | None, owner: str) -> dic
 
 
 def _read(value: Any, hint: Any) -> Any:
-    """A plain value as the type `hint` has it, and as it is where it is nothing of the kind."""
+    """A plain value converted to the type `hint`, or unchanged where it cannot be."""
     kind, inside = get_origin(hint), get_args(hint)
     if kind is Annotated:
         return _read(value, inside[0])
@@ -157,7 +157,7 @@ def _read(value: Any, hint: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint` and within its bounds; a protocol and the like let all through."""
+    """Whether `value` is of the type `hint` and within its bounds. A type that cannot be checked accepts all."""
     kind, inside = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         kept = not _is_number(value) or all(_SIDES[side][0](value, end) for side, end in _ends(hint).items())
@@ -193,7 +193,7 @@ def _allowed(hint: Any) -> str:
     if kind is Literal:
         return " or ".join(map(repr, inside))
     if kind is tuple and inside:
-        return f"a tuple{'' if inside[-1] is ... else f' of {len(inside)}'}, each {_allowed(inside[0])}"
+        return f"a list{'' if inside[-1] is ... else f' of {len(inside)}'}, each entry {_allowed(inside[0])}"
     words = {int: "a whole number", float: "a finite number", str: "a valid string", NoneType: "none"}
     return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
@@ -204,11 +204,11 @@ _SIDES: Mapping[str, tuple[Callable[[Any, Any], bool], str, str]] = {
     "le": (operator.le, "<=", "]"),
     "lt": (operator.lt, "below", ")"),
 }
-"""Of each side of a bound: what holds, and its signs in a message, alone and as an end of a range."""
+"""Side of a bound -> how to compare, and its sign in a message, alone and as an end of an interval."""
 
 
 def _ends(hint: Any) -> dict[str, float]:
-    """Side -> number of the bounds of an annotation."""
+    """The bounds of an annotation by side."""
     marks = get_args(hint)[1:]
     return {side: getattr(mark, side) for side in _SIDES for mark in marks if getattr(mark, side, None) is not None}
 
