@@ -20,11 +20,11 @@ from typing import Any
 
 from benchmarks.measure import ROOT, Report, Row, Table, machine, say
 from robustfair.cli.demo import run_demo
-from robustfair.config import format_eps
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.find import comparable_audits
 from robustfair.evaluate.result import ROBUST
 from robustfair.files import write_json, write_text
+from robustfair.grammar import format_eps
 from robustfair.runs.recipe import read_recipe
 
 PROCESSORS = {

@@ -28,13 +28,14 @@ import torch
 from benchmarks import measure
 from benchmarks.measure import ROOT, SCHEMA, Report, Row, Table
 from benchmarks.workload import initialised, load
-from robustfair.config import Curve, format_eps, format_value, parse_composition, require
+from robustfair.config import Curve, require
 from robustfair.data import ImageDataset
 from robustfair.data.augment.crops import parse_augmentation
 from robustfair.errors import CheckpointError, DataError, RobustFairError, UnknownNameError
 from robustfair.evaluate.result import Audit
 from robustfair.evaluate.run import audit
 from robustfair.files import read_json, write_bytes, write_json, write_text
+from robustfair.grammar import format_eps, format_value, parse_composition
 from robustfair.methods import Method
 from robustfair.objectives import Objective
 from robustfair.runs.folder import environment

@@ -15,10 +15,11 @@ from typing import Any
 
 from benchmarks.measure import say
 from benchmarks.workload import initialised
-from robustfair.config import Precision, format_value
+from robustfair.config import Precision
 from robustfair.data import Splits
 from robustfair.errors import CheckpointError
 from robustfair.evaluate.run import audit
+from robustfair.grammar import format_value
 from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
 from robustfair.objectives import MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.repairs import HWNwB

@@ -15,7 +15,7 @@ BLOCK = """
 import sys
 
 ABSENT = {
-    "pyarrow", "datasets", "pandas", "scipy", "sklearn", "pydantic", "cyclopts", "rich", "yaml", "jinja2", "matplotlib"
+    "pyarrow", "datasets", "pandas", "scipy", "sklearn", "cyclopts", "rich", "yaml", "jinja2", "matplotlib"
 }
 
 class Hide:

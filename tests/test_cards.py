@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from robustfair.cli.app import app
-from robustfair.config import format_value
 from robustfair.data.augment.crops import AUGMENTATIONS, parse_augmentation
 from robustfair.errors import ConflictError
+from robustfair.grammar import format_value
 from robustfair.methods import compose
 from robustfair.registry import METHODS, OBJECTIVES
 from robustfair.runs.recipe import read_recipe

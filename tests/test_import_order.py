@@ -14,6 +14,7 @@ ROOT = Path(robustfair.__file__).parent
 ORDER = (
     "errors",
     "registry",
+    "grammar",
     "config",
     "files",
     "values",

@@ -16,9 +16,9 @@ import pytest
 
 import robustfair
 from robustfair.cli.app import app, main
-from robustfair.config import parse_composition
 from robustfair.data import CATALOG
 from robustfair.data.augment.crops import parse_augmentation
+from robustfair.grammar import parse_composition
 from robustfair.methods.base import Method
 from robustfair.models.build import create_model
 from robustfair.objectives.base import Objective

@@ -1,28 +1,24 @@
-"""From words to configs: composition strings, attack names, radii and recipe values are read here, strictly.
+"""Configs: frozen dataclasses whose annotations hold the bounds, checked in one place and built from plain values.
 
-A string is parsed, never evaluated. An unknown key is an error that shows the nearest one; nothing is coerced silently.
+An unknown key is an error that shows the nearest one; nothing is coerced silently.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import operator
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from numbers import Integral, Real
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
-from robustfair.errors import ConfigError, RecipeError, RobustFairError, UnknownNameError
+from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.grammar import canonical_key, parse_eps, parse_norm
 from robustfair.registry import canonical
 
 T = TypeVar("T")
-Value = int | float | str | bool | None
 Norm = Literal["linf", "l2"]
 Precision = Literal["fp32", "bf16"]
 Select = Literal["last", "average", "worst", "average+worst"]
@@ -36,238 +32,80 @@ FAST_SCHEDULE: Mapping[str, Any] = {
     "weight_decay": 5e-4,
 }
 """What `schedule: fast` stands for, by recipe key: adversarial training in the fewest epochs, see recipes/fast/."""
-LARGEST_WHOLE_L2 = 5
-"""The largest radius that a whole number means under l2: 2 and 3 are usual for images of 224 pixels, 8 is 8/255."""
 
 
-class RobustFairWarning(UserWarning):
-    """Something that is allowed and probably not meant."""
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The numbers that a field of a config may hold, as part of its annotation: `Annotated[float, Bounds(ge=0)]`.
+
+    The bounds of the package annotated-types have these attributes too and may be used in its place.
+
+    Attributes:
+        ge, gt, le, lt: at least, above, at most, below; None leaves that side open.
+        allowed: what a message says in place of the bounds.
+    """
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    allowed: str = ""
 
 
-@dataclass(frozen=True)
-class Term:
-    """One `name(key=value, ...)` of a composition string."""
-
-    name: str
-    args: Mapping[str, Value]
-
-    def __str__(self) -> str:
-        inside = ", ".join(f"{key}={format_value(value)}" for key, value in self.args.items())
-        return f"{self.name}({inside})" if inside else self.name
+NonNegative = Annotated[float, Bounds(ge=0)]
+Share = Annotated[float, Bounds(ge=0, le=1)]
+Whole = Annotated[int, Bounds(ge=0)]
+Count = Annotated[int, Bounds(ge=1)]
 
 
-_TOKEN = re.compile(r"\s*(?:(?P<text>\"[^\"]*\"|'[^']*')|(?P<word>[^\s()+,=\"']+)|(?P<mark>[()+,=]))")
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def config(cls: type[T]) -> type[T]:
+    """Decorator: a frozen, keyword-only dataclass that checks every field against its annotation when it is made.
 
-
-def parse_composition(text: str, example: str = "trades(beta=6) + ccm") -> list[Term]:
-    """Read `"trades(beta=6) + ccm(lam=0.3) + ema"` into its terms.
-
-    >>> [str(term) for term in parse_composition("TRADES(beta=6, eps=8/255) + ccm")]
-    ['trades(beta=6, eps=8/255)', 'ccm']
+    Numbers must be finite and within their bounds, words listed by their Literal, anything else of the type named, and
+    so must the entries of a tuple; a list is read as one. `eps`, `step_size` and `norm` are read as `build` reads them.
+    A `__post_init__` of the class runs after that: for what depends on more than one field.
 
     Raises:
-        RecipeError: the text does not follow the grammar; the message marks the place.
+        ConfigError: when the config is made; it names the owner, the field, what is allowed and what it got.
+
+    >>> @config
+    ... class Smoothing:
+    ...     amount: Share = 0.1
+    >>> Smoothing(amount=2)
+    Traceback (most recent call last):
+        ...
+    robustfair.errors.ConfigError: smoothing: amount must be in [0, 1], got 2
     """
-    tokens = _tokens(text)
-    terms, at = [], 0
+    own = getattr(cls, "__post_init__", None)
 
-    def fail(expected: str) -> RecipeError:
-        place = tokens[at][1] if at < len(tokens) else len(text)
-        return RecipeError(f"cannot read {text!r} at position {place + 1}: expected {expected}, like {example!r}")
+    def checked(self: Any) -> None:
+        _check(self)
+        if own is not None:
+            own(self)
 
-    def take(kinds: str, expected: str) -> str:
-        nonlocal at
-        if at >= len(tokens) or tokens[at][0][0] not in kinds:
-            raise fail(expected)
-        at += 1
-        return tokens[at - 1][0][1:]
-
-    def peek(mark: str) -> bool:
-        return at < len(tokens) and tokens[at][0] == "m" + mark
-
-    while True:
-        name = canonical(take("w", "a name"))
-        args: dict[str, Value] = {}
-        if peek("("):
-            at += 1
-            while not peek(")"):
-                key = canonical_key(take("w", "a key or ')'"))
-                if not peek("="):
-                    raise fail("'='")
-                at += 1
-                quoted = at < len(tokens) and tokens[at][0][0] == "t"
-                value = take("wt", "a value")
-                if key in args:
-                    raise RecipeError(f"{name}: {key} is given twice in {text!r}")
-                args[key] = value if quoted else read_value(value)
-                if peek(","):
-                    at += 1
-                elif not peek(")"):
-                    raise fail("',' or ')'")
-            at += 1
-        terms.append(Term(name, args))
-        if at == len(tokens):
-            return terms
-        if not peek("+"):
-            raise fail("'+'")
-        at += 1
+    cls.__post_init__ = checked  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True)(cls)
 
 
-def _tokens(text: str) -> list[tuple[str, int]]:
-    """(kind letter + text, position): kind t quoted text, w word, m mark."""
-    tokens, at = [], 0
-    stripped = text.rstrip()
-    while at < len(stripped):
-        found = _TOKEN.match(stripped, at)
-        if not found:
-            raise RecipeError(f"cannot read {text!r} at position {at + 1}: a quotation mark is not closed")
-        kind = found.lastgroup or ""
-        word = found[kind][1:-1] if kind == "text" else found[kind]
-        tokens.append((kind[0] + word, found.start(kind)))
-        at = found.end()
-    return tokens
-
-
-def read_value(word: str) -> Value:
-    """A bare word of a composition string: number, true/false, none, else the word itself. Fractions stay text.
-
-    >>> [read_value(word) for word in ("6", "0.3", "1e-3", "true", "none", "8/255", "uniform")]
-    [6, 0.3, 0.001, True, None, '8/255', 'uniform']
-    """
-    literals: dict[str, Value] = {"true": True, "false": False, "none": None}
-    if word.lower() in literals:
-        return literals[word.lower()]
-    for read in (int, float):
-        try:
-            return read(word)
-        except ValueError:
-            continue
-    return word
-
-
-def format_value(value: object) -> str:
-    """The text that reads back as `value`; radii that are a multiple of 1/255 print as such.
-
-    >>> [format_value(value) for value in (8 / 255, 0.3, 6, None, True, "uniform", "6")]
-    ['8/255', '0.3', '6', 'none', 'true', 'uniform', '"6"']
-    """
-    if value is None or isinstance(value, bool | int):
-        return str(value).lower()
-    if isinstance(value, float):
-        return format_eps(value)
-    text = str(value)
-    return text if re.fullmatch(r"[^\s()+,=\"']+", text) and read_value(text) == text else f'"{text}"'
-
-
-def format_eps(eps: float) -> str:
-    """`8/255` where `eps` is a whole number of grey levels and not a short decimal, else the shortest decimal.
-
-    >>> format_eps(8 / 255), format_eps(0.2), format_eps(0.5)
-    ('8/255', '0.2', '0.5')
-    """
-    levels = round(eps * 255) if 0 < eps < 1 else 0
-    if levels / 255 == eps and len(repr(eps)) > 6:
-        return f"{levels}/255"
-    return repr(eps).replace("e+", "e")
-
-
-def parse_eps(value: str | float, *, norm: str = "linf", owner: str = "attack", field: str = "eps") -> float:
-    """A radius in pixel units ([0, 1] images) from `8/255`, `0.2` or a number.
-
-    Args:
-        norm: "linf" or "l2"; "any" where it is not known yet: then a length above one must be written as a decimal.
-
-    >>> parse_eps("8/255") == 8 / 255, parse_eps("3", norm="l2")
-    (True, 3.0)
-
-    Raises:
-        ConfigError: not a number, negative, above one under linf, or a whole number that is almost always meant in
-            grey levels (`8` for `8/255`): above one, under l2 above five.
-    """
-    usual = "128/255" if norm == "l2" else "8/255"
-    allowed = f"a fraction like {usual} or a decimal, in units of pixels scaled to [0, 1]"
-    text = str(value).strip()
-    try:
-        eps = float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(owner, field, allowed=allowed, got=value) from None
-    inside = 0 <= eps <= 1 if norm == "linf" else 0 <= eps < float("inf")
-    whole = re.fullmatch(r"\d+", text) is not None
-    if not inside or (whole and eps > (LARGEST_WHOLE_L2 if norm == "l2" else 1)):
-        raise ConfigError(owner, field, allowed=allowed, got=value, hint=_eps_hint(eps, norm))
-    close = norm != "l2" and field == "eps" and text in ("0.031", "0.0314", "0.03", "0.0313")
-    if close and isinstance(value, str):
-        warnings.warn(
-            f"{owner}: {field} {text} is {eps * 255:.2f}/255, not 8/255; numbers at the two are not comparable",
-            RobustFairWarning,
-            stacklevel=2,
-        )
-    return eps
-
-
-def _eps_hint(eps: float, norm: str) -> str:
-    """What a length that was refused may have meant."""
-    if not (1 < eps < float("inf") and eps.is_integer()):
-        return ""
-    grey_levels = f"Did you mean {eps:.0f}/255? " if eps <= 255 else ""
-    return grey_levels + ("Lengths above 1 are for norm l2" if norm == "linf" else f"Under l2, {eps} is taken as it is")
-
-
-def read_path(path: str | Path) -> Path:
-    """A path as a user wrote it, with a leading `~` or `~name` as the home folder it stands for.
-
-    A shell leaves the tilde of `--out=~/runs` alone, and so do YAML and a program that starts another. As in a shell,
-    the name of no user stays as it is.
-
-    >>> read_path("runs/x").as_posix(), read_path("~") == Path.home()
-    ('runs/x', True)
-    """
-    return Path(os.path.expanduser(path))
-
-
-def parse_norm(value: str, *, owner: str = "attack") -> str:
-    """`linf` or `l2` from any usual spelling.
-
-    >>> parse_norm("Linf"), parse_norm("L_2")
-    ('linf', 'l2')
-    """
-    name = str(value).lower().replace("_", "").replace("-", "")
-    if name not in ("linf", "l2"):
-        raise ConfigError(owner, "norm", allowed="linf or l2", got=value)
-    return name
-
-
-def require_at_least(least: float, owner: str, field: str, value: float) -> None:
-    """Raise ConfigError unless `value` is a number, finite and not below `least`."""
-    number = _is_number(value) and least <= value < float("inf")
-    require(number, owner, field, allowed=f"a finite number >= {least:g}", got=value)
-
-
-def require_whole(least: int, owner: str, field: str, value: float) -> None:
-    """Raise ConfigError unless `value` is an int that is not below `least`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
-    require(whole, owner, field, allowed=f"a whole number >= {least}", got=value)
-
-
-def require_share(owner: str, field: str, value: float) -> None:
-    """Raise ConfigError unless `value` is a number in [0, 1]."""
-    require(_is_number(value) and 0 <= value <= 1, owner, field, allowed="in [0, 1]", got=value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def require(condition: bool, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:
-    """Raise ConfigError unless `condition`."""
-    if not condition:
-        raise ConfigError(owner, field, allowed=allowed, got=got, hint=hint)
+def _check(made: Any) -> None:
+    """Raise ConfigError where a field is not what its annotation allows; lengths, norm and lists are read first."""
+    owner = getattr(made, "name", type(made).__name__.lower())
+    hints = get_type_hints(type(made), include_extras=True)
+    values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    read = _read_threat(values, None, owner)
+    read |= {name: _read(value, hints[name]) for name, value in values.items() if isinstance(value, list)}
+    for name, value in read.items():
+        object.__setattr__(made, name, value)
+    for name, value in {**values, **read}.items():
+        require(_fits(value, hints[name]), owner, name, allowed=_allowed(hints[name]), got=value)
 
 
 def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
-    """Instantiate a config dataclass from plain values, strictly typed.
+    """Instantiate a config dataclass from plain values. Text is never read as a number, nor a number as true or false.
 
-    Fields called `eps` or `step_size` also read `8/255`; `norm` any usual spelling; `alpha` stands for `step_size`.
+    A whole number is read as a float where one is asked for, a list as a tuple, and a word in any spelling. Fields
+    called `eps` or `step_size` also read `8/255`; `norm` any usual spelling; `alpha` stands for `step_size`.
 
     Raises:
         UnknownNameError: a key that is no field; shows the nearest fields.
@@ -284,57 +122,118 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
         if key in values:
             raise RecipeError(f"{owner}: {key} is given twice, also as {given}: give it once")
         values[key] = value
+    values |= _read_threat(values, getattr(cls, "norm", None), owner)
+    hints = get_type_hints(cls, include_extras=True)
+    for key, value in values.items():
+        values[key] = _read(value, hints[key])
+        require(_fits(values[key], hints[key]), owner, key, allowed=_allowed(hints[key]), got=value)
+    return cls(**values)
+
+
+def _read_threat(values: Mapping[str, Any], norm: str | None, owner: str) -> dict[str, Any]:
+    """Norm and lengths among `values`, as far as they are given; `norm` holds where the values name none."""
+    read: dict[str, Any] = {}
     if values.get("norm") is not None:
-        values["norm"] = parse_norm(values["norm"], owner=owner)
+        read["norm"] = norm = parse_norm(values["norm"], owner=owner)
     for key in ("eps", "step_size"):
         if values.get(key) is not None:
-            norm = values.get("norm") or getattr(cls, "norm", None) or "any"
-            values[key] = parse_eps(values[key], norm=norm, owner=owner, field=key)
-    types = get_type_hints(cls)
-    return cls(**{key: _read(value, types[key], owner, key) for key, value in values.items()})
+            read[key] = parse_eps(values[key], norm=norm or "any", owner=owner, field=key)
+    return read
 
 
-def _read(value: Any, hint: Any, owner: str, key: str) -> Any:
-    if get_origin(hint) is Literal and isinstance(value, str):
-        spelled = {canonical(word): word for word in get_args(hint) if isinstance(word, str)}
-        value = spelled.get(canonical(value), value)
-    if _is_plainly(value, hint):
-        return value
-    with needed("pydantic", f"reading {owner}: {key}={value}"):
-        from pydantic import ConfigDict, TypeAdapter, ValidationError
-    try:
-        reader = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-        return reader.validate_python(tuple(value) if isinstance(value, list) else value)
-    except ValidationError as error:
-        allowed = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise ConfigError(owner, key, allowed=allowed, got=value) from None
+def _read(value: Any, hint: Any) -> Any:
+    """A plain value converted to the type `hint`, or unchanged where it cannot be."""
+    kind, inside = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _read(value, inside[0])
+    if kind in (Union, UnionType):
+        return next((read for option in inside if _fits(read := _read(value, option), option)), value)
+    if kind is Literal and isinstance(value, str):
+        return {canonical(word): word for word in inside if isinstance(word, str)}.get(canonical(value), value)
+    if kind is tuple and isinstance(value, list):
+        hints = _entries(hint, len(value))
+        return tuple(_read(*pair) for pair in zip(value, hints, strict=True)) if len(hints) == len(value) else value
+    return float(value) if hint is float and type(value) is int and _is_finite(value) else value
 
 
-def _is_plainly(value: object, hint: Any) -> bool:
-    """Whether `value` is of the type `hint` as it stands, so that strict reading would hand it back as it is."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_is_plainly(value, option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(option) and value == option for option in get_args(hint))
-    return type(value) is hint
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint` and within its bounds. A type that cannot be checked accepts all."""
+    kind, inside = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated:
+        kept = not _is_number(value) or all(_SIDES[side][0](value, end) for side, end in _ends(hint).items())
+        return _fits(value, inside[0]) and kept
+    if kind in (Union, UnionType):
+        return any(_fits(value, option) for option in inside)
+    if kind is Literal:
+        return any(type(value) is type(word) and value == word for word in inside)
+    if kind is tuple and isinstance(value, tuple):
+        hints = _entries(hint, len(value))
+        return len(hints) == len(value) and all(map(_fits, value, hints))
+    if kind in (int, float):
+        return _is_number(value) and (_is_finite(value) if kind is float else isinstance(value, Integral))
+    plain = isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False)
+    return isinstance(value, kind) if plain else True
 
 
-@contextmanager
-def needed(package: str, purpose: str) -> Iterator[None]:
-    """Around the import of a package that not every machine has: one line says what it is for.
+def _entries(hint: Any, count: int) -> tuple[Any, ...]:
+    """The types of the entries of a tuple, of `count` where it takes any number."""
+    inside = get_args(hint) or (Any, ...)
+    return inside[:1] * count if inside[-1] is ... else inside
 
-    >>> with needed("nosuchpackage", "this example"):  # doctest: +ELLIPSIS
-    ...     import nosuchpackage
-    Traceback (most recent call last):
-        ...
-    robustfair.errors.RobustFairError: this example needs nosuchpackage, and there is no module nosuchpackage: pip ...
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise RobustFairError(
-            f"{purpose} needs {package}, and there is no module {error.name}: pip install {package}"
-        ) from error
+
+def _allowed(hint: Any) -> str:
+    """What `_fits` asks for, in words."""
+    kind, inside = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated:
+        said = [mark.allowed for mark in inside[1:] if getattr(mark, "allowed", "")]
+        return said[0] if said else _range(hint)
+    if kind in (Union, UnionType):
+        options = " or ".join(_allowed(option) for option in inside if option is not NoneType)
+        return options + (", or none" if NoneType in inside else "")
+    if kind is Literal:
+        return " or ".join(map(repr, inside))
+    if kind is tuple and inside:
+        return f"a list{'' if inside[-1] is ... else f' of {len(inside)}'}, each entry {_allowed(inside[0])}"
+    words = {int: "a whole number", float: "a finite number", str: "a valid string", NoneType: "none"}
+    return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+_SIDES: Mapping[str, tuple[Callable[[Any, Any], bool], str, str]] = {
+    "ge": (operator.ge, ">=", "["),
+    "gt": (operator.gt, "above", "("),
+    "le": (operator.le, "<=", "]"),
+    "lt": (operator.lt, "below", ")"),
+}
+"""Side of a bound -> how to compare, and its sign in a message, alone and as an end of an interval."""
+
+
+def _ends(hint: Any) -> dict[str, float]:
+    """The bounds of an annotation by side."""
+    marks = get_args(hint)[1:]
+    return {side: getattr(mark, side) for side in _SIDES for mark in marks if getattr(mark, side, None) is not None}
+
+
+def _range(hint: Any) -> str:
+    """The bounds of an annotation in words."""
+    kind, ends = get_args(hint)[0], [(side, f"{end:g}") for side, end in _ends(hint).items()]
+    if len(ends) == 2:
+        (low, least), (high, most) = ends
+        return f"{'' if kind is float else _allowed(kind) + ' '}in {_SIDES[low][2]}{least}, {most}{_SIDES[high][2]}"
+    return " ".join([_allowed(kind), *(f"{_SIDES[side][1]} {end}" for side, end in ends)])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return abs(value) <= sys.float_info.max
+
+
+def require(condition: bool, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:
+    """Raise ConfigError unless `condition`."""
+    if not condition:
+        raise ConfigError(owner, field, allowed=allowed, got=got, hint=hint)
 
 
 def require_one_way(owner: str, *, compile: bool, deterministic: bool) -> None:
@@ -343,23 +242,3 @@ def require_one_way(owner: str, *, compile: bool, deterministic: bool) -> None:
     require(
         not (compile and deterministic), owner, "compile", allowed="false beside deterministic", got=True, hint=hint
     )
-
-
-def require_literals(config: Any) -> None:
-    """Raise ConfigError where a field of a config dataclass holds a word that its Literal type does not list, or where
-    one that is true or false holds something else.
-
-    For `__post_init__`: a config built in Python is then read as strictly as one from a recipe.
-    """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            owner = getattr(config, "name", type(config).__name__.lower())
-            raise ConfigError(owner, name, allowed=" or ".join(map(repr, get_args(hint))), got=value)
-        if hint is bool and not isinstance(value, bool):
-            raise ConfigError(getattr(config, "name", type(config).__name__.lower()), name, allowed="a bool", got=value)
-
-
-def canonical_key(key: str) -> str:
-    """`Batch-Size` is `batch_size`."""
-    return key.lower().replace("-", "_")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 _OPTION = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
@@ -31,6 +32,10 @@ def as_flags(text: str) -> str:
 
 class RobustFairError(Exception):
     """Base of all errors that are caused by input, never by a defect of the library."""
+
+
+class RobustFairWarning(UserWarning):
+    """Something that is allowed and probably not meant."""
 
 
 class ConfigError(RobustFairError):
@@ -85,3 +90,21 @@ class DivergedError(RobustFairError):
             f"(lr {report['lr']:.3g}): lower the learning rate or the radius"
             f"{'; the last checkpoint is whole' if report['epoch'] else ''}"
         )
+
+
+@contextmanager
+def needed(package: str, purpose: str) -> Iterator[None]:
+    """Around the import of a package that not every machine has: one line says what it is for.
+
+    >>> with needed("nosuchpackage", "this example"):  # doctest: +ELLIPSIS
+    ...     import nosuchpackage
+    Traceback (most recent call last):
+        ...
+    robustfair.errors.RobustFairError: this example needs nosuchpackage, and there is no module nosuchpackage: pip ...
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RobustFairError(
+            f"{purpose} needs {package}, and there is no module {error.name}: pip install {package}"
+        ) from error

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from robustfair.attacks.named import NamedAttack, list_attacks, parse_attacks
 from robustfair.attacks.pgd import STARTS, FreezeFooled
-from robustfair.config import RobustFairWarning
-from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.errors import ConfigError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.losses import MaximiseCE, MaximiseMargin
 from robustfair.values import Batch, Threat
 

@@ -332,7 +332,6 @@ def test_torch_numpy_safetensors_and_pillow_are_all_that_is_needed() -> None:
         "pandas",
         "pyarrow",
         "pyautoattack",
-        "pydantic",
         "rich",
         "scipy",
         "sklearn",

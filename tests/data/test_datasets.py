@@ -15,12 +15,11 @@ import torch
 from sklearn.datasets import load_digits
 
 from reference.layouts import IMAGE, cells, class_label, pixels, write_images, write_parquet
-from robustfair.config import RobustFairWarning
 from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.catalog import CATALOG, CIFAR10_CLASSES
 from robustfair.data.datasets import ImageDataset, Splits, load_dataset
 from robustfair.data.load import cache
-from robustfair.errors import ConfigError, DataError, UnknownNameError
+from robustfair.errors import ConfigError, DataError, RobustFairWarning, UnknownNameError
 
 REAL = os.environ.get("ROBUSTFAIR_DATA", "")
 needs_cifar10 = pytest.mark.skipif(not Path(REAL, "cifar10").is_dir(), reason="ROBUSTFAIR_DATA holds no cifar10")

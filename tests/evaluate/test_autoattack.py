@@ -19,9 +19,8 @@ from robustfair.attacks.autoattack import named as family
 from robustfair.attacks.autoattack.base import distance
 from robustfair.attacks.autoattack.named import AutoAttack, cheaper
 from robustfair.attacks.named import parse_attacks
-from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
-from robustfair.errors import CheckpointError, ConfigError, ModelError
+from robustfair.errors import CheckpointError, ConfigError, ModelError, RobustFairWarning
 from robustfair.evaluate import autoattack as strong
 from robustfair.evaluate import runner
 from robustfair.evaluate.diagnostics.results import diagnose

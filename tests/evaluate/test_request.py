@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from reference.layouts import pixels, write_images
-from robustfair.config import RobustFairWarning
 from robustfair.data import load_dataset
-from robustfair.errors import ConfigError, DataError, ModelError, UnknownNameError
+from robustfair.errors import ConfigError, DataError, ModelError, RobustFairWarning, UnknownNameError
 from robustfair.evaluate import request as requests
 from robustfair.evaluate.diagnostics.base import Diagnostic
 from robustfair.evaluate.plan import BATCH_SIZE

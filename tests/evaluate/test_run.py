@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from reference.linear_robustness import margin_left, survives
 from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
-from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
-from robustfair.errors import ConfigError, DataError, ModelError, UnknownNameError
+from robustfair.errors import ConfigError, DataError, ModelError, RobustFairWarning, UnknownNameError
 from robustfair.evaluate.diagnostics.results import diagnose
 from robustfair.evaluate.result import Audit, load_audit
 from robustfair.evaluate.run import audit

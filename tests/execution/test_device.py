@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from robustfair.cli.app import main
-from robustfair.config import RobustFairWarning
-from robustfair.errors import ConfigError
+from robustfair.errors import ConfigError, RobustFairWarning
 from robustfair.execution import device as devices
 from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 

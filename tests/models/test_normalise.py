@@ -10,9 +10,7 @@ from robustfair.models.normalise import (
     NAMED_STATISTICS,
     Normalise,
     Normalised,
-    check_sizes,
     default_statistics,
-    initialise,
     named_statistics,
 )
 
@@ -68,30 +66,3 @@ def test_statistics_travel_with_the_weights_but_do_not_train():
 def test_wrong_statistics_are_refused(mean, std, field):
     with pytest.raises(ConfigError, match=f"normalise: {field} must be"):
         Normalise(3, mean, std)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "field"),
-    [
-        ({"num_classes": 1}, "num_classes"),
-        ({"in_channels": 0}, "in_channels"),
-        ({"width": 0}, "width"),
-        ({"width": 1.5}, "width"),
-        ({"num_classes": True}, "num_classes"),
-    ],
-)
-def test_wrong_sizes_are_refused(sizes, field):
-    with pytest.raises(ConfigError, match=f"net: {field} must be an integer of at least"):
-        check_sizes("net", **{"num_classes": 10, "in_channels": 3, "width": 8, **sizes})
-
-
-def test_starting_weights_have_the_kaiming_scale_and_no_class_preference():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(64, 128, 3), nn.BatchNorm2d(128), nn.Linear(128, 10))
-    initialise(net)
-    expected = (2 / (128 * 9)) ** 0.5
-    assert net[0].weight.std().item() == pytest.approx(expected, rel=0.02)
-    assert net[0].bias.abs().max() == 0
-    assert net[1].weight.eq(1).all()
-    assert net[1].bias.eq(0).all()
-    assert net[2].bias.eq(0).all()

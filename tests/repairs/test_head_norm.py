@@ -144,7 +144,7 @@ def test_half_precision_stays_half_precision(model):
 
 
 def test_unknown_target_norm():
-    with pytest.raises(ConfigError, match="hwnwb: target_norm must be unit or mean or keep-frobenius, got 'two'"):
+    with pytest.raises(ConfigError, match="hwnwb: target_norm must be 'unit' or 'mean' or 'keep-frobenius', got 'two'"):
         HWNwB(target_norm="two")
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from reference.runs import changes, tree
-from robustfair.config import RobustFairWarning
-from robustfair.errors import RobustFairError
+from robustfair.errors import RobustFairError, RobustFairWarning
 from robustfair.evaluate.request import AuditRequest, audit_target
 from robustfair.evaluate.result import load_audit
 from robustfair.evaluate.runner import AttackRunner

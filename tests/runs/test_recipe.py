@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from robustfair.config import FAST_SCHEDULE, RobustFairWarning
-from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.config import FAST_SCHEDULE
+from robustfair.errors import ConfigError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.runs.recipe import SCHEMA, Recipe, Stage, read_recipe, shipped_recipes
+from robustfair.training import Schedule
 
 
 def write(folder: Path, text: str) -> str:
@@ -131,7 +132,7 @@ RECIPES = st.fixed_dictionaries({key: values_of(hint) for key, hint in KEYS.item
 )
 
 
-@pytest.mark.filterwarnings("ignore::robustfair.config.RobustFairWarning")
+@pytest.mark.filterwarnings("ignore::robustfair.errors.RobustFairWarning")
 @given(RECIPES)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_recipe_reads_back_from_its_yaml(tmp_path: Path, recipe: Recipe) -> None:
@@ -295,3 +296,12 @@ def test_shipped_recipes_read_back_and_take_overrides(tmp_path: Path, name: str)
 def test_a_recipe_warns_of_the_almost_8_over_255() -> None:
     with pytest.warns(RobustFairWarning, match="not 8/255"):
         read_recipe("trades", {"data": "digits", "eps": "0.031"})
+
+
+def test_the_keys_of_a_schedule_have_the_same_types_and_defaults_in_a_recipe() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    hints, keys = get_type_hints(Schedule), get_type_hints(Recipe)
+    assert keys.pop("schedule") == Literal["fast", hints.pop("kind")]
+    assert defaults["schedule"] == Schedule.kind
+    for name, hint in hints.items():
+        assert (keys[name], defaults[name]) == (hint, getattr(Schedule, name))

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from reference.layouts import pixels
 from reference.runs import CFA, TINY, changes, history, tensors, tree
-from robustfair.config import RobustFairWarning
 from robustfair.data import load_dataset
 from robustfair.data.split import split_hash, stratified_split
 from robustfair.errors import (
@@ -25,6 +24,7 @@ from robustfair.errors import (
     ConflictError,
     DivergedError,
     RecipeError,
+    RobustFairWarning,
     UnknownNameError,
 )
 from robustfair.methods import CCM, CCR, EMA

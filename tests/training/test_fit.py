@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from reference import training as reference
 from reference.public_networks import Plain, Reentrant, Viewing, WritingOnImages
-from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset, Loader, evaluation_batches
-from robustfair.errors import ConfigError, ConflictError, DivergedError, ModelError
+from robustfair.errors import ConfigError, ConflictError, DivergedError, ModelError, RobustFairWarning
 from robustfair.execution import bundle
 from robustfair.methods import AWP, CCM, CCR, EMA, Method
 from robustfair.objectives import PGDAT, Objective, Standard, Trades

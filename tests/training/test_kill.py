@@ -172,8 +172,7 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda handle: None  # a killed process loses nothing that it has written: only a machine would
     load_dataset("digits")
-    for slow_to_import in ("torch._dynamo", "pydantic"):
-        importlib.import_module(slow_to_import)
+    importlib.import_module("torch._dynamo")  # slow
     status = {}
     for select in ("average+worst", "last"):
         status[select] = in_a_child(lambda: train(recipe(select), root / select))  # noqa: B023

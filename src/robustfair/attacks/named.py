@@ -17,8 +17,9 @@ from typing import Any, Literal
 from robustfair.attacks.autoattack.named import AUTOATTACK, AutoAttack, parse_autoattack
 from robustfair.attacks.autoattack.named import OPTIONS as AUTOATTACK_OPTIONS
 from robustfair.attacks.pgd import STARTS, FreezeFooled
-from robustfair.config import Term, build, canonical_key, format_eps, format_value, parse_composition, require
+from robustfair.config import build, require
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.grammar import Term, canonical_key, format_eps, format_value, parse_composition
 from robustfair.losses import MaximiseCE, MaximiseMargin
 from robustfair.values import Attack, Batch, Goal, Threat
 

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _show_warnings_as_lines() -> None:
     """Our warnings as one line each on stderr, at every place once; others as Python has them."""
-    from robustfair.config import RobustFairWarning
+    from robustfair.errors import RobustFairWarning
 
     plain = warnings.showwarning
 

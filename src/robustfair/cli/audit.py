@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from robustfair.cli.flags import NO_TARGET_FLAGS, FormatFlag, JsonSwitch, PathFlag, Switch, TargetFlags
-from robustfair.config import read_path
+from robustfair.grammar import read_path
 from robustfair.report.console import say, screen
 
 ATTACKS = "clean,pgd-20"

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from robustfair.cli.flags import NO_TARGET_FLAGS, JsonSwitch, PathFlag, Switch, TargetFlags
-from robustfair.config import read_path
+from robustfair.grammar import read_path
 from robustfair.report.console import say, screen
 
 

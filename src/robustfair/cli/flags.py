@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from robustfair.config import read_path
 from robustfair.errors import as_flags
+from robustfair.grammar import read_path
 from robustfair.registry import load_plugin
 from robustfair.runs.recipe import Recipe
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustfair.config import RobustFairWarning, read_path
 from robustfair.data.load import cache
 from robustfair.data.load.decode import bytes_hint, fingerprint
 from robustfair.data.load.parts import listed
 from robustfair.data.load.sources import Source, find_source, hold_out
-from robustfair.errors import ConfigError, DataError
+from robustfair.errors import ConfigError, DataError, RobustFairWarning
+from robustfair.grammar import read_path
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

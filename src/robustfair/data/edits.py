@@ -11,14 +11,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustfair.config import require, require_at_least, require_share, require_whole
+from robustfair.config import Bounds, Count, Share, Whole, config, require
 from robustfair.data.datasets import ImageDataset, load_dataset
 from robustfair.errors import DataError
 from robustfair.registry import EDITS
@@ -101,7 +101,7 @@ class Edit(Protocol):
 
 
 @EDITS.register("long-tail")
-@dataclass(frozen=True, kw_only=True)
+@config
 class LongTail:
     """Keep n_c = n factor^(-c / (C - 1)) images of class c, n those of the smallest class: an exponential profile.
 
@@ -113,10 +113,7 @@ class LongTail:
 
     name: ClassVar[str] = "long-tail"
     needs_model: ClassVar[bool] = False
-    factor: float = 100.0
-
-    def __post_init__(self) -> None:
-        require_at_least(1, self.name, "factor", self.factor)
+    factor: Annotated[float, Bounds(ge=1)] = 100.0
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
         kept = []
@@ -140,7 +137,7 @@ def profile(largest: int, num_classes: int, factor: float) -> list[int]:
 
 
 @EDITS.register("upweight")
-@dataclass(frozen=True, kw_only=True)
+@config
 class Upweight:
     """Add copies of the training images that the model before gets wrong (JTT, Liu et al. 2021).
 
@@ -153,10 +150,7 @@ class Upweight:
 
     name: ClassVar[str] = "upweight"
     needs_model: ClassVar[bool] = True
-    times: int = 20
-
-    def __post_init__(self) -> None:
-        require_whole(0, self.name, "times", self.times)
+    times: Whole = 20
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
         labels = images.labels.cpu()
@@ -166,7 +160,7 @@ class Upweight:
 
 
 @EDITS.register("add")
-@dataclass(frozen=True, kw_only=True)
+@config
 class Add:
     """Train on the labelled images of another source too, such as generated ones.
 
@@ -178,10 +172,7 @@ class Add:
     name: ClassVar[str] = "add"
     needs_model: ClassVar[bool] = False
     data: str
-    limit_per_class: int | None = None
-
-    def __post_init__(self) -> None:
-        require_whole(1, self.name, "limit_per_class", 1 if self.limit_per_class is None else self.limit_per_class)
+    limit_per_class: Count | None = None
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
         more = source_images(self.data, images)
@@ -199,7 +190,7 @@ class Add:
 
 
 @EDITS.register("pseudo-label")
-@dataclass(frozen=True, kw_only=True)
+@config
 class PseudoLabel:
     """Train on the images of another source too, labelled by the model before.
 
@@ -211,10 +202,7 @@ class PseudoLabel:
     name: ClassVar[str] = "pseudo-label"
     needs_model: ClassVar[bool] = True
     data: str
-    confidence: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_share(self.name, "confidence", self.confidence)
+    confidence: Share = 0.0
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
         more = source_images(self.data, images)

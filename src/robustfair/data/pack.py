@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from robustfair.config import read_path
 from robustfair.data.load.decode import Decoded, fingerprint
 from robustfair.errors import ConfigError, DataError
+from robustfair.grammar import read_path
 from robustfair.registry import canonical
 
 if TYPE_CHECKING:

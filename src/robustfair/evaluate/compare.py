@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from robustfair import metrics
-from robustfair.config import format_eps, format_value, require
+from robustfair.config import require
 from robustfair.errors import DataError
 from robustfair.evaluate.rates import WorstClass
 from robustfair.evaluate.result import CLEAN, ROBUST, Audit, find_attack, shortfall
 from robustfair.files import as_json
+from robustfair.grammar import format_eps, format_value
 from robustfair.values import Threat
 
 SCHEMA = "robustfair.compare/1"

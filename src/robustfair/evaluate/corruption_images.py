@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustfair.config import canonical_key, read_path
 from robustfair.data import ImageDataset
 from robustfair.data.corruptions.generate import SEVERITIES, corrupt
 from robustfair.errors import DataError
+from robustfair.grammar import canonical_key, read_path
 
 Images = Callable[[str, int, slice], Tensor]
 """From corruption, severity and rows to the corrupted images, uint8 (B, C, H, W)."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from robustfair import metrics
 from robustfair.attacks.predict import predict
-from robustfair.config import canonical_key, read_path, require
+from robustfair.config import require
 from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.data.corruptions.generate import (
     CORRUPTIONS,
@@ -43,6 +43,7 @@ from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import InPrecision, Precision
 from robustfair.files import as_json, write_arrays, write_json
+from robustfair.grammar import canonical_key, read_path
 from robustfair.models.head import check_outputs, in_float32, prepared, require_finite, unwrap
 from robustfair.models.modes import attacking
 from robustfair.runs.folder import versions

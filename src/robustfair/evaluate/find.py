@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from robustfair.config import read_path
 from robustfair.errors import CheckpointError, DataError
 from robustfair.evaluate.compare import check_comparable
 from robustfair.evaluate.result import ROBUST, Audit, load_audit
+from robustfair.grammar import read_path
 from robustfair.registry import canonical
 from robustfair.runs.folder import RunFolder
 

@@ -17,12 +17,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustfair.config import read_path, require
+from robustfair.config import require
 from robustfair.data import ImageDataset
 from robustfair.errors import DataError, UnknownNameError
 from robustfair.evaluate.rates import ClassRates
 from robustfair.evaluate.result import CLEAN, ROBUST, Audit, find_attack
 from robustfair.files import as_json
+from robustfair.grammar import read_path
 from robustfair.registry import canonical
 from robustfair.values import Threat
 

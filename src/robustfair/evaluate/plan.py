@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 
 from robustfair.attacks.autoattack.named import AutoAttackEngine
 from robustfair.attacks.named import AnyAttack, parse_attacks
-from robustfair.config import Norm, format_eps, parse_eps, parse_norm, require
+from robustfair.config import Norm, require
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
 from robustfair.evaluate.result import CLEAN, Audit
+from robustfair.grammar import format_eps, parse_eps, parse_norm
 from robustfair.values import Threat, default_eps, default_step
 
 SearchPrecision = Literal["auto", "fp32", "bf16"]

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from robustfair.config import RobustFairWarning, parse_norm
 from robustfair.data import ImageDataset, load_dataset
-from robustfair.errors import DataError, RobustFairError
+from robustfair.errors import DataError, RobustFairError, RobustFairWarning
 from robustfair.evaluate.compare import check_comparable
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
 from robustfair.evaluate.diagnostics.masking import diagnose_gradients, diagnostics_cut
 from robustfair.evaluate.plan import AuditPlan, attack_names, threat
 from robustfair.evaluate.result import CLEAN, Audit
 from robustfair.evaluate.run import Progress, audit
+from robustfair.grammar import parse_norm
 from robustfair.runs.load import Target
 from robustfair.values import Threat
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from robustfair import metrics
-from robustfair.config import read_path
 from robustfair.errors import CheckpointError, DataError, RobustFairError, UnknownNameError
 from robustfair.evaluate.files import paths, points_path, read_pair
 from robustfair.evaluate.rates import ClassRates
 from robustfair.files import as_json, read_tensors, write_arrays, write_json, write_tensors
+from robustfair.grammar import read_path
 from robustfair.registry import REPORTS
 from robustfair.values import Threat
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from robustfair.attacks.autoattack.named import AutoAttack
 from robustfair.attacks.named import AnyAttack
-from robustfair.config import RobustFairWarning, read_path, require
+from robustfair.config import require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.errors import DataError, ModelError, UnknownNameError
+from robustfair.errors import DataError, ModelError, RobustFairWarning, UnknownNameError
 from robustfair.evaluate.autoattack import require_reference
 from robustfair.evaluate.diagnostics.inputs import diagnose_model
 from robustfair.evaluate.journal import Journal, weights_fingerprint
@@ -37,6 +37,7 @@ from robustfair.execution.capacity import images_that_fit
 from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import full_float32
+from robustfair.grammar import read_path
 from robustfair.models.head import check_outputs, head_norms, in_float32, prepared, unwrap
 from robustfair.models.modes import attacking
 from robustfair.runs.folder import versions

@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-from robustfair.config import Precision, RobustFairWarning
-from robustfair.errors import ConfigError
+from robustfair.config import Precision
+from robustfair.errors import ConfigError, RobustFairWarning
 
 
 def resolve_device(name: str | torch.device) -> str:

@@ -21,13 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import require_literals, require_share, require_whole
+from robustfair.config import Share, Whole, config
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
 from robustfair.values import BATCH_NORM, Batch, Loss, State, StateDict
@@ -38,7 +37,7 @@ UPDATES = "/updates"
 
 
 @METHODS.register("ema")
-@dataclass(frozen=True, kw_only=True)
+@config
 class EMA(Method):
     """Exponential moving average of the weights, exported as the candidate "ema".
 
@@ -55,17 +54,12 @@ class EMA(Method):
 
     name: ClassVar[str] = "ema"
     claims: ClassVar[frozenset[str]] = frozenset({"export.ema"})
-    decay: float = 0.999
+    decay: Share = 0.999
     per: Literal["step", "epoch"] = "step"
-    begin: int = 0
+    begin: Whole = 0
     buffers: Buffers = "reestimate"
     init: Literal["copy", "random"] = "copy"
     ramp: bool = False
-
-    def __post_init__(self) -> None:
-        require_literals(self)
-        require_share(self.name, "decay", self.decay)
-        require_whole(0, self.name, "begin", self.begin)
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
         return self._update(state, run) if due(self, "step", run.epoch) else state
@@ -91,7 +85,7 @@ class EMA(Method):
 
 
 @METHODS.register("swa")
-@dataclass(frozen=True, kw_only=True)
+@config
 class SWA(Method):
     """Mean of the weights at the end of every epoch (or step) from `begin` on, exported as the candidate "swa".
 
@@ -103,13 +97,9 @@ class SWA(Method):
 
     name: ClassVar[str] = "swa"
     claims: ClassVar[frozenset[str]] = frozenset({"export.swa"})
-    begin: int = 50
+    begin: Whole = 50
     per: Literal["step", "epoch"] = "epoch"
     buffers: Buffers = "reestimate"
-
-    def __post_init__(self) -> None:
-        require_literals(self)
-        require_whole(0, self.name, "begin", self.begin)
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
         return self._update(state, run.model) if due(self, "step", run.epoch) else state

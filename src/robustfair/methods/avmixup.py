@@ -16,12 +16,12 @@ what it trains with AutoAttack. The counts of training that other methods read (
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 
-from robustfair.config import require_at_least, require_literals, require_share
+from robustfair.config import NonNegative, Share, config
 from robustfair.losses import kept_mass_labels
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
@@ -29,7 +29,7 @@ from robustfair.values import Batch, State
 
 
 @METHODS.register("avmixup")
-@dataclass(frozen=True, kw_only=True)
+@config
 class AVmixup(Method):
     """Train on random points between x and its adversarial vertex, with labels mixed alike.
 
@@ -43,16 +43,10 @@ class AVmixup(Method):
     name: ClassVar[str] = "avmixup"
     claims: ClassVar[frozenset[str]] = frozenset({"batch.x_adv", "batch.soft"})
     labels_of: ClassVar[Literal["x", "x_adv"] | None] = "x_adv"
-    gamma: float = 2.0
-    lambda1: float = 1.0
-    lambda2: float = 0.1
+    gamma: NonNegative = 2.0
+    lambda1: Share = 1.0
+    lambda2: Share = 0.1
     clip_vertex: bool = True
-
-    def __post_init__(self) -> None:
-        require_literals(self)
-        require_at_least(0, self.name, "gamma", self.gamma)
-        for field in ("lambda1", "lambda2"):
-            require_share(self.name, field, getattr(self, field))
 
     def at_epoch(self, state: State, run: Run) -> State:
         device = next(run.model.parameters()).device

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import require, require_at_least, require_literals, require_whole
+from robustfair.config import Bounds, Count, NonNegative, Whole, config, require
 from robustfair.errors import ModelError
 from robustfair.methods.base import LossAt, Method, Run
 from robustfair.models.modes import still_statistics
@@ -35,7 +34,7 @@ OTHER_GAMMA = 0.005
 
 
 @METHODS.register("awp")
-@dataclass(frozen=True, kw_only=True)
+@config
 class AWP(Method):
     """Adversarial weight perturbation of relative size gamma per tensor, around forward and backward pass.
 
@@ -53,24 +52,18 @@ class AWP(Method):
 
     name: ClassVar[str] = "awp"
     claims: ClassVar[frozenset[str]] = frozenset({"gradient"})
-    gamma: float | None = None
-    begin: int = 0
+    gamma: NonNegative | None = None
+    begin: Whole = 0
     direction: Literal["objective", "edited"] = "objective"
     mode: Literal["proxy", "inplace"] = "proxy"
-    steps: int = 1
+    steps: Count = 1
     include_1d: bool = False
-    proxy_lr: float | None = None
+    proxy_lr: Annotated[float, Bounds(gt=0)] | None = None
 
     def __post_init__(self) -> None:
-        require_literals(self)
-        require_at_least(0, self.name, "gamma", 0 if self.gamma is None else self.gamma)
-        require_whole(0, self.name, "begin", self.begin)
-        require_whole(1, self.name, "steps", self.steps)
-        rate = self.proxy_lr
-        usable = rate is None or 0 < rate < float("inf")
-        require(usable, self.name, "proxy_lr", allowed="a finite number above 0, or none", got=rate)
-        no_proxy = self.mode == "inplace" and rate is not None
-        require(not no_proxy, self.name, "proxy_lr", allowed="none in mode inplace, which has no proxy", got=rate)
+        usable = self.mode == "proxy" or self.proxy_lr is None
+        allowed = "none in mode inplace, which has no proxy"
+        require(usable, self.name, "proxy_lr", allowed=allowed, got=self.proxy_lr)
 
     def at_epoch(self, state: State, run: Run) -> State:
         if not self._perturbed(run.model):

@@ -11,19 +11,20 @@ Both wait until epoch `begin` = 10 as their code does; the paper's Algorithm 1 c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from robustfair.config import require, require_at_least
+from robustfair.config import Bounds, NonNegative, config
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
 from robustfair.values import Attack, Batch, Loss, State
 
 PAPER_LAMBDA1 = {"pgd-at": 0.5, "trades": 0.3}
 """Section 5.1 of the paper, per base loss; objectives the paper does not try take 0.5."""
+Begin = Annotated[int, Bounds(ge=1, allowed=">= 1 (the first epoch has no counts)")]
 
 
 def calibration(lam: float, robust: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def calibration(lam: float, robust: Tensor) -> Tensor:
 
 
 @METHODS.register("ccm")
-@dataclass(frozen=True, kw_only=True)
+@config
 class CCM(Method):
     """Class-wise calibrated margin: eps_c = (lam + t_c) eps, so that a class trains on the radius it can bear.
 
@@ -47,12 +48,8 @@ class CCM(Method):
 
     name: ClassVar[str] = "ccm"
     claims: ClassVar[frozenset[str]] = frozenset({"attack.eps"})
-    lam: float | None = None
-    begin: int = 10
-
-    def __post_init__(self) -> None:
-        require_at_least(0, self.name, "lam", self.lam or 0)
-        require(self.begin >= 1, self.name, "begin", allowed=">= 1 (the first epoch has no counts)", got=self.begin)
+    lam: NonNegative | None = None
+    begin: Begin = 10
 
     def at_epoch(self, state: State, run: Run) -> State:
         lam = PAPER_LAMBDA1.get(run.objective.name, 0.5) if self.lam is None else self.lam
@@ -63,7 +60,7 @@ class CCM(Method):
 
 
 @METHODS.register("ccr")
-@dataclass(frozen=True, kw_only=True)
+@config
 class CCR(Method):
     """Class-wise calibrated regularisation: [CE + beta_c KL] / (1 + beta_c) with beta_c = (lam + t_c) beta (eq. 8).
 
@@ -79,12 +76,8 @@ class CCR(Method):
     claims: ClassVar[frozenset[str]] = frozenset({"loss.label", "loss.consistency", "role.class_weight"})
     needs: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
     until_begin: ClassVar[str] = "it will only divide the loss by 1 + beta"
-    lam: float = 0.5
-    begin: int = 10
-
-    def __post_init__(self) -> None:
-        require_at_least(0, self.name, "lam", self.lam)
-        require(self.begin >= 1, self.name, "begin", allowed=">= 1 (the first epoch has no counts)", got=self.begin)
+    lam: NonNegative = 0.5
+    begin: Begin = 10
 
     def at_epoch(self, state: State, run: Run) -> State:
         return {"scale": _scale(self.lam, self.begin, run)}

@@ -18,12 +18,12 @@ and time is saved only on a CPU once all of a batch have stopped.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from robustfair.config import require, require_at_least, require_literals
+from robustfair.config import Bounds, NonNegative, config
 from robustfair.errors import ConfigError
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
@@ -76,7 +76,7 @@ class CFAStop:
 
 
 @METHODS.register("friendly-at")
-@dataclass(frozen=True, kw_only=True)
+@config
 class FriendlyAT(Method):
     """Attack every image only until it has been misclassified for a budget of tau steps.
 
@@ -89,18 +89,13 @@ class FriendlyAT(Method):
     """
 
     name: ClassVar[str] = "friendly-at"
-    tau: int | str | None = None
+    tau: Annotated[int | str | None, Bounds(ge=0, le=LARGEST_TAU, allowed=ALLOWED_TAU)] = None
     variant: Literal["official", "cfa"] = "official"
-    omega: float = 0.0
+    omega: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        require_literals(self)
         if isinstance(self.tau, str):
             read_budgets(self.tau)
-        elif self.tau is not None:
-            whole = isinstance(self.tau, int) and not isinstance(self.tau, bool) and 0 <= self.tau <= LARGEST_TAU
-            require(whole, self.name, "tau", allowed=ALLOWED_TAU, got=self.tau)
-        require_at_least(0, self.name, "omega", self.omega)
 
     @property
     def claims(self) -> frozenset[str]:  # type: ignore[override]

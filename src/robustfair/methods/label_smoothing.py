@@ -10,10 +10,10 @@ off-class with s is uniform with s C / (C - 1). The attack goes on maximising it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Literal
 
-from robustfair.config import require_literals, require_share
+from robustfair.config import Share, config
 from robustfair.losses import kept_mass_labels
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
@@ -21,7 +21,7 @@ from robustfair.values import Batch, State
 
 
 @METHODS.register("label-smoothing")
-@dataclass(frozen=True, kw_only=True)
+@config
 class LabelSmoothing(Method):
     """Soft labels for objectives that read them.
 
@@ -32,12 +32,8 @@ class LabelSmoothing(Method):
 
     name: ClassVar[str] = "label-smoothing"
     claims: ClassVar[frozenset[str]] = frozenset({"batch.soft"})
-    amount: float = 0.1
+    amount: Share = 0.1
     kind: Literal["uniform", "off-class"] = "uniform"
-
-    def __post_init__(self) -> None:
-        require_literals(self)
-        require_share(self.name, "amount", self.amount)
 
     def at_epoch(self, state: State, run: Run) -> State:
         removed = self.amount

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustfair.config import needed
-from robustfair.errors import ConfigError
+from robustfair.errors import ConfigError, needed
 from robustfair.metrics.counts import Array, check_pair, square
 
 NAN = float("nan")

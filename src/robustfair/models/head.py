@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
-from robustfair.config import RobustFairWarning
-from robustfair.errors import ModelError
+from robustfair.errors import ModelError, RobustFairWarning
 from robustfair.models.layout import FaultWatch, Thinned, lay_out
 from robustfair.models.normalise import Normalised
 

@@ -1,4 +1,4 @@
-"""What the networks here share: input normalisation as a first layer, the starting weights, a check of the sizes.
+"""Input normalisation as the first layer of a model.
 
 The statistics are persistent buffers, so a weight file alone tells how its pixels were prepared: our weights trained on
 raw pixels never run behind CIFAR-10 statistics by accident, and a foreign checkpoint that carries its own mean and std
@@ -123,29 +123,3 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(self.normalise(x))
-
-
-def check_sizes(owner: str, *, num_classes: int, in_channels: int, width: int) -> None:
-    """Refuse sizes that make no classifier.
-
-    Raises:
-        ConfigError: fewer than two classes, or no channel, or a width below one.
-    """
-    for field, value, least in (("num_classes", num_classes, 2), ("in_channels", in_channels, 1), ("width", width, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(owner, field, allowed=f"an integer of at least {least}", got=value)
-
-
-def initialise(model: nn.Module) -> None:
-    """Set the starting weights in place, drawn from torch's global generator.
-
-    Convolutions: Kaiming normal over the fan out, as the WideResNet code of TRADES and FAAL has it. Batch norm:
-    scale 1, shift 0. Linear weights: torch's default. Every bias is 0, so that no class is preferred before training.
-
-    Source: He et al. 2015, "Delving deep into rectifiers", section 2.2 (backward case).
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from robustfair.config import read_path
 from robustfair.errors import CheckpointError
+from robustfair.grammar import read_path
 
 
 class StandIn:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from robustfair.config import needed
-from robustfair.errors import ModelError
+from robustfair.errors import ModelError, needed
 from robustfair.models.normalise import Normalisation, Normalised, Statistics, named_statistics
 
 EXTRA = '"robustfair[zoo]"'

@@ -12,12 +12,11 @@ refuses some of the README's own commands), and any number of classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
-from robustfair.config import require, require_at_least, require_share
+from robustfair.config import Bounds, NonNegative, Share, config
 from robustfair.losses import (
     MaximiseCE,
     MaximiseJS,
@@ -39,8 +38,44 @@ GOALS: dict[str, Goal] = {
 }
 
 
+Weighting = Literal["anti-robust", "confidence", "constant"]
+
+
+def arow_loss(
+    clean: Tensor,
+    adv: Tensor,
+    y: Tensor,
+    lam: float = 7.0,
+    *,
+    label_smoothing: float = 0.2,
+    weighting: Weighting = "anti-robust",
+    eps_log: float = 1e-12,
+) -> Loss:
+    """CE_s(p, y) + lam KL(p || q) (1 - q_y) per example, with p, q the softmax of the logits `clean`, `adv` (B, C).
+
+    Args:
+        y: (B,) labels.
+        lam, label_smoothing, weighting, eps_log: as in `ARoW`.
+
+    >>> import torch
+    >>> clean, adv, y = torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])
+    >>> arow_loss(clean, adv, y, lam=7).per_example()  # log 2 + 7 (log 4/3) / 2 (1 - 1/4)
+    tensor([1.4483])
+    """
+    weight: Tensor | float = 1.0
+    if weighting == "anti-robust":
+        weight = 1 - true_probability(adv, y)
+    elif weighting == "confidence":
+        weight = true_probability(clean, y)
+    return Loss.of(
+        Forward(clean=clean, adv=adv),
+        label=(cross_entropy(clean, y, label_smoothing), 1.0),
+        consistency=(floored_kl_divergence(clean, adv, eps_log) * weight, lam),
+    )
+
+
 @OBJECTIVES.register("arow")
-@dataclass(frozen=True, kw_only=True)
+@config
 class ARoW(AdversarialObjective):
     """mean of smoothed CE at x plus lam times KL(f(x) || f(x')), weighted by how wrong f is about x'.
 
@@ -58,19 +93,12 @@ class ARoW(AdversarialObjective):
     terms: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
     label_at: ClassVar[Literal["x", "x_adv"]] = "x"
     clean_pass: ClassVar[bool] = True
-    lam: float = 7.0
-    label_smoothing: float = 0.2
+    lam: NonNegative = 7.0
+    label_smoothing: Share = 0.2
     perturb_loss: Literal["kl", "ce", "revkl", "js"] = "kl"
     start: Literal["uniform", "gauss001"] = "uniform"
-    weighting: Literal["anti-robust", "confidence", "constant"] = "anti-robust"
-    eps_log: float = 1e-12
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(0, self.name, "lam", self.lam)
-        require_share(self.name, "label_smoothing", self.label_smoothing)
-        require_at_least(0, self.name, "eps_log", self.eps_log)
-        require(self.eps_log < 1, self.name, "eps_log", allowed="in [0, 1)", got=self.eps_log)
+    weighting: Weighting = "anti-robust"
+    eps_log: Annotated[float, Bounds(ge=0, lt=1)] = 1e-12
 
     def attack(self, batch: Batch) -> Attack:
         return self.attack_with(batch, GOALS[self.perturb_loss], self.start)
@@ -79,14 +107,12 @@ class ARoW(AdversarialObjective):
         assert batch.x_adv is not None, "fit attacks the batch before it asks for the loss"
         clean = model(batch.x)
         adv = model(batch.x_adv)
-        consistency = floored_kl_divergence(clean, adv, self.eps_log)
-        return Loss.of(
-            Forward(clean=clean, adv=adv),
-            label=(cross_entropy(clean, batch.y, self.label_smoothing), 1.0),
-            consistency=(consistency * self._weight(clean, adv, batch.y), self.lam),
+        return arow_loss(
+            clean,
+            adv,
+            batch.y,
+            self.lam,
+            label_smoothing=self.label_smoothing,
+            weighting=self.weighting,
+            eps_log=self.eps_log,
         )
-
-    def _weight(self, clean: Tensor, adv: Tensor, y: Tensor) -> Tensor | float:
-        if self.weighting == "anti-robust":
-            return 1 - true_probability(adv, y)
-        return true_probability(clean, y) if self.weighting == "confidence" else 1.0

@@ -6,9 +6,9 @@ norm in eval mode during the attack by default (`attack_mode="train"` is theirs)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from robustfair.config import config
 from robustfair.losses import MaximiseCE
 from robustfair.objectives.base import AdversarialObjective, label_loss_at_attacked
 from robustfair.registry import OBJECTIVES
@@ -16,7 +16,7 @@ from robustfair.values import Attack, Batch, Loss, Model
 
 
 @OBJECTIVES.register("pgd-at")
-@dataclass(frozen=True, kw_only=True)
+@config
 class PGDAT(AdversarialObjective):
     """min over weights of the mean of max over the ball of CE(f(x'), y).
 

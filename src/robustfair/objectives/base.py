@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from robustfair.config import Norm, parse_eps, parse_norm, require_at_least, require_literals, require_whole
+from robustfair.config import Norm, Whole, config
 from robustfair.losses import MaximiseCE, cross_entropy, soft_cross_entropy
 from robustfair.values import Attack, Batch, Forward, Goal, Loss, Mode, Model, default_eps, default_step
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class Objective(ABC):
     """Base of all objectives.
 
@@ -63,7 +62,7 @@ def label_loss_at_attacked(model: Model, batch: Batch) -> Loss:
     return Loss.of(Forward(adv=adv), label=(label_loss(adv, batch), 1.0))
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class AdversarialObjective(Objective):
     """An objective that trains on attacked images within one threat model.
 
@@ -79,22 +78,14 @@ class AdversarialObjective(Objective):
     norm: Norm = "linf"
     eps: float | None = None
     step_size: float | None = None
-    steps: int = 10
+    steps: Whole = 10
     attack_mode: Mode = "eval"
 
     reads: ClassVar[frozenset[str]] = frozenset({"x_adv"})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", parse_norm(self.norm, owner=self.name))
-        require_literals(self)
-        eps = default_eps(self.norm) if self.eps is None else self.eps
-        object.__setattr__(self, "eps", parse_eps(eps, norm=self.norm, owner=self.name))
-        if isinstance(self.step_size, str):
-            norm = "l2" if self.norm == "l2" else "any"
-            step_size = parse_eps(self.step_size, norm=norm, owner=self.name, field="step_size")
-            object.__setattr__(self, "step_size", step_size)
-        require_at_least(0, self.name, "step_size", 0 if self.step_size is None else self.step_size)
-        require_whole(0, self.name, "steps", self.steps)
+        if self.eps is None:
+            object.__setattr__(self, "eps", default_eps(self.norm))
 
     @property
     def radius(self) -> float:

@@ -14,11 +14,11 @@ overfitting"); Rice et al. take 0.75 or 0.875.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isclose
 from typing import ClassVar
 
-from robustfair.config import format_value, require, require_at_least
+from robustfair.config import NonNegative, Whole, config, require
+from robustfair.grammar import format_value
 from robustfair.losses import MaximiseCE
 from robustfair.objectives.base import AdversarialObjective, label_loss_at_attacked
 from robustfair.registry import OBJECTIVES
@@ -28,7 +28,7 @@ ALPHA_RATIO = 1.25
 
 
 @OBJECTIVES.register("fgsm-at")
-@dataclass(frozen=True, kw_only=True)
+@config
 class FGSMAT(AdversarialObjective):
     """min over weights of the mean of CE at one step of alpha_ratio eps from a uniform start.
 
@@ -40,8 +40,8 @@ class FGSMAT(AdversarialObjective):
 
     name: ClassVar[str] = "fgsm-at"
     reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft", "shift"})
-    steps: int = 1
-    alpha_ratio: float | None = None
+    steps: Whole = 1
+    alpha_ratio: NonNegative | None = None
     clip_to_box: bool = True
 
     def __post_init__(self) -> None:
@@ -49,7 +49,6 @@ class FGSMAT(AdversarialObjective):
         require(self.steps == 1, self.name, "steps", allowed="1", got=self.steps, hint="Take pgd-at for more steps")
         if self.alpha_ratio is None:
             return
-        require_at_least(0, self.name, "alpha_ratio", self.alpha_ratio)
         agree = self.step_size is None or isclose(self.step_size, self.alpha_ratio * self.radius, rel_tol=1e-6)
         allowed = f"{self.alpha_ratio:g} of eps, or left out"
         hint = "Give a step size for this eps too, or one of the two"

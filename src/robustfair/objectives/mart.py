@@ -13,18 +13,48 @@ WRN-34-10; the paper calls it lambda. The paper starts at a uniform point (`star
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from robustfair.config import require, require_at_least
+from torch import Tensor
+
+from robustfair.config import Bounds, NonNegative, config
 from robustfair.losses import MaximiseCE, boosted_cross_entropy, floored_kl_divergence, true_probability
 from robustfair.objectives.base import AdversarialObjective
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Attack, Batch, Forward, Loss, Model
 
 
+def mart_loss(
+    clean: Tensor,
+    adv: Tensor,
+    y: Tensor,
+    beta: float = 5.0,
+    *,
+    bce_margin: float = 1.0001,
+    weight_margin: float = 1.0000001,
+    eps_log: float = 1e-12,
+) -> Loss:
+    """BCE(q, y) + beta KL(p || q) (1 - p_y) per example, with p, q the softmax of the logits `clean`, `adv` (B, C).
+
+    Args:
+        y: (B,) labels.
+        beta, bce_margin, weight_margin, eps_log: as in `MART`.
+
+    >>> import torch
+    >>> clean, adv, y = torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])
+    >>> mart_loss(clean, adv, y, beta=5, bce_margin=1, weight_margin=1).per_example()  # 2 log 4 + 5 (log 4/3) / 2 / 2
+    tensor([3.1322])
+    """
+    unsure = weight_margin - true_probability(clean, y)
+    return Loss.of(
+        Forward(clean=clean, adv=adv),
+        label=(boosted_cross_entropy(adv, y, bce_margin, eps_log), 1.0),
+        consistency=(floored_kl_divergence(clean, adv, eps_log) * unsure, beta),
+    )
+
+
 @OBJECTIVES.register("mart")
-@dataclass(frozen=True, kw_only=True)
+@config
 class MART(AdversarialObjective):
     """mean of boosted CE at x' plus beta times KL(f(x) || f(x')), weighted by how wrong f is about x.
 
@@ -39,19 +69,11 @@ class MART(AdversarialObjective):
     name: ClassVar[str] = "mart"
     terms: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
     clean_pass: ClassVar[bool] = True
-    beta: float = 5.0
+    beta: NonNegative = 5.0
     start: Literal["gauss001", "uniform"] = "gauss001"
-    bce_margin: float = 1.0001
-    weight_margin: float = 1.0000001
-    eps_log: float = 1e-12
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(0, self.name, "beta", self.beta)
-        require_at_least(1, self.name, "bce_margin", self.bce_margin)
-        require_at_least(1, self.name, "weight_margin", self.weight_margin)
-        require_at_least(0, self.name, "eps_log", self.eps_log)
-        require(self.eps_log < 1, self.name, "eps_log", allowed="in [0, 1)", got=self.eps_log)
+    bce_margin: Annotated[float, Bounds(ge=1)] = 1.0001
+    weight_margin: Annotated[float, Bounds(ge=1)] = 1.0000001
+    eps_log: Annotated[float, Bounds(ge=0, lt=1)] = 1e-12
 
     def attack(self, batch: Batch) -> Attack:
         return self.attack_with(batch, MaximiseCE(), self.start)
@@ -60,9 +82,5 @@ class MART(AdversarialObjective):
         assert batch.x_adv is not None, "fit attacks the batch before it asks for the loss"
         clean = model(batch.x)
         adv = model(batch.x_adv)
-        unsure = self.weight_margin - true_probability(clean, batch.y)
-        return Loss.of(
-            Forward(clean=clean, adv=adv),
-            label=(boosted_cross_entropy(adv, batch.y, self.bce_margin, self.eps_log), 1.0),
-            consistency=(floored_kl_divergence(clean, adv, self.eps_log) * unsure, self.beta),
-        )
+        constants = {"bce_margin": self.bce_margin, "weight_margin": self.weight_margin, "eps_log": self.eps_log}
+        return mart_loss(clean, adv, batch.y, self.beta, **constants)

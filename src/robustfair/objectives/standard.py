@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from robustfair.config import config
 from robustfair.objectives.base import Objective, label_loss
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Batch, Forward, Loss, Model
 
 
 @OBJECTIVES.register("standard")
-@dataclass(frozen=True, kw_only=True)
+@config
 class Standard(Objective):
     """Cross-entropy at x; equals PGD-AT with eps = 0 and TRADES with beta = 0."""
 

@@ -10,21 +10,54 @@ another on f(x).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isclose
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from robustfair.config import format_value, require, require_at_least
-from robustfair.losses import MaximiseKL, at_least_float32, kl_divergence, soft_cross_entropy
+from robustfair.config import NonNegative, config, require
+from robustfair.grammar import format_value
+from robustfair.losses import MaximiseKL, at_least_float32, cross_entropy, kl_divergence, soft_cross_entropy
 from robustfair.objectives.base import AdversarialObjective, label_loss
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Attack, Batch, Forward, Loss, Model
 
+Regularizer = Literal["kl", "ce"]
+
+
+def trades_loss(
+    clean: Tensor,
+    adv: Tensor,
+    y: Tensor,
+    beta: float = 6.0,
+    *,
+    label: Tensor | None = None,
+    regularizer: Regularizer = "kl",
+    detach_clean: bool = False,
+) -> Loss:
+    """CE(p, y) + beta KL(p || q) per example, with p, q the softmax of the logits `clean`, `adv` (B, C).
+
+    Args:
+        y: (B,) labels.
+        label: (B,) what stands in place of CE(p, y) where a method set other labels.
+        beta, regularizer, detach_clean: as in `Trades`.
+
+    >>> clean, adv = torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log()
+    >>> trades_loss(clean, adv, torch.tensor([0]), beta=6).per_example()  # log 2 + 6 (log 4/3) / 2
+    tensor([1.5562])
+    """
+    target = clean.detach() if detach_clean else clean
+    if regularizer == "kl":
+        consistency = kl_divergence(target, adv)
+    else:
+        consistency = soft_cross_entropy(adv, torch.softmax(at_least_float32(target), 1))
+    label = cross_entropy(clean, y) if label is None else label
+    return Loss.of(Forward(clean=clean, adv=adv), label=(label, 1.0), consistency=(consistency, beta))
+
 
 @OBJECTIVES.register("trades")
-@dataclass(frozen=True, kw_only=True)
+@config
 class Trades(AdversarialObjective):
     """mean of CE(f(x), y) + beta KL(f(x) || f(x')), x' maximising the KL from a start of 0.001 Gaussian noise.
 
@@ -40,14 +73,13 @@ class Trades(AdversarialObjective):
     reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft", "shift"})
     label_at: ClassVar[Literal["x", "x_adv"]] = "x"
     clean_pass: ClassVar[bool] = True
-    beta: float = 6.0
-    regularizer: Literal["kl", "ce"] = "kl"
+    beta: NonNegative = 6.0
+    regularizer: Regularizer = "kl"
     detach_clean: bool = False
     l2_step: Literal["two-eps-over-steps", "given"] = "two-eps-over-steps"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(0, self.name, "beta", self.beta)
         agrees = self.step_size is None or isclose(self.step_size, self.step, rel_tol=1e-6)
         allowed = f"2 eps / steps = {self.step:.6g} under l2, or left out"
         hint = "Add l2_step=given for a step of your own"
@@ -66,13 +98,12 @@ class Trades(AdversarialObjective):
         assert batch.x_adv is not None, "fit attacks the batch before it asks for the loss"
         clean = model(batch.x)
         adv = model(batch.x_adv)
-        target = clean.detach() if self.detach_clean else clean
-        if self.regularizer == "kl":
-            consistency = kl_divergence(target, adv)
-        else:
-            consistency = soft_cross_entropy(adv, torch.softmax(at_least_float32(target), 1))
-        return Loss.of(
-            Forward(clean=clean, adv=adv),
-            label=(label_loss(clean, batch), 1.0),
-            consistency=(consistency, self.beta),
+        return trades_loss(
+            clean,
+            adv,
+            batch.y,
+            self.beta,
+            label=label_loss(clean, batch),
+            regularizer=self.regularizer,
+            detach_clean=self.detach_clean,
         )

@@ -11,13 +11,13 @@ sets to 1; "mean" and "keep-frobenius" keep the scale of the logits, and so what
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from robustfair.errors import ConfigError, ModelError
+from robustfair.config import config
+from robustfair.errors import ModelError
 from robustfair.models.head import find_head
 from robustfair.registry import REPAIRS
 
@@ -50,7 +50,7 @@ def normalise_rows(weight: Tensor, target_norm: TargetNorm = "unit") -> Tensor:
 
 
 @REPAIRS.register("hwnwb")
-@dataclass(frozen=True, kw_only=True)
+@config
 class HWNwB:
     """Head weight normalisation with bias. On a head without bias it equals tau-normalisation with tau = 1.
 
@@ -64,10 +64,6 @@ class HWNwB:
 
     target_norm: TargetNorm = "unit"
     keep_bias: bool = True
-
-    def __post_init__(self) -> None:
-        if self.target_norm not in get_args(TargetNorm):
-            raise ConfigError("hwnwb", "target_norm", allowed=" or ".join(get_args(TargetNorm)), got=self.target_norm)
 
     def __call__(self, model: nn.Module, *, example: Tensor | None = None) -> nn.Module:
         """A copy of `model` with the edited head; all else is bit-identical.

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
-from robustfair.config import needed
+from robustfair.errors import needed
 
 with needed("rich", "a table, a report or a command"):
     from rich.console import Console

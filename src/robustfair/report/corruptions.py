@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from robustfair.config import read_path
 from robustfair.errors import ConfigError
 from robustfair.evaluate.corruptions import ALL, SETS, CorruptionAudit
 from robustfair.evaluate.rates import WorstClass
 from robustfair.evaluate.result import CLEAN
 from robustfair.files import write_text
+from robustfair.grammar import read_path
 from robustfair.report.figures import HEAT_STEPS, rate_map
 from robustfair.report.layout import WORST, Cell, Column, Sheet, printable
 from robustfair.report.table import percent, span, worst_name

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from robustfair.config import format_value
+from robustfair.grammar import format_value
 from robustfair.methods.compose import Plan
 from robustfair.objectives.base import AdversarialObjective
 

@@ -20,8 +20,7 @@ import torch
 from markupsafe import Markup
 
 from robustfair import metrics
-from robustfair.config import format_eps, needed, read_path
-from robustfair.errors import ConfigError
+from robustfair.errors import ConfigError, needed
 from robustfair.evaluate.compare import AttackComparison, Difference, PairedTest, check_comparable, compare_under
 from robustfair.evaluate.diagnostics.results import diagnose, diagnose_change
 from robustfair.evaluate.gates import GateResult
@@ -29,6 +28,7 @@ from robustfair.evaluate.groups import GroupRates
 from robustfair.evaluate.rates import WorstClass
 from robustfair.evaluate.result import CLEAN, Audit
 from robustfair.files import write_text
+from robustfair.grammar import format_eps, read_path
 from robustfair.registry import REPORTS
 from robustfair.report import figures
 from robustfair.report.figures import Bar, Curve

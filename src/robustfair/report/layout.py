@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
-from robustfair.config import needed
+from robustfair.errors import needed
 from robustfair.report.console import Screen, encodable
 
 with needed("rich", "a table or report"):

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustfair.config import read_path
 from robustfair.errors import CheckpointError, DivergedError, UnknownNameError
 from robustfair.files import read_json, write_json, write_text
+from robustfair.grammar import read_path
 from robustfair.models.build import build_model
 from robustfair.runs.checkpoint import (
     Checkpoint,

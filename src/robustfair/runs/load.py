@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from robustfair.config import read_path
 from robustfair.errors import ModelError, RobustFairError, UnknownNameError
+from robustfair.grammar import read_path
 from robustfair.models.build import create_model
 from robustfair.models.head import other_dtypes
 from robustfair.models.normalise import Normalise, Normalised, named_statistics

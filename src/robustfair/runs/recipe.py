@@ -30,20 +30,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
-from robustfair.config import (
-    FAST_SCHEDULE,
-    Curve,
-    Norm,
-    Precision,
-    Select,
-    build,
-    canonical_key,
-    format_value,
-    read_path,
-    require,
-    require_one_way,
-)
+from robustfair.config import FAST_SCHEDULE, Curve, Norm, Precision, Select, build, require, require_one_way
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.grammar import canonical_key, format_value, read_path
 
 SCHEMA = "robustfair.recipe/1"
 

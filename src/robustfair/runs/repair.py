@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustfair.config import RobustFairWarning, read_path
-from robustfair.errors import CheckpointError, ModelError
+from robustfair.errors import CheckpointError, ModelError, RobustFairWarning
 from robustfair.files import write_text
+from robustfair.grammar import read_path
 from robustfair.models.head import head_norms
 from robustfair.registry import load_plugin
 from robustfair.repairs import Repair

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import RobustFairWarning, Term, build, format_value, parse_composition, parse_norm, read_path
+from robustfair.config import build
 from robustfair.data import ImageDataset, Splits, load_dataset, split_hash
 from robustfair.data.augment.crops import Augmentation, parse_augmentation
 from robustfair.data.edits import Edited
-from robustfair.errors import DivergedError, ModelError, RecipeError, UnknownNameError
+from robustfair.errors import DivergedError, ModelError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.execution.device import resolve_device
+from robustfair.grammar import Term, format_value, parse_composition, parse_norm, read_path
 from robustfair.methods.base import Method
 from robustfair.methods.compose import Plan, compose
 from robustfair.models.build import create_model, describe_model

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustfair.config import build, parse_composition
+from robustfair.config import build
 from robustfair.data import ImageDataset
 from robustfair.data.edits import Edit, Edited, Predict
 from robustfair.data.loader import evaluation_batches
 from robustfair.errors import RecipeError
 from robustfair.execution.device import resolve_device
 from robustfair.files import write_text
+from robustfair.grammar import parse_composition
 from robustfair.models.modes import attacking
 from robustfair.registry import EDITS, load_plugin
 from robustfair.runs.folder import RunFolder, environment

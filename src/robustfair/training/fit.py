@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from robustfair import metrics
-from robustfair.config import Precision, RobustFairWarning, Select, require, require_one_way
+from robustfair.config import Precision, Select, require, require_one_way
 from robustfair.data import ImageDataset
 from robustfair.data.augment.crops import Augmentation, parse_augmentation
 from robustfair.data.load.parts import listed
 from robustfair.data.loader import Loader, evaluation_batches
 from robustfair.data.split import stratified_split
-from robustfair.errors import ConfigError, DataError, DivergedError, ModelError
+from robustfair.errors import ConfigError, DataError, DivergedError, ModelError, RobustFairWarning
 from robustfair.execution.device import warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import allow_deterministic_products, numerics

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
-from robustfair.config import FAST_SCHEDULE, Curve, require, require_at_least, require_literals
+from robustfair.config import FAST_SCHEDULE, Bounds, Count, Curve, NonNegative, config, require
 from robustfair.errors import ConfigError
 from robustfair.models.head import find_head
 
 MOMENTUM_CYCLE = 0.1
+Fraction = Annotated[float, Bounds(gt=0, lt=1)]
 HEAD_PARTS = {"head": ("weight", "bias"), "head.weight": ("weight",), "head.bias": ("bias",)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class Schedule:
     """An optimizer under one of four learning-rate curves.
 
@@ -41,29 +41,23 @@ class Schedule:
             for one of them; everything else, batch norm included, stays as it is.
     """
 
-    epochs: int = 200
-    lr: float = 0.1
+    epochs: Count = 200
+    lr: NonNegative = 0.1
     kind: Curve = "multistep"
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    warmup: float = 0.4
-    batch_size: int = 128
+    milestones: Annotated[
+        tuple[Annotated[float, Bounds(gt=0, lt=1)], ...], Bounds(allowed="fractions of the run in (0, 1)")
+    ] = (0.5, 0.75)
+    gamma: NonNegative = 0.1
+    warmup: Fraction = 0.4
+    batch_size: Count = 128
     optimizer: Literal["sgd", "adam"] = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: NonNegative = 0.9
+    weight_decay: NonNegative = 5e-4
     nesterov: bool = False
     cycle_momentum: bool = False
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        require_literals(self)
-        for field in ("epochs", "batch_size"):
-            require_at_least(1, "schedule", field, getattr(self, field))
-        for field in ("lr", "gamma", "momentum", "weight_decay"):
-            require_at_least(0, "schedule", field, getattr(self, field))
-        inside = all(0 < milestone < 1 for milestone in self.milestones)
-        require(inside, "schedule", "milestones", allowed="fractions of the run in (0, 1)", got=self.milestones)
-        require(0 < self.warmup < 1, "schedule", "warmup", allowed="in (0, 1)", got=self.warmup)
         no_momentum = self.nesterov and self.momentum == 0
         require(not no_momentum, "schedule", "nesterov", allowed="false where momentum is 0", got=self.nesterov)
         cycles = self.kind == "one-cycle" and self.lr > 0

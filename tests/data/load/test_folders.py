@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 
 from reference.layouts import picture, pixels, write_images
-from robustfair.config import RobustFairWarning
 from robustfair.data.datasets import Splits, load_dataset
-from robustfair.errors import DataError
+from robustfair.errors import DataError, RobustFairWarning
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from reference.layouts import IMAGE, cells, class_label, pixels, png, write_images, write_parquet
-from robustfair.config import RobustFairWarning
 from robustfair.data.datasets import load_dataset
-from robustfair.errors import ConfigError, DataError, UnknownNameError
+from robustfair.errors import ConfigError, DataError, RobustFairWarning, UnknownNameError
 
 AB = {"image": IMAGE, "label": class_label(["a", "b"])}
 

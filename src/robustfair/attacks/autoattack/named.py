@@ -15,8 +15,9 @@ from robustfair.attacks.autoattack.apgd import CLASSES, Apgd, ApgdLoss
 from robustfair.attacks.autoattack.base import Search
 from robustfair.attacks.autoattack.fab import Fab
 from robustfair.attacks.autoattack.square import Square
-from robustfair.config import Term, build, canonical_key, format_eps, format_value, require
+from robustfair.config import build, require
 from robustfair.errors import UnknownNameError
+from robustfair.grammar import Term, canonical_key, format_eps, format_value
 from robustfair.registry import canonical
 from robustfair.values import Threat
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from robustfair.config import Whole, config
 from robustfair.data.augment.idbh import IDBH, CropShift
 from robustfair.errors import ConfigError, UnknownNameError
 from robustfair.registry import canonical
@@ -44,7 +45,7 @@ class Identity:
         return to_unit(images)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class CropFlip:
     """Pad, crop at a uniform offset per image back to the same size, mirror left to right with probability 1/2.
 
@@ -57,15 +58,10 @@ class CropFlip:
         ConfigError: `padding` is negative or reaches beyond what the image can reflect; `pad_mode` is unknown.
     """
 
-    padding: int = 4
+    name: ClassVar[str] = "crop"
+    padding: Whole = 4
     pad_mode: Literal["reflect", "zero"] = "reflect"
     flip: bool = True
-
-    def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise ConfigError("crop", "padding", allowed="at least 0", got=self.padding)
-        if self.pad_mode not in ("reflect", "zero"):
-            raise ConfigError("crop", "pad_mode", allowed="'reflect' or 'zero'", got=self.pad_mode)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         batch, _, height, width = images.shape

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustfair.config import require, require_literals, require_share
+from robustfair.config import Share, config, require
 from robustfair.data.corruptions.filters import take
 
 CHOICES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
@@ -183,7 +183,7 @@ class Draws:
     columns: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class IDBH:
     """Mirror, CropShift, one operation on colour or shape, RandomErasing; the defaults are version `cifar10-weak`.
 
@@ -201,17 +201,12 @@ class IDBH:
 
     shift: tuple[int, int] = (0, 11)
     colour_shape: Literal["color", "shape"] = "color"
-    erase_probability: float = 0.5
+    erase_probability: Share = 0.5
     erase_area: tuple[float, float] = (0.02, 0.33)
     flip: bool = True
 
     def __post_init__(self) -> None:
-        require_literals(self)
-        for field in ("shift", "erase_area"):
-            pair = getattr(self, field)
-            require(isinstance(pair, tuple) and len(pair) == 2, "idbh", field, allowed="two numbers", got=pair)
         _check_range("idbh", "shift", *self.shift)
-        require_share("idbh", "erase_probability", self.erase_probability)
         low, high = self.erase_area
         allowed = "two parts with 0 < smallest <= largest <= 1"
         require(0 < low <= high <= 1, "idbh", "erase_area", allowed=allowed, got=self.erase_area)

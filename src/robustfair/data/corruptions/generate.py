@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustfair.config import canonical_key, read_path, require
+from robustfair.config import require
 from robustfair.data.augment.crops import to_unit
 from robustfair.data.corruptions.filters import (
     bend,
@@ -48,6 +48,7 @@ from robustfair.data.corruptions.filters import (
     zoom_grid,
 )
 from robustfair.errors import DataError, UnknownNameError
+from robustfair.grammar import canonical_key, read_path
 from robustfair.values import seeded_generator
 
 Scale = Literal["cifar", "imagenet"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from robustfair.config import read_path
+from robustfair.grammar import read_path
 
 VERSION = 1
 """Part of every key: raise it when decoding gives other pixels for the same source."""

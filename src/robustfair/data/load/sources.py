@@ -19,7 +19,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from robustfair.config import needed, read_path
 from robustfair.data.catalog import CATALOG, CatalogEntry
 from robustfair.data.load.decode import (
     Decoded,
@@ -37,7 +36,8 @@ from robustfair.data.load.originals import Files, find_originals
 from robustfair.data.load.parts import as_parts, by_role, listed, role_of
 from robustfair.data.pack import HEADER, Pack, find_pack, pack_stem, read_pack
 from robustfair.data.split import stratified_split
-from robustfair.errors import DataError, UnknownNameError
+from robustfair.errors import DataError, UnknownNameError, needed
+from robustfair.grammar import read_path
 from robustfair.registry import canonical
 
 _IMAGE_KEYS = ("images", "x", "image")

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from robustfair.config import needed
 from robustfair.data.catalog import CatalogEntry
 from robustfair.data.load.decode import (
     Decoded,
@@ -28,7 +27,7 @@ from robustfair.data.load.decode import (
     super_classes,
 )
 from robustfair.data.load.parts import as_parts, text_order
-from robustfair.errors import DataError, UnknownNameError
+from robustfair.errors import DataError, UnknownNameError, needed
 from robustfair.registry import canonical
 
 if TYPE_CHECKING:

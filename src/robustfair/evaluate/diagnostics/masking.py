@@ -14,9 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from robustfair.config import RobustFairWarning
 from robustfair.data import ImageDataset
-from robustfair.errors import ModelError
+from robustfair.errors import ModelError, RobustFairWarning
 from robustfair.evaluate.diagnostics.base import Diagnostic, paired_difference
 from robustfair.evaluate.diagnostics.results import MISLEADING, WITHOUT_GRADIENTS
 from robustfair.evaluate.plan import SearchPrecision

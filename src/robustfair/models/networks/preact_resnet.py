@@ -1,4 +1,4 @@
-"""PreActResNet-18 for small images, the pre-activation block that WideResNet is made of too, and stages of any block.
+"""PreActResNet-18 for small images, and the pre-activation block that WideResNet is made of too.
 
 Source: He et al. 2016, "Identity mappings in deep residual networks", in the form that CFA, FAIR-TAT and AWP train:
 3x3 stem without pooling, batch norm and ReLU before the mean over the image (11,172,170 parameters for ten classes).
@@ -6,12 +6,10 @@ Source: He et al. 2016, "Identity mappings in deep residual networks", in the fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustfair.models.normalise import Normalise, check_sizes, initialise
+from robustfair.models.networks.base import Network, residual_stages
 from robustfair.registry import MODELS
 
 
@@ -39,60 +37,22 @@ class PreActBlock(nn.Module):
         return h + shortcut
 
 
-def residual_stages(
-    block: Callable[[int, int, int], nn.Module], in_channels: int, channels: Sequence[int], blocks: int
-) -> nn.Sequential:
-    """Stages of `blocks` blocks each, with `channels` outputs; every stage but the first halves the image.
-
-    Args:
-        block: makes one from its channels in, its channels out and its stride.
-    """
-    stages = []
-    for i, out_channels in enumerate(channels):
-        first = block(in_channels, out_channels, 1 if i == 0 else 2)
-        rest = [block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-        stages.append(nn.Sequential(first, *rest))
-        in_channels = out_channels
-    return nn.Sequential(*stages)
-
-
 @MODELS.register("preact-resnet18")
-class PreActResNet18(nn.Module):
+class PreActResNet18(Network):
     """Four stages of two pre-activation blocks with width, 2, 4 and 8 width channels, mean over the image, head.
 
     Args:
-        num_classes: outputs C.
-        in_channels: channels of an image.
         width: channels of the stem and the first stage.
-        mean, std: of the input normalisation, one number a channel; None takes `default_statistics`.
-
-    Shape: (B, in_channels, H, W) in [0, 1] to logits (B, C), any H and W.
-
-    Raises:
-        ConfigError: a size out of range.
     """
 
     name = "preact-resnet18"
+    default_width = 64
 
-    def __init__(
-        self,
-        *,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        width: int = 64,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        check_sizes(self.name, num_classes=num_classes, in_channels=in_channels, width=width)
-        self.num_classes, self.in_channels, self.width = num_classes, in_channels, width
-        self.normalise = Normalise(in_channels, mean, std)
+    def make_layers(self, in_channels: int, width: int) -> int:
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.stages = residual_stages(PreActBlock, width, (width, 2 * width, 4 * width, 8 * width), blocks=2)
         self.norm = nn.BatchNorm2d(8 * width)
-        self.head = nn.Linear(8 * width, num_classes)
-        initialise(self)
+        return 8 * width
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stages(self.stem(self.normalise(x)))
-        return self.head(F.relu(self.norm(h)).mean((2, 3)))
+    def run_layers(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.stages(self.stem(x))))

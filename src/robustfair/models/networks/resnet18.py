@@ -6,13 +6,10 @@ first stage keeps the size of the image (11,173,962 parameters for ten classes).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustfair.models.networks.preact_resnet import residual_stages
-from robustfair.models.normalise import Normalise, check_sizes, initialise
+from robustfair.models.networks.base import Network, residual_stages
 from robustfair.registry import MODELS
 
 
@@ -40,42 +37,21 @@ class ResNetBlock(nn.Module):
 
 
 @MODELS.register("resnet18")
-class ResNet18(nn.Module):
+class ResNet18(Network):
     """Four stages of two blocks with width, 2, 4 and 8 width channels, mean over the image, head.
 
     Args:
-        num_classes: outputs C.
-        in_channels: channels of an image.
         width: channels of the stem and the first stage.
-        mean, std: of the input normalisation, one number a channel; None takes `default_statistics`.
-
-    Shape: (B, in_channels, H, W) in [0, 1] to logits (B, C), any H and W.
-
-    Raises:
-        ConfigError: a size out of range.
     """
 
     name = "resnet18"
+    default_width = 64
 
-    def __init__(
-        self,
-        *,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        width: int = 64,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        check_sizes(self.name, num_classes=num_classes, in_channels=in_channels, width=width)
-        self.num_classes, self.in_channels, self.width = num_classes, in_channels, width
-        self.normalise = Normalise(in_channels, mean, std)
+    def make_layers(self, in_channels: int, width: int) -> int:
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         self.stages = residual_stages(ResNetBlock, width, (width, 2 * width, 4 * width, 8 * width), blocks=2)
-        self.head = nn.Linear(8 * width, num_classes)
-        initialise(self)
+        return 8 * width
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.norm(self.stem(self.normalise(x))))
-        return self.head(self.stages(h).mean((2, 3)))
+    def run_layers(self, x: Tensor) -> Tensor:
+        return self.stages(F.relu(self.norm(self.stem(x))))

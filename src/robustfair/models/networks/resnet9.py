@@ -6,11 +6,9 @@ image size works; the other poolings round up for the same reason (no difference
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
-from robustfair.models.normalise import Normalise, check_sizes, initialise
+from robustfair.models.networks.base import Network
 from robustfair.registry import MODELS
 
 
@@ -36,36 +34,17 @@ class _Residual(nn.Module):
 
 
 @MODELS.register("resnet9")
-class ResNet9(nn.Module):
+class ResNet9(Network):
     """Eight convolutions of width to 8 width channels, two residual pairs among them, mean over the image, head.
 
     Args:
-        num_classes: outputs C.
-        in_channels: channels of an image.
         width: channels of the first convolution; the last have eight times as many.
-        mean, std: of the input normalisation, one number a channel; None takes `default_statistics`.
-
-    Shape: (B, in_channels, H, W) in [0, 1] to logits (B, C), any H and W.
-
-    Raises:
-        ConfigError: a size out of range.
     """
 
     name = "resnet9"
+    default_width = 64
 
-    def __init__(
-        self,
-        *,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        width: int = 64,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        check_sizes(self.name, num_classes=num_classes, in_channels=in_channels, width=width)
-        self.num_classes, self.in_channels, self.width = num_classes, in_channels, width
-        self.normalise = Normalise(in_channels, mean, std)
+    def make_layers(self, in_channels: int, width: int) -> int:
         self.features = nn.Sequential(
             _conv(in_channels, width),
             _conv(width, 2 * width, pool=True),
@@ -74,8 +53,7 @@ class ResNet9(nn.Module):
             _conv(4 * width, 8 * width, pool=True),
             _Residual(8 * width),
         )
-        self.head = nn.Linear(8 * width, num_classes)
-        initialise(self)
+        return 8 * width
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(self.normalise(x)).mean((2, 3)))
+    def run_layers(self, x: Tensor) -> Tensor:
+        return self.features(x)

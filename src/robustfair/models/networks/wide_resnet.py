@@ -9,62 +9,44 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustfair.errors import ConfigError
-from robustfair.models.networks.preact_resnet import PreActBlock, residual_stages
-from robustfair.models.normalise import Normalise, check_sizes, initialise
+from robustfair.models.networks.base import Network, residual_stages
+from robustfair.models.networks.preact_resnet import PreActBlock
 from robustfair.registry import MODELS, canonical
 
 STEM_CHANNELS = 16
 
 
-class WideResNet(nn.Module):
+class WideResNet(Network):
     """A 3x3 stem of 16 channels, three stages of pre-activation blocks, mean over the image, head.
 
     Args:
         depth: layers with weights, 6 n + 4 for n blocks a stage.
-        num_classes: outputs C.
-        in_channels: channels of an image.
         width: the widening factor, which multiplies the base of 16: stages have 16, 32 and 64 times `width` channels.
-        mean, std: of the input normalisation, one number a channel; None takes `default_statistics`.
-
-    Shape: (B, in_channels, H, W) in [0, 1] to logits (B, C), any H and W.
 
     Raises:
         ConfigError: a size out of range, or a depth that is not 6 n + 4.
     """
 
-    def __init__(
-        self,
-        *,
-        depth: int = 28,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        width: int = 10,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        check_sizes("wide-resnet", num_classes=num_classes, in_channels=in_channels, width=width)
+    name = "wide-resnet"
+    default_width = 10
+
+    def make_layers(self, in_channels: int, width: int, depth: int = 28) -> int:
         if depth < 10 or depth % 6 != 4:
             raise ConfigError("wide-resnet", "depth", allowed="6 n + 4 (10, 16, 22, 28, 34, 40, ...)", got=depth)
         self.name = f"wrn-{depth}-{width}"
-        self.num_classes, self.in_channels, self.width = num_classes, in_channels, width
         channels = [STEM_CHANNELS * width * factor for factor in (1, 2, 4)]
-        self.normalise = Normalise(in_channels, mean, std)
         self.stem = nn.Conv2d(in_channels, STEM_CHANNELS, 3, padding=1, bias=False)
         self.stages = residual_stages(PreActBlock, STEM_CHANNELS, channels, blocks=(depth - 4) // 6)
         self.norm = nn.BatchNorm2d(channels[-1])
-        self.head = nn.Linear(channels[-1], num_classes)
-        initialise(self)
+        return channels[-1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stages(self.stem(self.normalise(x)))
-        return self.head(F.relu(self.norm(h)).mean((2, 3)))
+    def run_layers(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.stages(self.stem(x))))
 
 
 def wide_resnet_factory(name: str) -> functools.partial[WideResNet] | None:
