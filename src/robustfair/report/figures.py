@@ -1,8 +1,8 @@
-"""Figures of the report: data in, SVG text out. Nothing is read, nothing is written, nothing is fetched.
+"""Figures of the report: data in, SVG out, as markup that a template prints. Nothing is read, written or fetched.
 
 Colours and fonts are classes that `templates/report.css` fills in, so that a figure follows the reader's light or dark
 scheme. A figure is drawn about as wide as a telephone and may be shown somewhat larger: its text is readable on both.
-Rates are fractions and are printed as percent; nan is left out. Every text that comes from outside is escaped here.
+Rates are fractions and are printed as percent; nan is left out. Every text is escaped, by `_element`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Literal, TypeGuard
 
-from robustfair.report.layout import short_names
-from robustfair.report.table import NO_IMAGES, percent
+from markupsafe import Markup
+
+from robustfair.report.words import NO_IMAGES, percent, short_names
 
 HEAT_STEPS = 9
 """Shades of the confusion heat map; class `hN` of the style sheet, N from 0 (no error) to this."""
@@ -57,7 +57,7 @@ class Curve:
     labelled: bool = True
 
 
-def bars(items: Sequence[Bar]) -> str:
+def bars(items: Sequence[Bar]) -> Markup:
     """Horizontal bars on a scale from 0 to 100 percent, one under the other, with the interval as a whisker.
 
     The drawing stretches to the width it is given. It carries no text: the numbers stand beside it.
@@ -69,7 +69,7 @@ def bars(items: Sequence[Bar]) -> str:
             continue
         middle = 12 * row + 6
         kind = f"bar {item.look}{' before' if item.before else ''}"
-        parts.append(f'<rect class="{kind}" {_box(0, middle - 4, 100 * item.rate, 8)}/>')
+        parts.append(_box(0, middle - 4, 100 * item.rate, 8, kind))
         low, high = 100 * item.lower, 100 * item.upper
         for stroke in ("halo", "whisker"):
             parts.append(_line(low, middle, high, middle, stroke))
@@ -77,7 +77,7 @@ def bars(items: Sequence[Bar]) -> str:
     return _svg(100, height, parts, "bars", stretch=True)
 
 
-def rug(rates: Sequence[float], *, average: float, worst: Sequence[int], label: str) -> str:
+def rug(rates: Sequence[float], *, average: float, worst: Sequence[int], label: str) -> Markup:
     """All class accuracies (C,) as ticks on one scale from 0 to 100 percent, the worst tall, the average as a wedge."""
     parts = [_line(0, 22, 100, 22, "axis")]
     for index, rate in enumerate(rates):
@@ -96,7 +96,7 @@ def heat_map(
     *,
     top: float | None = None,
     classes: Sequence[int] | None = None,
-) -> str:
+) -> Markup:
     """Confusion counts (C, C), rows predicted, columns true, as shares of each true class.
 
     Shades show errors only, on a scale that ends at `top` (default: the largest error), so that a high diagonal does
@@ -144,12 +144,12 @@ def heat_map(
             tip = _tip(_cell_words(names, pred, true, count, n))
             inset = 1.5 if diagonal and texts else 0.5
             box = _box(x + inset, y + inset, wide - 2 * inset, high - 2 * inset)
-            value = ""
+            value = Markup()
             if texts and n:
                 value = _text(x + wide / 2, y + high / 2 + 4, percent(share), "value", anchor="middle", size=12)
-            cells.append(f'<g class="{kind}">{tip}<rect {box}/>{value}</g>')
+            cells.append(_element("g", kind, tip, box, value))
     bottom = head + size * high
-    frame = f'<rect class="frame" {_box(0.5, head, size * wide - 1, size * high)}/>'
+    frame = _box(0.5, head, size * wide - 1, size * high, "frame")
     overhang = longest * 0.72 if upright and texts else 0
     label = (
         f"Confusion heat map of {size} classes, rows predicted, columns true. "
@@ -157,8 +157,7 @@ def heat_map(
     )
     left = _svg(gutter, bottom + 1, rows, "heat-rows", fixed=True, label="Predicted classes")
     right = _svg(size * wide + max(1, overhang), bottom + 1, [frame, *cells], "heat-cells", fixed=True, label=label)
-    scroll = f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(label)}">{right}</div>'
-    return f'<div class="heat">{left}{scroll}</div>'
+    return _beside(left, right, label)
 
 
 def rate_map(
@@ -170,7 +169,7 @@ def rate_map(
     tips: Sequence[Sequence[str]],
     apart: tuple[int, int] = (0, 0),
     label: str,
-) -> str:
+) -> Markup:
     """Rates (R, K) as percent in cells, the darker the lower.
 
     Args:
@@ -199,14 +198,12 @@ def rate_map(
             if not math.isnan(rate):
                 box = _box(x + 0.5, y + 0.5, wide - 1, high - 1)
                 value = _text(x + wide / 2, y + high / 2 + 4, percent(rate), "value", anchor="middle", size=12)
-                cells.append(
-                    f'<g class="h{shade(scale[0] - rate, scale[0] - scale[1])}">{_tip(tip)}<rect {box}/>{value}</g>'
-                )
+                kind = f"h{shade(scale[0] - rate, scale[0] - scale[1])}"
+                cells.append(_element("g", kind, _tip(tip), box, value))
     bottom = down[-1] + high + 1
     left = _svg(gutter, bottom, names, "heat-rows", fixed=True, label="Rows")
     right = _svg(across[-1] + wide, bottom, cells, "heat-cells", fixed=True, label=label)
-    scroll = f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(label)}">{right}</div>'
-    return f'<div class="heat">{left}{scroll}</div>'
+    return _beside(left, right, label)
 
 
 def largest_error(counts_pred_true: Sequence[Sequence[int]]) -> float:
@@ -239,7 +236,7 @@ def shade(share: float, top: float) -> int:
 
 def scatter(
     x: Sequence[float], y: Sequence[float], names: Sequence[str], *, worst: Sequence[int], x_label: str, y_label: str
-) -> str:
+) -> Markup:
     """Points (C,) against a rate (C,), each with the name of its class where there is room and no more than 20 of them.
 
     Of more classes only the three lowest and the three highest are named; every point has a tooltip.
@@ -272,7 +269,7 @@ def scatter(
     return _svg(width, height, parts, "chart", label=label)
 
 
-def line_chart(x: Sequence[float], curves: Sequence[Curve], *, title: str, share: bool) -> str:
+def line_chart(x: Sequence[float], curves: Sequence[Curve], *, title: str, share: bool) -> Markup:
     """Curves over epochs, each with its name at its end. With `share` the values are fractions, printed as percent."""
     width, height, left, top, bottom = 360.0, 210.0, 44.0, 28.0, 30.0
     strong = [c for c in curves if c.labelled]
@@ -301,7 +298,7 @@ def line_chart(x: Sequence[float], curves: Sequence[Curve], *, title: str, share
             parts.append(_dot(*points[0], 3, f"point {curve.look}", tip))
         else:
             path = " ".join(f"{_n(a)},{_n(b)}" for a, b in points)
-            parts.append(f'<polyline class="{kind}" points="{path}">{tip}</polyline>')
+            parts.append(_element("polyline", kind, tip, points=path))
         if curve.labelled:
             ends.append((points[-1][1], curve))
     for place, (_, curve) in zip(_spread([y for y, _ in ends], 12, top, height - bottom), ends, strict=True):
@@ -340,7 +337,7 @@ def _frame(
     base: float,
     *,
     share: bool,
-) -> list[str]:
+) -> list[Markup]:
     """Grid lines and tick labels of a chart."""
     parts = []
     for tick in y_ticks:
@@ -454,25 +451,45 @@ def _width(text: str, size: float) -> float:
     return size * sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.6 for letter in text)
 
 
+# Elements
+
+
+def _element(tag: str, kind: str, *inside: str, **attributes: float | str | None) -> Markup:
+    """One element of class `kind` around others; text is escaped, a number has at most two decimals, None is left out.
+
+    >>> print(_element("text", "name", "a < b", x=1 / 3, text_anchor="end"))
+    <text class="name" x="0.33" text-anchor="end">a &lt; b</text>
+    """
+    given = {"class": kind or None, **attributes}
+    words = Markup().join(
+        Markup(' {}="{}"').format(key.replace("_", "-"), value if isinstance(value, str) else _n(value))
+        for key, value in given.items()
+        if value is not None
+    )
+    if not inside:
+        return Markup("<{}{}/>").format(tag, words)
+    return Markup("<{0}{1}>{2}</{0}>").format(tag, words, Markup().join(inside))
+
+
 def _n(value: float) -> str:
     """A coordinate with at most two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def _box(x: float, y: float, width: float, height: float) -> str:
-    return f'x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}"'
+def _box(x: float, y: float, width: float, height: float, kind: str = "") -> Markup:
+    return _element("rect", kind, x=x, y=y, width=width, height=height)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}"/>'
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return _element("line", kind, x1=x1, y1=y1, x2=x2, y2=y2)
 
 
-def _dot(x: float, y: float, radius: float, kind: str, tip: str) -> str:
-    return f'<circle class="{kind}" cx="{_n(x)}" cy="{_n(y)}" r="{_n(radius)}">{tip}</circle>'
+def _dot(x: float, y: float, radius: float, kind: str, tip: Markup) -> Markup:
+    return _element("circle", kind, tip, cx=x, cy=y, r=radius)
 
 
-def _tip(text: str) -> str:
-    return f"<title>{escape(text)}</title>"
+def _tip(text: str) -> Markup:
+    return _element("title", "", text)
 
 
 def _text(
@@ -481,34 +498,41 @@ def _text(
     text: str,
     kind: str,
     *,
-    anchor: str = "start",
+    anchor: str | None = None,
     tip: str = "",
     size: float | None = None,
     turn: float = 0,
-) -> str:
-    place = f'x="{_n(x)}" y="{_n(y)}"'
-    if turn:
-        place += f' transform="rotate({_n(turn)} {_n(x)} {_n(y)})"'
-    if anchor != "start":
-        place += f' text-anchor="{anchor}"'
-    if size is not None:
-        place += f' font-size="{_n(size)}"'
-    return f'<text class="{kind}" {place}>{tip}{escape(text)}</text>'
+) -> Markup:
+    turned = f"rotate({_n(turn)} {_n(x)} {_n(y)})" if turn else None
+    return _element("text", kind, tip, text, x=x, y=y, transform=turned, text_anchor=anchor, font_size=size)
+
+
+def _beside(rows: Markup, cells: Markup, label: str) -> Markup:
+    """The names of the rows, and at their right the cells, which scroll sideways where they must."""
+    scroll = _element("div", "scroll", cells, tabindex="0", role="group", aria_label=label)
+    return _element("div", "heat", rows, scroll)
 
 
 def _svg(
     width: float,
     height: float,
-    parts: Sequence[str],
+    parts: Sequence[Markup],
     kind: str,
     *,
     label: str | None = None,
     stretch: bool = False,
     fixed: bool = False,
-) -> str:
+) -> Markup:
     """The root element: `stretch` fills any width, `fixed` keeps its pixels; without a label it is decoration."""
-    aspect = ' preserveAspectRatio="none"' if stretch else ""
-    size = f' width="{_n(width)}" height="{_n(height)}"' if fixed else ""
-    role = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
-    box = f'viewBox="0 0 {_n(width)} {_n(height)}"'
-    return f'<svg class="{kind}" {box}{size}{aspect} {role}>{"".join(parts)}</svg>'
+    return _element(
+        "svg",
+        kind,
+        *parts,
+        viewBox=f"0 0 {_n(width)} {_n(height)}",
+        width=width if fixed else None,
+        height=height if fixed else None,
+        preserveAspectRatio="none" if stretch else None,
+        role="img" if label else None,
+        aria_label=label or None,
+        aria_hidden=None if label else "true",
+    )
