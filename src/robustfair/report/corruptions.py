@@ -124,7 +124,7 @@ def render_corruption_report(audit: CorruptionAudit, *, title: str | None = None
 def corruption_map(audit: CorruptionAudit, measure: Measure) -> Markup:
     """Average or worst class accuracy as a heat map in SVG: rows corruptions, columns severities.
 
-    Means stand apart: over severities in the last column, over sets of corruptions in the last rows. Shades are the
+    Means are set apart: over severities in the last column, over sets of corruptions in the last rows. Shades are the
     same for both measures.
     """
     sets = shown_sets(audit)

@@ -85,7 +85,7 @@ def _shown(table: Table, screen: Screen) -> Table:
 
 
 def _blocks(table: Table, width: int | None) -> list[tuple[list[int], bool]]:
-    """Columns that stand side by side, block below block, and whether intervals go below their numbers."""
+    """Columns side by side, block below block, and whether intervals go below their numbers."""
     every = list(range(len(table.columns)))
     for stacked in (False, True):
         if width is None or _width(table, every, stacked) <= width:
@@ -144,7 +144,7 @@ def _grid(table: Table, columns: Sequence[int], stacked: bool) -> list[str]:
 
 
 def _head(table: Table, columns: Sequence[int], place: int, *, wide: bool) -> list[str]:
-    """The lines of a head. Where room is scarce, the options of an attack take a line each."""
+    """The lines of a head. In a narrow table, the options of an attack take a line each."""
     column = table.columns[columns[place]]
     begins = column.over and (not place or column.over != table.columns[columns[place - 1]].over)
     over, head = column.over, column.head.replace("(", "\n(")
@@ -154,7 +154,7 @@ def _head(table: Table, columns: Sequence[int], place: int, *, wide: bool) -> li
 
 
 def _words(cell: Cell, marks: Iterable[str], stacked: bool) -> list[str]:
-    """The lines of a cell; where others of its column bear a mark, its place is left free, so numbers stay in line."""
+    """The lines of a cell; where others of its column have a mark, its place is left free, so numbers stay in line."""
     text = cell.text
     if text and WORST in marks and not cell.is_name:
         text = f"{'*' if cell.mark == WORST else ' '}{text}"

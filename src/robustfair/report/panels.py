@@ -204,7 +204,7 @@ def _average(tally: Mapping[str, Any] | None, part: str) -> float | None:
 def _class_curves(
     per_class: Sequence[Sequence[float | None] | None], names: Sequence[str], worst: Sequence[int]
 ) -> list[Curve]:
-    """One curve a class. Named are the worst classes, which stand out, and the lowest and the highest at the end."""
+    """One curve a class. The worst classes are drawn strong and named, as are the lowest and the highest at the end."""
     last = per_class[-1]
     ends = {*_lowest(last, names)[:1], *_lowest([None if v is None else -v for v in last or ()], names)[:1], *worst}
     return [

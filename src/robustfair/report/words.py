@@ -100,7 +100,7 @@ def shorten(name: str, limit: int) -> str:
 
 
 def short_names(names: Sequence[str], limit: int) -> list[str]:
-    """Every name in at most `limit` letters; where two would look the same, all bear their number in the data set.
+    """Every name in at most `limit` letters; where two would look the same, all get their number in the data set.
 
     >>> short_names(["speed_limit_30_urban", "speed_limit_50_urban"], 12)
     ['0 speed…rban', '1 speed…rban']
@@ -108,5 +108,5 @@ def short_names(names: Sequence[str], limit: int) -> list[str]:
     short = [shorten(name, limit) for name in names]
     if len(set(short)) == len(set(names)):
         return short
-    room = limit - len(f"{len(names) - 1} ")
-    return [f"{index} {shorten(name, room)}" for index, name in enumerate(names)]
+    left = limit - len(f"{len(names) - 1} ")
+    return [f"{index} {shorten(name, left)}" for index, name in enumerate(names)]
