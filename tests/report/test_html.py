@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import re
@@ -109,6 +110,14 @@ def test_page_asks_for_nothing_and_runs_only_its_own_script(page):
     script = re.search(r"<script>(.*)</script>", text, re.DOTALL).group(1)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_no_markup_is_put_together_from_texts_in_python():
+    for path in (file for file in files("robustfair.report").iterdir() if file.name.endswith(".py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            pieces = node.values if isinstance(node, ast.JoinedStr) else []
+            texts = [piece.value for piece in pieces if isinstance(piece, ast.Constant)]
+            assert not [text for text in texts if re.search(r"</?[a-z]", text)], f"{path.name}, line {node.lineno}"
 
 
 def test_everything_that_a_user_names_is_escaped(large, history):

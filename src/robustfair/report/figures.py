@@ -2,7 +2,8 @@
 
 Colours and fonts are classes that `templates/report.css` fills in, so that a figure follows the reader's light or dark
 scheme. A figure is drawn about as wide as a telephone and may be shown somewhat larger: its text is readable on both.
-Rates are fractions and are printed as percent; nan is left out. Every text is escaped, by `svg.element`.
+Rates are fractions and are printed as percent; nan is left out. Every text is escaped, by `svg.element`. No plotting
+library is needed: every report has all its figures, with a tooltip at each point and words for a screen reader.
 """
 
 from __future__ import annotations
