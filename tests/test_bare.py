@@ -75,7 +75,7 @@ def tau():
     kendall([1.0, 2.0, 3.0], [1.0, 3.0, 2.0])
 
 def table():
-    import robustfair.report.table
+    import robustfair.report.layout
 
 say(lambda: rf.load_dataset("digits"))
 say(lambda: rf.load_dataset("cifar10"))

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import robustfair
-from robustfair.cli import app as cli
+from robustfair.cli.audit import audit
+from robustfair.cli.corruptions import corruptions
+from robustfair.cli.flags import TargetFlags
 from robustfair.errors import as_flags
 from robustfair.runs.recipe import Recipe
 
@@ -24,8 +26,8 @@ READ_IN_BOTH = [
 ]
 """What Python and the command line call alike. The rest speaks to one of them."""
 
-FLAGS = {field.name for kind in (Recipe, cli.TargetFlags) for field in dataclasses.fields(kind)}
-FLAGS |= {name for command in (cli.audit, cli.corruptions) for name in inspect.signature(command).parameters}
+FLAGS = {field.name for kind in (Recipe, TargetFlags) for field in dataclasses.fields(kind)}
+FLAGS |= {name for command in (audit, corruptions) for name in inspect.signature(command).parameters}
 
 
 def messages(path: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reference.layouts import IMAGE, cells, class_label, pixels, write_parquet
 from reference.pack import read_split
 from robustfair.cli.app import main
-from robustfair.data import ImageDataset, Splits, load_dataset, pack
+from robustfair.data import ImageDataset, Splits, codec, load_dataset, pack
 from robustfair.data.pack import find_pack, read_pack, read_part, write_pack
 from robustfair.errors import ConfigError, DataError
 
@@ -86,7 +86,7 @@ def test_every_shape_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathFac
 
 
 def test_extreme_pixels_and_several_blocks_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack, "_BLOCK_PIXELS", 100)
+    monkeypatch.setattr(codec, "_BLOCK_PIXELS", 100)
     images = torch.from_numpy(np.random.default_rng(0).choice([0, 255], (11, 3, 6, 6)).astype(np.uint8))
     written = Splits(train=dataset((11, 3, 6, 6), images=images, augment="crop-flip"))
     write_pack(written, tmp_path, parts=3)

@@ -150,8 +150,12 @@ def test_page_is_whole_and_offline(make: Callable[..., CorruptionAudit], tmp_pat
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "synthetic ice crystals" in page
     assert all(name.replace("_", " ") in page for name in CORRUPTIONS)
+    means = page.partition('id="h-means"')[2]
+    for row in (row for row in corruption_table(audit, by_severity=False).rows if row[1].mark):
+        assert f'<b class="mark">{row[1].text}</b> <span class="span">{row[1].interval}</span>' in means
+    assert means.count(">lowest </span>") == 4 + 4, "four corruptions tie in the average, and for the worst class"
     body = page[page.index("<main>") : page.index("</main>") + len("</main>")]
-    ElementTree.fromstring(body)
+    ElementTree.fromstring(body.replace("<wbr>", ""))
     assert not re.search(r"\bnan\b|\{[a-z]+\}", body)
 
 

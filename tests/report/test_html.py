@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import re
@@ -15,8 +16,9 @@ from robustfair.errors import ConfigError, DataError
 from robustfair.evaluate.compare import compare
 from robustfair.evaluate.gates import check, parse_gate
 from robustfair.evaluate.groups import read_groups, regroup
-from robustfair.report.html import breakable, render_report, strongest, write_report
-from robustfair.report.table import percent, points, shown_attacks
+from robustfair.report.html import breakable, render_report, write_report
+from robustfair.report.rates import shown_attacks, strongest
+from robustfair.report.words import percent, points
 
 VOID = {"meta", "wbr", "br", "hr", "img", "input", "link"}
 HOSTILE = "<script>alert('x')</script><b onclick=\"y\">&amp;"
@@ -108,6 +110,14 @@ def test_page_asks_for_nothing_and_runs_only_its_own_script(page):
     script = re.search(r"<script>(.*)</script>", text, re.DOTALL).group(1)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_no_markup_is_put_together_from_texts_in_python():
+    for path in (file for file in files("robustfair.report").iterdir() if file.name.endswith(".py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            pieces = node.values if isinstance(node, ast.JoinedStr) else []
+            texts = [piece.value for piece in pieces if isinstance(piece, ast.Constant)]
+            assert not [text for text in texts if re.search(r"</?[a-z]", text)], f"{path.name}, line {node.lineno}"
 
 
 def test_everything_that_a_user_names_is_escaped(large, history):
@@ -211,6 +221,7 @@ def test_a_change_is_bold_where_the_paired_test_decides(undecided):
     worst = f"{points(entry.worst.change)}† [{points(entry.worst.lower)}, {points(entry.worst.upper)}]"
     assert f"Worst class 100.0 → to 0.0 {worst} is class 1" in page.text
     assert text.count('class="change sure"') == 4, "class 1, average, worst class and range"
+    assert "Bold, with † more than chance: by an exact McNemar test" in page.text
 
 
 def test_findings_stand_above_the_numbers(small):
@@ -297,6 +308,17 @@ def test_groups_and_gates_are_shown_where_there_are_some(large):
     bare = Page(render_report(audit)).text
     assert "Gates" not in bare
     assert "Group by group" not in bare
+
+
+def test_groups_that_share_the_lowest_rate_are_all_marked_and_counted():
+    labels = [c for c in range(4) for _ in range(2)]
+    audit = made_audit(labels, {"clean": [0, 1, 1, 0, 2, 3, 3, 3]}, ("a", "b", "c", "d"))
+    audit = replace(audit, groups=(0, 1, 2, 3), group_names=("w", "x_1", "y", "z"))
+    rates = regroup(audit, read_groups("superclass", audit))
+    page = Page(render_report(audit, rates=rates)).text
+    table = page.partition("Group by group")[2].partition("What is taken for what")[0]
+    assert table.count("▼worst group 50.0") == 3
+    assert "worst is w and 2 others" in table
 
 
 def test_same_audit_same_page(large):

@@ -1,4 +1,4 @@
-"""The one layout of tables: what every kind of table looks like in a narrow terminal, and in a poor encoding."""
+"""What every kind of table looks like in a narrow terminal, and in a poor encoding."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from robustfair.evaluate.compare import compare
 from robustfair.evaluate.corruptions import CorruptionAudit
 from robustfair.evaluate.groups import read_groups, regroup
 from robustfair.evaluate.result import Audit
-from robustfair.report.compare import comparison_table, group_table
 from robustfair.report.console import Screen
 from robustfair.report.corruptions import corruption_table
-from robustfair.report.layout import Sheet, render, short_names
-from robustfair.report.table import before_after_table, class_table
+from robustfair.report.layout import render
+from robustfair.report.table import Table, before_after_table, class_table, comparison_table, group_table
+from robustfair.report.words import short_names
 from robustfair.values import Threat
 
 CLASSES = ("a", "traffic sign, speed limit in kilometres", "東京タワー東京タワー", "Zürich")
@@ -57,7 +57,7 @@ def corruptions() -> CorruptionAudit:
     )
 
 
-TABLES: dict[str, Callable[[], Sheet]] = {
+TABLES: dict[str, Callable[[], Table]] = {
     "classes": lambda: class_table(audit_of(1)),
     "before and after": lambda: before_after_table(audit_of(1), audit_of(2)),
     "comparison": lambda: comparison_table(compare(audit_of(1), audit_of(2))),
@@ -66,9 +66,9 @@ TABLES: dict[str, Callable[[], Sheet]] = {
 }
 
 
-def numbers(sheet: Sheet) -> Counter[str]:
+def numbers(table: Table) -> Counter[str]:
     """The cells of a table that hold numbers, one entry a number or interval."""
-    cells = [cell for row in (*sheet.above, *sheet.rows, *sheet.totals) for cell in row[sheet.labels :]]
+    cells = [cell for row in (*table.above, *table.rows, *table.totals) for cell in row[table.labels :]]
     return Counter(text for cell in cells if not cell.is_name for text in (cell.text, cell.interval) if text)
 
 
@@ -79,29 +79,29 @@ def printed(text: str) -> Counter[str]:
 @pytest.mark.parametrize("kind", TABLES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_line_is_too_long_and_no_number_is_lost(kind: str, width: int) -> None:
-    sheet = TABLES[kind]()
-    text = render(sheet, Screen(width=width))
+    table = TABLES[kind]()
+    text = render(table, Screen(width=width))
     assert max(map(cell_len, text.splitlines())) <= width
-    missing = numbers(sheet) - printed(text)
+    missing = numbers(table) - printed(text)
     assert not missing
-    assert not numbers(sheet) - printed(render(sheet))
-    for attack in {column.over or column.head for column in sheet.columns}:
+    assert not numbers(table) - printed(render(table))
+    for attack in {column.over or column.head for column in table.columns}:
         assert attack.partition("(")[0] in text
 
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_table_that_fits_is_as_it_is_without_a_width(kind: str) -> None:
-    sheet = TABLES[kind]()
-    wide = render(sheet)
+    table = TABLES[kind]()
+    wide = render(table)
     widest = max(map(cell_len, wide.splitlines()))
-    assert render(sheet, Screen(width=max(120, widest))) == wide
+    assert render(table, Screen(width=max(120, widest))) == wide
 
 
 def test_intervals_go_below_before_attacks_do() -> None:
-    sheet = class_table(random_audit(1))
+    table = class_table(random_audit(1))
     shapes = []
     for width in (None, 102, 101, 77, 76, 60):
-        text = render(sheet, Screen(width=width))
+        text = render(table, Screen(width=width))
         shapes.append((text.count("──\n"), bool(re.search(r"\d \[", text))))
     assert shapes == [(1, True), (1, True), (1, False), (1, False), (2, True), (3, True)]
 
@@ -112,12 +112,12 @@ def test_intervals_go_below_before_attacks_do() -> None:
 def test_what_an_encoding_lacks_is_drawn_or_escaped_and_columns_stay_in_line(
     kind: str, encoding: str, width: int | None
 ) -> None:
-    sheet = TABLES[kind]()
-    text = render(sheet, Screen(width=width, encoding=encoding))
+    table = TABLES[kind]()
+    text = render(table, Screen(width=width, encoding=encoding))
     text.encode(encoding)
     assert " ---" in text
     assert width is None or max(map(len, text.splitlines())) <= width
-    assert not numbers(sheet) - printed(text)
+    assert not numbers(table) - printed(text)
     names = {"ascii": r"Z\xfcrich", "cp1252": "Zürich"}
     assert kind in ("groups", "corruptions") or names[encoding] in text
     if kind == "classes" and width is None:
@@ -156,8 +156,8 @@ def test_a_terminal_shows_the_lowest_and_the_highest_of_very_many_rows(large: Ca
 def test_a_terminal_shows_the_largest_changes_of_very_many_rows(large: Callable[..., Audit]) -> None:
     before = large(200)
     after = replace(before, predictions={**before.predictions, "pgd-20": before.predictions["cw-20"]})
-    for sheet in (before_after_table(before, after), comparison_table(compare(before, after))):
-        text = re.sub(r"\s+", " ", render(sheet, Screen(width=80, terminal=True)))
+    for table in (before_after_table(before, after), comparison_table(compare(before, after))):
+        text = re.sub(r"\s+", " ", render(table, Screen(width=80, terminal=True)))
         assert "170 of 200 rows are left out: shown are the 20 lowest and the 10 highest by change under" in text
 
 

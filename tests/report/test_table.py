@@ -4,21 +4,114 @@ from dataclasses import replace
 
 import pytest
 
-from reference.audits import made_audit
-from robustfair.errors import ConfigError, DataError
+from reference.audits import made_audit, random_audit
+from robustfair.errors import ConfigError, DataError, UnknownNameError
 from robustfair.evaluate.compare import compare
+from robustfair.evaluate.groups import read_groups, regroup
 from robustfair.evaluate.result import Audit
 from robustfair.report.layout import render
+from robustfair.report.rates import both_attacks, class_rates, shown_attacks, summary_lines
 from robustfair.report.table import (
+    Table,
     before_after_table,
-    both_attacks,
-    class_rates,
     class_table,
-    percent,
-    points,
-    shown_attacks,
-    summary_lines,
+    comparison_table,
+    group_table,
+    table_of,
 )
+from robustfair.report.words import percent, points, span
+
+
+def texts(table: Table, row: int) -> list[str]:
+    return [cell.text for cell in (*table.rows, *table.totals)[row]]
+
+
+def test_an_audit_in_words(small) -> None:
+    table = table_of(small)
+    assert table.title == "net on toy, linf eps 8/255, percent right"
+    assert [(column.over, column.head) for column in table.columns] == [
+        ("", "class"),
+        ("", "images"),
+        ("", "clean"),
+        ("", "pgd-20"),
+    ]
+    assert [texts(table, row) for row in range(3)] == [
+        ["a", "4", "100.0", "75.0"],
+        ["b", "2", "100.0", "50.0"],
+        ["c", "no images", "", ""],
+    ]
+    assert texts(table, 3) == ["average", "", "100.0", "66.7"]
+    assert texts(table, 5) == ["worst is", "", "all classes", "b"]
+    assert [cell.others for cell in table.totals[2]] == ["", "", "with images", ""]
+    assert [cell.mark for cell in table.rows[1]] == ["", "", "", "worst"]
+    assert table.rows[0][3].interval == "[30.1, 95.4]"
+    assert table.rows[0][3].half == "44.9"
+    assert table.totals[1][3].interval == span(*small.worst_interval("pgd-20"))
+
+
+def test_a_comparison_in_words(small, small_repaired) -> None:
+    found = compare(small, small_repaired)
+    table = table_of(found)
+    heads = ["before", "after", "change", "lost/won", "p"]
+    assert [column.head for column in table.columns] == ["class", "images", *heads, *heads]
+    assert [column.over for column in table.columns] == ["", "", *["clean"] * 5, *["pgd-20"] * 5]
+    assert texts(table, 0)[7:] == ["75.0", "50.0", "-25.0", "1/0", "1.000"]
+    assert texts(table, 1)[7:] == ["50.0", "100.0", "+50.0", "0/1", "1.000"]
+    assert texts(table, 2) == ["c", "no images", *[""] * 10]
+    assert texts(table, 5)[7:] == ["b", "a", "", "", ""]
+    entry = found.under("pgd-20")
+    worst = table.totals[1][9]
+    assert worst.interval == f"[{points(entry.worst.lower)}, {points(entry.worst.upper)}]"
+    assert worst.half == percent(max(entry.worst.upper, -entry.worst.lower))
+    assert [cell.mark for cell in table.rows[0]].count("worst") == 1, "all are equal on clean images"
+    assert "95 %" in table.notes[0]
+
+
+def test_only_a_change_beyond_chance_is_marked() -> None:
+    labels = [0] * 100 + [1] * 100
+    before = made_audit(labels, {"clean": [2] * 60 + [0] * 40 + [1] * 100})
+    table = table_of(compare(before, made_audit(labels, {"clean": labels}), level=0.99))
+    assert [row[4].mark for row in (*table.rows, *table.totals)] == ["sure", "", "", "sure", "sure", "", "sure"]
+    assert "99 %" in table.notes[0]
+    assert "p at most 0.01" in table.notes[3]
+
+
+def test_robust_is_shown_beside_several_attacks_or_on_demand(small, small_repaired) -> None:
+    one, two = random_audit(1), random_audit(2)
+    overs = [column.over for column in table_of(compare(one, two)).columns]
+    assert list(dict.fromkeys(overs)) == ["", "clean", "pgd-20", "cw-50(restarts=5)", "robust"]
+    assert "robust" not in [column.over for column in table_of(compare(small, small_repaired)).columns]
+    some = table_of(compare(one, two, attacks=["pgd-20", "robust"]))
+    assert list(dict.fromkeys(column.over for column in some.columns)) == ["", "pgd-20", "robust"]
+    assert table_of(compare(small, small_repaired), ["robust"]).columns[2].over == "robust"
+    with pytest.raises(UnknownNameError, match="pgd-2"):
+        table_of(small, ["pgd-2"])
+
+
+def test_what_the_rates_are_is_said() -> None:
+    audit = replace(random_audit(1), groups=(0, 0, 1, 1))
+    groups = read_groups("superclass", audit)
+    fine, coarse = (table_of(regroup(audit, groups, within=within)) for within in ("class", "group"))
+    assert (fine.columns[0].head, texts(fine, 0)[:2]) == ("group", ["group 0", "40"])
+    assert fine.notes[1] == "An image counts as right if its class is."
+    assert coarse.notes[1].endswith("the rates under attack are upper bounds.")
+    clean = table_of(regroup(audit, groups, within="group"), ["clean"])
+    assert clean.notes[1] == "An image counts as right if any class of its group is predicted."
+    short = replace(audit, settings={**audit.settings, "pgd-20": {"ran": {"pgd-20": 0.25}}})
+    assert table_of(short).notes[1] == "Upper bounds under attack: the time budget left pgd-20 at 25 %."
+    assert table_of(short, ["clean"]).notes == ("Intervals: 95 %, Wilson; for worst, bootstrap.",)
+    assert "net: the time budget left pgd-20 at 25 %" in table_of(compare(audit, short)).notes[-1]
+
+
+@pytest.mark.parametrize("within", ["class", "group"])
+def test_a_cut_attack_is_said_below_groups_as_below_classes(within) -> None:
+    audit = random_audit(1)
+    short = replace(audit, groups=(0, 0, 1, 1), settings={**audit.settings, "pgd-20": {"ran": {"pgd-20": 0.25}}})
+    rates = regroup(short, read_groups("superclass", short), within=within)
+    assert table_of(rates).notes[-1] == table_of(short).notes[-1]
+    assert "the time budget left pgd-20 at 25 %" in table_of(rates).notes[-1]
+    assert not any("time budget" in note for note in table_of(rates, ["clean"]).notes)
+    assert ("aimed at another class" in " ".join(table_of(rates).notes)) == (within == "group")
 
 
 def test_class_table_exact(small):
@@ -163,3 +256,61 @@ def test_before_after_takes_the_attacks_that_both_have(large):
 )
 def test_points(change, text):
     assert points(change) == text
+
+
+def test_comparison_table_exact(small, small_repaired) -> None:
+    found = compare(small, small_repaired)
+    entry = found.under("pgd-20")
+    lines = render(comparison_table(found, ["pgd-20"])).splitlines()
+    assert lines[:7] == [
+        "net -> net repaired on toy, linf eps 8/255, percent right",
+        "",
+        "                      pgd-20",
+        " class        images  before   after                 change  lost/won      p",
+        " " + "─" * 75,
+        " a                 4    75.0   *50.0   -25.0 [-60.9, +27.6]       1/0  1.000",
+        " b                 2   *50.0   100.0   +50.0 [-39.8, +89.8]       0/1  1.000",
+    ]
+    assert lines[7:11] == [
+        " c         no images",
+        "",
+        " average                66.7    66.7     0.0 [-42.4, +42.4]       1/1  1.000",
+        f" worst                  50.0    50.0{f'0.0 [{points(entry.worst.lower)}, {points(entry.worst.upper)}]':>23}",
+    ]
+    assert lines[11] == " worst is                  b       a"
+
+
+def test_a_change_beyond_chance_bears_a_mark_and_numbers_stay_in_line() -> None:
+    before, after = random_audit(1, images=600, keeps=0.4), random_audit(2, images=600, keeps=0.8)
+    lines = render(comparison_table(compare(before, after), ["robust"])).splitlines()[5:8]
+    assert all("†" in line for line in lines)
+    same = render(comparison_table(compare(before, before), ["robust"]))
+    assert "†" not in same.partition("* worst")[0]
+    mixed = render(comparison_table(compare(before, after), ["clean", "robust"])).splitlines()[5:8]
+    assert len({line.rindex("[") for line in mixed}) == 1
+
+
+def test_group_table_exact() -> None:
+    audit = replace(random_audit(1), groups=(0, 0, 1, 1))
+    groups = regroup(audit, read_groups("superclass", audit))
+    lines = render(group_table(groups, ["clean", "robust"])).splitlines()
+    (first, second), (low, high) = groups.rate("clean").tolist(), groups.average_interval("clean")
+    assert lines[2].split() == ["group", "images", "clean", "robust"]
+    assert lines[4].split()[:3] == ["group", "0", "40"]
+    assert f"{percent(first)} [" in lines[4]
+    assert f"{percent(second)} [" in lines[5]
+    assert f"[{percent(low)}, {percent(high)}]" in lines[7]
+    marked = sum(len(groups.worst(attack).indices) for attack in ("clean", "robust"))
+    assert sum(line.count("*") for line in lines[4:6]) == marked > 0
+
+
+def test_brackets_and_escapes_in_names_of_a_comparison_are_text(small, small_repaired) -> None:
+    names = ("[red]a[/red]", "b\x1b[31m", "c")
+    one, two = (replace(audit, class_names=names, model="[bold]net") for audit in (small, small_repaired))
+    text = render(comparison_table(compare(one, two)))
+    assert "[red]a[/red]" in text
+    assert "b?[31m" in text
+    assert "\x1b" not in text
+    assert "[bold]net -> [bold]net" in text
+    with pytest.raises(UnknownNameError, match="attack of this comparison"):
+        comparison_table(compare(one, two), ["cw-20"])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from robustfair.cli.flags import PathFlag, Switch
 from robustfair.cli.repair import repair_with_audits
-from robustfair.report.console import Screen, say, screen
-from robustfair.report.layout import ALL_ROWS
+from robustfair.report.console import ALL_ROWS, Screen, say, screen
 from robustfair.runs.recipe import read_recipe
 
 DEMO_ATTACKS = "clean,pgd-20,cw-50(restarts=5)"

@@ -143,6 +143,10 @@ class PipedConsole(Console):
         raise BrokenPipeError
 
 
+ALL_ROWS = Screen()
+"""What is no terminal: as wide as the text, every row, any letter."""
+
+
 def screen() -> Screen:
     """What the results of this command are laid out for: the terminal that shows them, or COLUMNS where that is set."""
     stream = results()

@@ -6,92 +6,32 @@ The page forbids itself every request, and follows the reader's light or dark sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
-from importlib.resources import files
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from markupsafe import Markup
 
-from robustfair.errors import ConfigError
 from robustfair.evaluate.corruptions import ALL, SETS, CorruptionAudit
 from robustfair.evaluate.rates import WorstClass
 from robustfair.evaluate.result import CLEAN
 from robustfair.files import write_text
-from robustfair.grammar import read_path
+from robustfair.report.details import flat
 from robustfair.report.figures import HEAT_STEPS, rate_map
-from robustfair.report.layout import WORST, Cell, Column, Sheet, printable
-from robustfair.report.table import percent, span, worst_name
+from robustfair.report.html import page_path, render_page
+from robustfair.report.table import WORST, Cell, Column, Table, name_cell, worst_name
+from robustfair.report.words import percent, printable, span
 
 Measure = Literal["average", "worst"]
 
 MEAN = "mean"
 _SET_NAMES = {"standard": "standard", "fair_tat": "FAIR-TAT's", "extra": "extra", ALL: "all"}
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; \
-form-action 'none'">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-{style}
-.heat .h0 rect, .legend .h0 {{ fill: var(--panel); background: var(--panel); }}
-.maps {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 40px 32px; }}
-.maps section {{ margin-top: 0; min-width: 0; }}
-</style>
-</head>
-<body>
-<main>
-<header class="top">
-<p class="eyebrow">robustfair audit under common corruptions</p>
-<h1>{title}</h1>
-<p class="lead">{lead}</p>
-<dl class="facts">{facts}</dl>
-</header>
-<section aria-labelledby="h-maps">
-<h2 id="h-maps">Corruption by severity</h2>
-<p class="note">Each cell is the percentage right under one corruption at one severity. Shades run from the best to \
-the worst cell of both maps. Point at a cell for its interval.</p>
-<div class="legend" role="img" aria-label="Scale from {highest} to {lowest} percent right"><span>{highest}</span>\
-{steps}<span>{lowest} % right</span></div>
-<div class="maps">
-<section><h3>Average</h3>{average}</section>
-<section><h3>Worst class</h3>{worst}</section>
-</div>
-</section>
-<section aria-labelledby="h-means">
-<h2 id="h-means">Means over severities</h2>
-<div class="scroll" tabindex="0" role="group" aria-label="Means over severities">
-<table class="plain sticky">
-<thead><tr><th scope="col">Corruption</th><th scope="col" class="number">Average, %</th>\
-<th scope="col" class="number">95 %</th><th scope="col" class="number">Worst class, %</th>\
-<th scope="col" class="number">95 %</th><th scope="col" class="group">Worst class is</th></tr></thead>
-<tbody>
-{means}
-</tbody>
-</table>
-</div>
-</section>
-<section aria-labelledby="h-provenance">
-<h2 id="h-provenance">Provenance</h2>
-<dl class="provenance">{provenance}</dl>
-</section>
-<footer><p>Rates are percent of images classified right. A mean over several corruptions or severities gives each the \
-same weight, class by class; the worst class of a mean is the lowest of those. Intervals of the average are Wilson \
-intervals, those of the worst class bootstraps over the test images; for a mean both are cautious. Classes without \
-images are left out.</p></footer>
-</main>
-</body>
-</html>
-"""
 
 
-def corruption_table(audit: CorruptionAudit) -> Sheet:
+def corruption_table(audit: CorruptionAudit, *, by_severity: bool = True) -> Table:
     """Average and worst class accuracy under each corruption: by severity, and in the mean with intervals."""
+    severities = audit.severities if by_severity else ()
     lowest, hardest = (_lowest(audit, value) for value in (audit.average, lambda name: audit.worst(name).value))
 
     def is_among(what: str, found: WorstClass) -> bool:
@@ -106,16 +46,16 @@ def corruption_table(audit: CorruptionAudit) -> Sheet:
     def row(what: str) -> tuple[Cell, ...]:
         worst = audit.worst(what)
         return (
-            Cell(text=row_name(audit, what), is_name=True),
-            *(Cell() if what == CLEAN else both(what, severity) for severity in audit.severities),
+            name_cell(row_name(audit, what)),
+            *(Cell() if what == CLEAN else both(what, severity) for severity in severities),
             mean(audit.average(what), audit.average_interval(what), marked=is_among(what, lowest)),
             mean(worst.value, audit.worst_interval(what), marked=is_among(what, hardest)),
             worst_name(worst),
         )
 
-    heads = ("corruption", *(f"s{severity}" for severity in audit.severities), "average", "worst")
+    heads = ("corruption", *(f"s{severity}" for severity in severities), "average", "worst")
     legend = "By severity: average/worst class. * lowest of its column. Intervals: 95 %, Wilson; for worst, bootstrap."
-    return Sheet(
+    return Table(
         title=f"{audit.model} on {audit.data}, common corruptions, percent right",
         columns=(
             *(Column(head=head) for head in heads),
@@ -152,9 +92,7 @@ def write_corruption_report(path: Path | str, audit: CorruptionAudit, *, title: 
     Raises:
         ConfigError: `path` is a folder.
     """
-    path = read_path(path)
-    if path.is_dir():
-        raise ConfigError("report", "path", allowed="a file name", got=str(path), hint=f"Try {path / 'report.html'}.")
+    path = page_path(path)
     page = render_corruption_report(audit, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
@@ -163,27 +101,31 @@ def write_corruption_report(path: Path | str, audit: CorruptionAudit, *, title: 
 
 def render_corruption_report(audit: CorruptionAudit, *, title: str | None = None) -> str:
     """The page as text; the same audit gives the same page."""
-    rows = (CLEAN, *audit.corruptions, *shown_sets(audit))
     highest, lowest = (percent(rate) for rate in _scale(audit))
-    return _PAGE.format(
-        title=escape(title or f"Common corruptions: {audit.model}"),
-        style=files("robustfair.report").joinpath("templates", "report.css").read_text(encoding="utf-8").strip(),
-        lead=escape(_lead(audit)),
-        facts=_definitions(_facts(audit)),
-        steps="".join(f'<i class="h{step}"></i>' for step in range(HEAT_STEPS + 1)),
+    return render_page(
+        "corruptions.html.j2",
+        title=title or f"Common corruptions: {audit.model}",
+        lead=_lead(audit),
+        facts=_facts(audit),
+        steps=[f"h{step}" for step in range(HEAT_STEPS + 1)],
         highest=highest,
         lowest=lowest,
         average=corruption_map(audit, "average"),
         worst=corruption_map(audit, "worst"),
-        means="\n".join(_mean_row(audit, what) for what in rows),
-        provenance=_definitions(_flat({"data fingerprint": audit.fingerprint, **audit.provenance})),
+        means=corruption_table(audit, by_severity=False),
+        provenance=[
+            (name.replace("_", " "), value)
+            for name, value in flat({"data fingerprint": audit.fingerprint, **audit.provenance})
+            if value
+        ],
+        script="",
     )
 
 
-def corruption_map(audit: CorruptionAudit, measure: Measure) -> str:
+def corruption_map(audit: CorruptionAudit, measure: Measure) -> Markup:
     """Average or worst class accuracy as a heat map in SVG: rows corruptions, columns severities.
 
-    Means stand apart: over severities in the last column, over sets of corruptions in the last rows. Shades are the
+    Means are set apart: over severities in the last column, over sets of corruptions in the last rows. Shades are the
     same for both measures.
     """
     sets = shown_sets(audit)
@@ -243,32 +185,6 @@ def _facts(audit: CorruptionAudit) -> list[tuple[str, str]]:
         ("Corruptions", str(len(audit.corruptions))),
         ("Severities", ", ".join(map(str, audit.severities))),
     ]
-
-
-def _mean_row(audit: CorruptionAudit, what: str) -> str:
-    worst = audit.worst(what)
-    numbers = (
-        percent(audit.average(what)),
-        span(*audit.average_interval(what)),
-        percent(worst.value),
-        span(*audit.worst_interval(what)),
-    )
-    cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
-    cells += f'<td class="group">{escape(worst.words)}</td>'
-    return f'<tr><th scope="row">{escape(row_name(audit, what))}</th>{cells}</tr>'
-
-
-def _definitions(entries: Sequence[tuple[str, str]]) -> str:
-    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in entries if value)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as lines: {"versions": {"torch": "2.13"}} is ("versions, torch", "2.13")."""
-    lines: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        lines += _flat(value, f"{name}, ") if isinstance(value, Mapping) else [(name, str(value))]
-    return lines
 
 
 # Numbers and words

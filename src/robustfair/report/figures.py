@@ -1,8 +1,9 @@
-"""Figures of the report: data in, SVG text out. Nothing is read, nothing is written, nothing is fetched.
+"""Figures of the report: data in, SVG out, as markup that a template prints. Nothing is read, written or fetched.
 
 Colours and fonts are classes that `templates/report.css` fills in, so that a figure follows the reader's light or dark
 scheme. A figure is drawn about as wide as a telephone and may be shown somewhat larger: its text is readable on both.
-Rates are fractions and are printed as percent; nan is left out. Every text that comes from outside is escaped here.
+Rates are fractions and are printed as percent; nan is left out. Every text is escaped, by `svg.element`. No plotting
+library is needed: every report has all its figures, with a tooltip at each point and words for a screen reader.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Literal, TypeGuard
 
-from robustfair.report.layout import short_names
-from robustfair.report.table import NO_IMAGES, percent
+from markupsafe import Markup
+
+from robustfair.report import svg
+from robustfair.report.words import NO_IMAGES, percent, short_names
 
 HEAT_STEPS = 9
 """Shades of the confusion heat map; class `hN` of the style sheet, N from 0 (no error) to this."""
@@ -47,7 +49,7 @@ class Curve:
     Attributes:
         look: "plain" and "worst" are drawn strong, "faint" is background.
         dashed: to tell two lines of one look apart without colour.
-        labelled: the name stands at the end of the line.
+        labelled: whether its name is written at its end.
     """
 
     name: str
@@ -57,37 +59,37 @@ class Curve:
     labelled: bool = True
 
 
-def bars(items: Sequence[Bar]) -> str:
+def bars(items: Sequence[Bar]) -> Markup:
     """Horizontal bars on a scale from 0 to 100 percent, one under the other, with the interval as a whisker.
 
-    The drawing stretches to the width it is given. It carries no text: the numbers stand beside it.
+    The drawing stretches to the width it is given. It carries no text: the numbers are beside it.
     """
     height = 12 * len(items)
-    parts = [_line(tick, 0, tick, height, "grid") for tick in (0, 25, 50, 75, 100)]
+    parts = [svg.line(tick, 0, tick, height, "grid") for tick in (0, 25, 50, 75, 100)]
     for row, item in enumerate(items):
         if math.isnan(item.rate):
             continue
         middle = 12 * row + 6
         kind = f"bar {item.look}{' before' if item.before else ''}"
-        parts.append(f'<rect class="{kind}" {_box(0, middle - 4, 100 * item.rate, 8)}/>')
+        parts.append(svg.box(0, middle - 4, 100 * item.rate, 8, kind))
         low, high = 100 * item.lower, 100 * item.upper
         for stroke in ("halo", "whisker"):
-            parts.append(_line(low, middle, high, middle, stroke))
-            parts += [_line(end, middle - 3, end, middle + 3, stroke) for end in (low, high)]
-    return _svg(100, height, parts, "bars", stretch=True)
+            parts.append(svg.line(low, middle, high, middle, stroke))
+            parts += [svg.line(end, middle - 3, end, middle + 3, stroke) for end in (low, high)]
+    return svg.drawing(100, height, parts, "bars", stretch=True)
 
 
-def rug(rates: Sequence[float], *, average: float, worst: Sequence[int], label: str) -> str:
+def rug(rates: Sequence[float], *, average: float, worst: Sequence[int], label: str) -> Markup:
     """All class accuracies (C,) as ticks on one scale from 0 to 100 percent, the worst tall, the average as a wedge."""
-    parts = [_line(0, 22, 100, 22, "axis")]
+    parts = [svg.line(0, 22, 100, 22, "axis")]
     for index, rate in enumerate(rates):
         if not math.isnan(rate) and index not in worst:
-            parts.append(_line(100 * rate, 10, 100 * rate, 22, "tick"))
+            parts.append(svg.line(100 * rate, 10, 100 * rate, 22, "tick"))
     if not math.isnan(average):
-        parts.append(_line(100 * average, 2, 100 * average, 22, "tick average"))
+        parts.append(svg.line(100 * average, 2, 100 * average, 22, "tick average"))
     if worst:
-        parts.append(_line(100 * rates[worst[0]], 2, 100 * rates[worst[0]], 22, "tick worst"))
-    return _svg(100, 24, parts, "rug", stretch=True, label=label)
+        parts.append(svg.line(100 * rates[worst[0]], 2, 100 * rates[worst[0]], 22, "tick worst"))
+    return svg.drawing(100, 24, parts, "rug", stretch=True, label=label)
 
 
 def heat_map(
@@ -96,11 +98,11 @@ def heat_map(
     *,
     top: float | None = None,
     classes: Sequence[int] | None = None,
-) -> str:
+) -> Markup:
     """Confusion counts (C, C), rows predicted, columns true, as shares of each true class.
 
     Shades show errors only, on a scale that ends at `top` (default: the largest error), so that a high diagonal does
-    not drown them; the diagonal is outlined. Shares stand in the cells for up to 20 classes, and in all tooltips.
+    not drown them; the diagonal is outlined. Shares are printed in the cells for up to 20 classes, and in all tooltips.
     `classes` are those that are drawn, all if None; shares are of all images of a class either way.
 
     Returns:
@@ -119,19 +121,19 @@ def heat_map(
     upright = longest > wide - 6
     head = 30 + (longest * (0.72 if texts else 1.0) if upright else 16)
     gutter = max(longest, _width("predicted", 12)) + 8
-    rows = [_text(gutter - 8, head - 8, "predicted", "axis-title", anchor="end")]
-    cells = [_text(0, 12, "true", "axis-title")]
+    rows = [svg.text(gutter - 8, head - 8, "predicted", "axis-title", anchor="end")]
+    cells = [svg.text(0, 12, "true", "axis-title")]
     for index, name in enumerate(shown):
-        tip = _tip(names[drawn[index]])
+        tip = svg.tip(names[drawn[index]])
         middle = head + (index + 0.5) * high + font * 0.35
-        rows.append(_text(gutter - 8, middle, name, "name", anchor="end", tip=tip, size=font))
+        rows.append(svg.text(gutter - 8, middle, name, "name", anchor="end", tip=tip, size=font))
         x = (index + 0.5) * wide
         if not upright:
-            cells.append(_text(x, head - 8, name, "name", anchor="middle", tip=tip, size=font))
+            cells.append(svg.text(x, head - 8, name, "name", anchor="middle", tip=tip, size=font))
         else:
             angle = -45 if texts else -90
             x += 2 if texts else font * 0.35
-            cells.append(_text(x, head - 6, name, "name", tip=tip, size=font, turn=angle))
+            cells.append(svg.text(x, head - 6, name, "name", tip=tip, size=font, degrees=angle))
     for column, true in enumerate(drawn):
         for row, pred in enumerate(drawn):
             count, n = counts_pred_true[pred][true], columns[true]
@@ -141,24 +143,25 @@ def heat_map(
             share = count / n if n else math.nan
             kind = "diagonal" if diagonal else f"h{shade(share, top)}"
             x, y = column * wide, head + row * high
-            tip = _tip(_cell_words(names, pred, true, count, n))
+            tip = svg.tip(_cell_words(names, pred, true, count, n))
             inset = 1.5 if diagonal and texts else 0.5
-            box = _box(x + inset, y + inset, wide - 2 * inset, high - 2 * inset)
-            value = ""
+            box = svg.box(x + inset, y + inset, wide - 2 * inset, high - 2 * inset)
+            value = Markup()
             if texts and n:
-                value = _text(x + wide / 2, y + high / 2 + 4, percent(share), "value", anchor="middle", size=12)
-            cells.append(f'<g class="{kind}">{tip}<rect {box}/>{value}</g>')
+                value = svg.text(x + wide / 2, y + high / 2 + 4, percent(share), "value", anchor="middle", size=12)
+            cells.append(svg.element("g", kind, tip, box, value))
     bottom = head + size * high
-    frame = f'<rect class="frame" {_box(0.5, head, size * wide - 1, size * high)}/>'
+    frame = svg.box(0.5, head, size * wide - 1, size * high, "frame")
     overhang = longest * 0.72 if upright and texts else 0
     label = (
         f"Confusion heat map of {size} classes, rows predicted, columns true. "
         f"The largest error is {percent(largest_error(counts_pred_true))} percent of a class."
     )
-    left = _svg(gutter, bottom + 1, rows, "heat-rows", fixed=True, label="Predicted classes")
-    right = _svg(size * wide + max(1, overhang), bottom + 1, [frame, *cells], "heat-cells", fixed=True, label=label)
-    scroll = f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(label)}">{right}</div>'
-    return f'<div class="heat">{left}{scroll}</div>'
+    left = svg.drawing(gutter, bottom + 1, rows, "heat-rows", fixed=True, label="Predicted classes")
+    right = svg.drawing(
+        size * wide + max(1, overhang), bottom + 1, [frame, *cells], "heat-cells", fixed=True, label=label
+    )
+    return svg.beside(left, right, label)
 
 
 def rate_map(
@@ -170,13 +173,13 @@ def rate_map(
     tips: Sequence[Sequence[str]],
     apart: tuple[int, int] = (0, 0),
     label: str,
-) -> str:
+) -> Markup:
     """Rates (R, K) as percent in cells, the darker the lower.
 
     Args:
         scale: the rates at which shades begin and end, the higher first.
         tips: (R, K) words of the tooltips.
-        apart: how many of the last rows and columns stand apart from the others.
+        apart: how many of the last rows and columns are set apart from the others.
 
     Returns:
         two drawings in one element: the names of the rows, and the cells, which scroll sideways where they must.
@@ -187,26 +190,24 @@ def rate_map(
     shown = short_names(rows, 24)
     gutter = max(_width(name, 12) for name in shown) + 8
     names = [
-        _text(gutter - 8, y + high / 2 + 4, name, "name", anchor="end", tip=_tip(full), size=12)
+        svg.text(gutter - 8, y + high / 2 + 4, name, "name", anchor="end", tip=svg.tip(full), size=12)
         for y, name, full in zip(down, shown, rows, strict=True)
     ]
     cells = [
-        _text(x + wide / 2, head - 8, column, "name", anchor="middle", size=12)
+        svg.text(x + wide / 2, head - 8, column, "name", anchor="middle", size=12)
         for x, column in zip(across, columns, strict=True)
     ]
     for y, line, words in zip(down, rates, tips, strict=True):
         for x, rate, tip in zip(across, line, words, strict=True):
             if not math.isnan(rate):
-                box = _box(x + 0.5, y + 0.5, wide - 1, high - 1)
-                value = _text(x + wide / 2, y + high / 2 + 4, percent(rate), "value", anchor="middle", size=12)
-                cells.append(
-                    f'<g class="h{shade(scale[0] - rate, scale[0] - scale[1])}">{_tip(tip)}<rect {box}/>{value}</g>'
-                )
+                box = svg.box(x + 0.5, y + 0.5, wide - 1, high - 1)
+                value = svg.text(x + wide / 2, y + high / 2 + 4, percent(rate), "value", anchor="middle", size=12)
+                kind = f"h{shade(scale[0] - rate, scale[0] - scale[1])}"
+                cells.append(svg.element("g", kind, svg.tip(tip), box, value))
     bottom = down[-1] + high + 1
-    left = _svg(gutter, bottom, names, "heat-rows", fixed=True, label="Rows")
-    right = _svg(across[-1] + wide, bottom, cells, "heat-cells", fixed=True, label=label)
-    scroll = f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(label)}">{right}</div>'
-    return f'<div class="heat">{left}{scroll}</div>'
+    left = svg.drawing(gutter, bottom, names, "heat-rows", fixed=True, label="Rows")
+    right = svg.drawing(across[-1] + wide, bottom, cells, "heat-cells", fixed=True, label=label)
+    return svg.beside(left, right, label)
 
 
 def largest_error(counts_pred_true: Sequence[Sequence[int]]) -> float:
@@ -239,8 +240,8 @@ def shade(share: float, top: float) -> int:
 
 def scatter(
     x: Sequence[float], y: Sequence[float], names: Sequence[str], *, worst: Sequence[int], x_label: str, y_label: str
-) -> str:
-    """Points (C,) against a rate (C,), each with the name of its class where there is room and no more than 20 of them.
+) -> Markup:
+    """Points (C,) against a rate (C,), each with the name of its class where there is space and they are at most 20.
 
     Of more classes only the three lowest and the three highest are named; every point has a tooltip.
     """
@@ -251,65 +252,67 @@ def scatter(
     across = _Scale(x_ticks[0], x_ticks[-1], left + 6, width - right)
     up = _Scale(y_ticks[0], y_ticks[-1], height - bottom, top + 4)
     parts = _frame(x_ticks, y_ticks, across, up, left, width - right, height - bottom, share=True)
-    parts.append(_text(0, 12, y_label, "axis-title"))
-    parts.append(_text(width - right, height - 6, x_label, "axis-title", anchor="end"))
+    parts.append(svg.text(0, 12, y_label, "axis-title"))
+    parts.append(svg.text(width - right, height - 6, x_label, "axis-title", anchor="end"))
     by_height = sorted(present, key=lambda i: y[i])
     named = set(present if len(present) <= 20 else by_height[:3] + by_height[-3:])
     shown = short_names(names, 14)
     taken = [(across(x[i]) - 4, up(y[i]) - 4, across(x[i]) + 4, up(y[i]) + 4) for i in present]
     for i in sorted(present, key=lambda i: i not in worst):
         a, b = across(x[i]), up(y[i])
-        tip = _tip(f"{names[i]}: {x_label} {_value(x[i])}, {y_label} {percent(y[i])}")
+        tip = svg.tip(f"{names[i]}: {x_label} {_value(x[i])}, {y_label} {percent(y[i])}")
         kind = "point worst" if i in worst else "point"
-        parts.append(_dot(a, b, 4, kind, tip))
+        parts.append(svg.dot(a, b, 4, kind, tip))
         if i in named:
             text = shown[i]
             place = _free_place(a, b, _width(text, 11), taken, (left, top, width, height - bottom))
             if place is not None:
                 taken.append(place)
-                parts.append(_text(place[0], place[3] - 3, text, "name worst" if i in worst else "name", size=11))
+                parts.append(svg.text(place[0], place[3] - 3, text, "name worst" if i in worst else "name", size=11))
     label = f"{y_label} against {x_label} for {len(present)} classes"
-    return _svg(width, height, parts, "chart", label=label)
+    return svg.drawing(width, height, parts, "chart", label=label)
 
 
-def line_chart(x: Sequence[float], curves: Sequence[Curve], *, title: str, share: bool) -> str:
+def line_chart(x: Sequence[float], curves: Sequence[Curve], *, title: str, share: bool) -> Markup:
     """Curves over epochs, each with its name at its end. With `share` the values are fractions, printed as percent."""
     width, height, left, top, bottom = 360.0, 210.0, 44.0, 28.0, 30.0
     strong = [c for c in curves if c.labelled]
     short = dict(zip((c.name for c in curves), short_names([c.name for c in curves], 16), strict=True))
-    room = min(110.0, max((_width(short[c.name], 11) for c in strong), default=0.0) + 10)
+    margin = min(110.0, max((_width(short[c.name], 11) for c in strong), default=0.0) + 10)
     values = [v for c in curves for v in c.y if _is_number(v)]
     low, high = _domain(values, least=0.1 if share else 0.0)
     y_ticks = _ticks(max(0.0, low) if min(values, default=0.0) >= 0 else low, high)
     if share:
         y_ticks = [t for t in y_ticks if -1e-9 <= t <= 1 + 1e-9]
     x_low, x_high = (min(x), max(x)) if len(x) else (0, 1)
-    across = _Scale(x_low, x_high, left + 4, width - room)
+    across = _Scale(x_low, x_high, left + 4, width - margin)
     up = _Scale(y_ticks[0], y_ticks[-1], height - bottom, top + 4)
     x_ticks = [t for t in _ticks(x_low, x_high, 5) if x_low <= t <= x_high and float(t).is_integer()] or [x_low]
-    parts = _frame(x_ticks, y_ticks, across, up, left, width - room, height - bottom, share=share)
-    parts.append(_text(0, 13, title, "chart-title"))
-    parts.append(_text(width - room, height - 2, "epoch", "axis-title", anchor="end"))
+    parts = _frame(x_ticks, y_ticks, across, up, left, width - margin, height - bottom, share=share)
+    parts.append(svg.text(0, 13, title, "chart-title"))
+    parts.append(svg.text(width - margin, height - 2, "epoch", "axis-title", anchor="end"))
     ends = []
     for curve in sorted(curves, key=lambda c: (c.labelled, c.look != "faint")):
         points = [(across(a), up(v)) for a, v in zip(x, curve.y, strict=True) if _is_number(v)]
         if not points:
             continue
         kind = f"curve {curve.look}{' dashed' if curve.dashed else ''}"
-        tip = _tip(f"{curve.name}: {_words(curve, share)}")
+        tip = svg.tip(f"{curve.name}: {_words(curve, share)}")
         if len(points) == 1:
-            parts.append(_dot(*points[0], 3, f"point {curve.look}", tip))
+            parts.append(svg.dot(*points[0], 3, f"point {curve.look}", tip))
         else:
-            path = " ".join(f"{_n(a)},{_n(b)}" for a, b in points)
-            parts.append(f'<polyline class="{kind}" points="{path}">{tip}</polyline>')
+            path = " ".join(f"{svg.number(a)},{svg.number(b)}" for a, b in points)
+            parts.append(svg.element("polyline", kind, tip, points=path))
         if curve.labelled:
             ends.append((points[-1][1], curve))
     for place, (_, curve) in zip(_spread([y for y, _ in ends], 12, top, height - bottom), ends, strict=True):
         parts.append(
-            _text(width - room + 6, place + 4, short[curve.name], f"name {curve.look}", tip=_tip(curve.name), size=11)
+            svg.text(
+                width - margin + 6, place + 4, short[curve.name], f"name {curve.look}", tip=svg.tip(curve.name), size=11
+            )
         )
     words = "; ".join(f"{c.name} {_words(c, share)}" for c in strong or curves)
-    return _svg(width, height, parts, "chart", label=f"{title} over {len(x)} epochs. {words}")
+    return svg.drawing(width, height, parts, "chart", label=f"{title} over {len(x)} epochs. {words}")
 
 
 # Parts
@@ -340,15 +343,15 @@ def _frame(
     base: float,
     *,
     share: bool,
-) -> list[str]:
+) -> list[Markup]:
     """Grid lines and tick labels of a chart."""
     parts = []
     for tick in y_ticks:
-        parts.append(_line(left, up(tick), right, up(tick), "grid"))
+        parts.append(svg.line(left, up(tick), right, up(tick), "grid"))
         text = f"{100 * tick:g}" if share else _value(tick)
-        parts.append(_text(left - 6, up(tick) + 4, text, "tick-label", anchor="end"))
+        parts.append(svg.text(left - 6, up(tick) + 4, text, "tick-label", anchor="end"))
     for tick in x_ticks:
-        parts.append(_text(across(tick), base + 15, _value(tick), "tick-label", anchor="middle"))
+        parts.append(svg.text(across(tick), base + 15, _value(tick), "tick-label", anchor="middle"))
     return parts
 
 
@@ -452,63 +455,3 @@ def _value(value: float) -> str:
 def _width(text: str, size: float) -> float:
     """A generous estimate of the width of `text` at a font size, in the same unit."""
     return size * sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.6 for letter in text)
-
-
-def _n(value: float) -> str:
-    """A coordinate with at most two decimals."""
-    return f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def _box(x: float, y: float, width: float, height: float) -> str:
-    return f'x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}"'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}"/>'
-
-
-def _dot(x: float, y: float, radius: float, kind: str, tip: str) -> str:
-    return f'<circle class="{kind}" cx="{_n(x)}" cy="{_n(y)}" r="{_n(radius)}">{tip}</circle>'
-
-
-def _tip(text: str) -> str:
-    return f"<title>{escape(text)}</title>"
-
-
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    kind: str,
-    *,
-    anchor: str = "start",
-    tip: str = "",
-    size: float | None = None,
-    turn: float = 0,
-) -> str:
-    place = f'x="{_n(x)}" y="{_n(y)}"'
-    if turn:
-        place += f' transform="rotate({_n(turn)} {_n(x)} {_n(y)})"'
-    if anchor != "start":
-        place += f' text-anchor="{anchor}"'
-    if size is not None:
-        place += f' font-size="{_n(size)}"'
-    return f'<text class="{kind}" {place}>{tip}{escape(text)}</text>'
-
-
-def _svg(
-    width: float,
-    height: float,
-    parts: Sequence[str],
-    kind: str,
-    *,
-    label: str | None = None,
-    stretch: bool = False,
-    fixed: bool = False,
-) -> str:
-    """The root element: `stretch` fills any width, `fixed` keeps its pixels; without a label it is decoration."""
-    aspect = ' preserveAspectRatio="none"' if stretch else ""
-    size = f' width="{_n(width)}" height="{_n(height)}"' if fixed else ""
-    role = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
-    box = f'viewBox="0 0 {_n(width)} {_n(height)}"'
-    return f'<svg class="{kind}" {box}{size}{aspect} {role}>{"".join(parts)}</svg>'

@@ -11,10 +11,10 @@ from robustfair.evaluate.diagnostics.results import diagnose, diagnose_change
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
 from robustfair.evaluate.result import Audit
-from robustfair.report.compare import comparison_table, group_table
-from robustfair.report.console import Screen
-from robustfair.report.layout import ALL_ROWS, render
-from robustfair.report.table import before_after_table, class_table, member_lines, summary_lines
+from robustfair.report.console import ALL_ROWS, Screen
+from robustfair.report.layout import render
+from robustfair.report.rates import member_lines, summary_lines
+from robustfair.report.table import before_after_table, class_table, comparison_table, group_table, table_of
 from robustfair.report.text import latex, markdown
 
 SEVERITY = {"warn": "warning", "note": "note"}
@@ -50,7 +50,7 @@ def audit_text(
         return "\n".join([*shown, *([] if rates is None else [render(group_table(rates), screen)])])
     write = {"markdown": markdown, "latex": latex}[form]
     first = result if baseline is None else compare(baseline, result)
-    return "\n".join(write(part) for part in (first, rates) if part is not None)
+    return "\n".join(write(table_of(part)) for part in (first, rates) if part is not None)
 
 
 def before_after_lines(before: Audit, after: Audit, screen: Screen = ALL_ROWS) -> list[str]:
@@ -70,7 +70,7 @@ def comparison_text(found: Sequence[Comparison], form: str, screen: Screen = ALL
         return json.dumps(dicts if len(dicts) > 1 else dicts[0], allow_nan=False)
     if form == "table":
         return "\n".join(render(comparison_table(one), screen) for one in found)
-    return "\n".join({"markdown": markdown, "latex": latex}[form](one) for one in found)
+    return "\n".join({"markdown": markdown, "latex": latex}[form](table_of(one)) for one in found)
 
 
 def _diagnostic_lines(found: Iterable[Diagnostic]) -> list[str]:

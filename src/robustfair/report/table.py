@@ -1,166 +1,155 @@
-"""Console tables of an audit, class by class, and the words that every report uses for a number.
+"""The table of an audit, a grouping or a comparison: its cells in words, built once for every renderer.
 
-Rates are fractions everywhere else; here they become percent with one decimal, differences become percentage points.
-`*` is the worst class of its column.
+`layout` prints it in a terminal, `text` writes it as Markdown and LaTeX, `html` puts it on the page.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
 
 from robustfair import metrics
 from robustfair.config import require
-from robustfair.evaluate.compare import Comparison, Difference, check_comparable, compare_under
+from robustfair.evaluate.compare import (
+    AttackComparison,
+    Comparison,
+    Difference,
+    PairedTest,
+    check_comparable,
+    compare_under,
+)
 from robustfair.evaluate.groups import GroupRates
 from robustfair.evaluate.rates import WorstClass
-from robustfair.evaluate.result import ROBUST, Audit
-from robustfair.grammar import format_eps
-from robustfair.report.layout import SURE, WORST, Cell, Column, Sheet, printable
+from robustfair.evaluate.result import CLEAN, ROBUST, Audit, shortfall
+from robustfair.report.rates import Rates, both_attacks, class_rates, shown_attacks
+from robustfair.report.words import NO_IMAGES, heading, p_value, percent, points, points_span, span
 
-Rates = Audit | GroupRates
-Measured = Rates | Comparison
+WORST: Literal["worst"] = "worst"
+SURE: Literal["sure"] = "sure"
 
-NO_IMAGES = "no images"
 CHANGES = "Intervals of changes: 95 %, paired over the images; of worst and range by bootstrap."
 TESTED = (
     "† more than chance: by an exact McNemar test, of classes after Holm's correction, or an interval without zero."
 )
 """What marks a change, in every report: the verdict of `robustfair.evaluate.compare`."""
-
-
-# Numbers as words
-
-
-def percent(value: float) -> str:
-    """A fraction as percent with one decimal, without the sign.
-
-    >>> percent(0.5234), percent(float("nan"))
-    ('52.3', 'n/a')
-    """
-    return "n/a" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def points(change: float) -> str:
-    """A difference of two fractions in percentage points, always with its sign; rounding leaves no negative zero.
-
-    >>> points(0.182), points(-0.031), points(-0.0001)
-    ('+18.2', '-3.1', '0.0')
-    """
-    if math.isnan(change):
-        return "n/a"
-    text = f"{100 * change:+.1f}"
-    return "0.0" if float(text) == 0 else text
-
-
-def span(lower: float, upper: float) -> str:
-    """An interval in percent.
-
-    >>> span(0.481, 0.5637)
-    '[48.1, 56.4]'
-    """
-    return f"[{percent(lower)}, {percent(upper)}]"
-
-
-def threat_words(audit: Measured) -> str:
-    """The adversary in words: norm and radius."""
-    return f"{audit.threat.norm} eps {format_eps(audit.threat.eps)}"
-
-
-def heading(title: str, audit: Measured) -> str:
-    """What a table is about: models, data, threat and unit."""
-    return f"{title} on {audit.data}, {threat_words(audit)}, percent right"
-
-
-# What the tables show
-
-
-def shown_attacks(audit: Rates) -> tuple[str, ...]:
-    """The columns of a report: the attacks, and "robust" (no attack of them succeeds) where there are several."""
-    return (*audit.attacks, ROBUST) if len(audit.attacks) > 2 else audit.attacks
+_INTERVALS = "Intervals: 95 %, Wilson; for worst, bootstrap."
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassRate:
-    """Accuracy of one class under one attack, as fractions; all nan where the class has no images.
+class Cell:
+    """One place of a table.
 
-    `worst` says whether it is among the worst classes of its column, see `WorstClass.indices`.
+    Attributes:
+        text: a number in words, or a name.
+        interval: of the number, in brackets; "" without.
+        half: the larger distance from the number to an end of its interval.
+        mark: "worst" class of its column, or a change that is "sure" to be one.
+        is_name: whether the text is a name that a user gave, or a word.
+        others: who shares what the name says: "and 2 others".
     """
 
-    correct: int
-    n: int
-    rate: float
-    lower: float
-    upper: float
-    worst: bool
+    text: str = ""
+    interval: str = ""
+    half: str = ""
+    mark: Literal["", "worst", "sure"] = ""
+    is_name: bool = False
+    others: str = ""
 
 
-def class_rates(audit: Rates, attack: str) -> list[ClassRate]:
-    """One entry a class or group (C,), in the order of the data set, with its 95 % Wilson interval."""
-    worst = audit.worst(attack).indices
-    rate, correct, n = audit.rate(attack).tolist(), audit.correct(attack).tolist(), audit.count().tolist()
-    lower, upper = (end.tolist() for end in audit.interval(attack))
-    return [
-        ClassRate(correct=correct[c], n=n[c], rate=rate[c], lower=lower[c], upper=upper[c], worst=c in worst)
-        for c in range(len(audit.class_names))
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column: its head, the attack that it shares with its neighbours, "" if it shares none, and its side."""
+
+    head: str
+    over: str = ""
+    side: Literal["left", "right"] = "right"
 
 
-def both_attacks(before: Audit, after: Audit) -> list[str]:
-    """The columns that two audits share: "robust" only where both hold the same attacks, so that it is one thing."""
-    alike = set(before.attacks) == set(after.attacks)
-    return [name for name in shown_attacks(after) if name in before.attacks or (name == ROBUST and alike)]
+Row = tuple[Cell, ...]
 
 
-def points_span(difference: Difference) -> str:
-    """The interval of a change in points."""
-    return f"[{points(difference.lower)}, {points(difference.upper)}]"
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table in words.
+
+    Attributes:
+        title: models, data, threat and unit.
+        columns: names of the rows first.
+        rows: one a class or group.
+        totals: rows over all of them.
+        notes: what the numbers are, one sentence each.
+        above: rows before the others.
+        labels: how many columns at the left say what a row is: its name, and mostly its images.
+        ranks: a number a row; of very many rows, those of the lowest and the highest are shown on a terminal. Empty
+            where all are.
+        ranked_by: what these numbers are.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    totals: tuple[Row, ...] = ()
+    notes: tuple[str, ...] = ()
+    above: tuple[Row, ...] = ()
+    labels: int = 2
+    ranks: tuple[float, ...] = ()
+    ranked_by: str = ""
 
 
 # Tables
 
 
-def class_table(audit: Audit) -> Sheet:
-    """Accuracy class by class under each attack with Wilson intervals, then average, worst class, std and range."""
-    attacks, norms = shown_attacks(audit), audit.head_norms
+def table_of(result: Rates | Comparison, attacks: Sequence[str] | None = None) -> Table:
+    """The table of an audit, of its rates by group, or of a comparison, for papers and notes.
 
-    def cell(value: float, interval: tuple[float, float], *, worst: bool = False) -> Cell:
-        return Cell(text=percent(value), interval=span(*interval), mark=WORST if worst else "")
+    Args:
+        attacks: None takes all, and robust where there are several.
 
-    columns = [class_rates(audit, attack) for attack in attacks]
-    rows = []
-    for c, name in enumerate(audit.class_names):
-        row = [column[c] for column in columns]
-        norm = [] if norms is None else [Cell(text=f"{norms[c]:.3f}")]
-        rates = [cell(e.rate, (e.lower, e.upper), worst=e.worst) if e.n else Cell() for e in row]
-        rows.append((_name(name), Cell(text=str(row[0].n or NO_IMAGES)), *norm, *rates))
-    blank = [Cell()] * (1 if norms is None else 2)
-    worst = {attack: audit.worst(attack) for attack in attacks}
-    totals = (
-        (_name("average"), *blank, *(cell(audit.average(a), audit.average_interval(a)) for a in attacks)),
-        (_name("worst"), *blank, *(cell(worst[a].value, audit.worst_interval(a)) for a in attacks)),
-        (_name("worst is"), *blank, *(worst_name(worst[a]) for a in attacks)),
-        (_name("std"), *blank, *(Cell(text=percent(metrics.std(audit.rate(a)))) for a in attacks)),
-        (_name("range"), *blank, *(Cell(text=percent(metrics.accuracy_range(audit.rate(a)))) for a in attacks)),
-    )
-    heads = ("class", "images", *([] if norms is None else ["head norm"]), *attacks)
-    return Sheet(
-        title=heading(audit.model, audit),
-        columns=tuple(Column(head=head) for head in heads),
-        rows=tuple(rows),
-        totals=totals,
-        notes=("* worst class of its column. Intervals: 95 %, Wilson; for worst, bootstrap.",),
-        ranks=tuple(entry.rate for entry in columns[-1]),
-        ranked_by=f"accuracy under {attacks[-1]}",
-    )
+    Raises:
+        UnknownNameError: an attack that it does not hold.
+    """
+    return _comparison(result, attacks) if isinstance(result, Comparison) else _rates(result, attacks)
 
 
-def before_after_table(before: Audit, after: Audit, attacks: Sequence[str] | None = None) -> Sheet:
+def class_table(audit: Audit, compared: Mapping[str, AttackComparison] | None = None) -> Table:
+    """Accuracy class by class under each attack with Wilson intervals, then average, worst class, std and range.
+
+    Args:
+        compared: attacks under which accuracy before, after and its change are shown instead.
+    """
+    compared = compared or {}
+    blocks = [
+        _change_columns(compared[attack]) if attack in compared else _rate_columns(audit, attack)
+        for attack in shown_attacks(audit)
+    ]
+    table = _join(audit.class_names, audit.count().tolist(), blocks, title=heading(audit.model, audit))
+    if audit.head_norms is not None:
+        table = _with_norms(table, audit.head_norms)
+    return replace(table, notes=(f"* worst class of its column. {_INTERVALS}",))
+
+
+def group_table(groups: GroupRates, attacks: Sequence[str] | None = None) -> Table:
+    """Accuracy group by group under each attack, with Wilson intervals; arguments and errors as for `table_of`."""
+    return _with_legend(table_of(groups, attacks))
+
+
+def comparison_table(comparison: Comparison, attacks: Sequence[str] | None = None) -> Table:
+    """Accuracy class by class before and after, the change with its paired interval and its test, under each attack.
+
+    Arguments and errors as for `table_of`.
+    """
+    return _with_legend(table_of(comparison, attacks))
+
+
+def before_after_table(before: Audit, after: Audit, attacks: Sequence[str] | None = None) -> Table:
     """Accuracy class by class before and after a repair, and the change in points, under each attack.
 
-    A change stands with its 95 % interval, paired over the images, that of worst and range by bootstrap. It is marked
-    where `compare` finds it to be more than chance: of classes after Holm's correction.
+    A change has its 95 % interval, paired over the images, that of worst and range by bootstrap. It is marked where
+    `compare` finds it to be more than chance: of classes after Holm's correction.
 
     Args:
         attacks: None takes those that both audits have.
@@ -176,87 +165,201 @@ def before_after_table(before: Audit, after: Audit, attacks: Sequence[str] | Non
     for attack in chosen:
         require(attack in shared, "report", "attack", allowed=allowed, got=attack)
     require(bool(chosen), "report", "attacks", allowed=f"at least one {allowed}", got=chosen)
+    blocks = [_change_columns(compare_under(before, after, attack)) for attack in chosen]
+    title = heading(f"{before.model} -> {after.model}", after)
+    table = _join(after.class_names, after.count().tolist(), blocks, title=title)
+    return replace(table, notes=("* worst class of its column. Changes in points.", CHANGES, TESTED))
 
-    compared = [compare_under(before, after, attack) for attack in chosen]
 
-    def change(value: Difference, *, sure: bool) -> Cell:
-        if math.isnan(value.change):
-            return Cell()
-        return Cell(text=points(value.change), interval=points_span(value), mark=SURE if sure else "")
+def _rates(rates: Rates, attacks: Sequence[str] | None) -> Table:
+    chosen = shown_attacks(rates) if attacks is None else tuple(attacks)
+    blocks = [_rate_columns(rates, attack) for attack in chosen]
+    groups = isinstance(rates, GroupRates)
+    table = _join(
+        rates.class_names,
+        rates.count().tolist(),
+        blocks,
+        title=heading(rates.model, rates),
+        kind="group" if groups else "class",
+    )
+    notes = _group_notes(rates, chosen) if isinstance(rates, GroupRates) else []
+    return replace(table, notes=(_INTERVALS, *notes, *_cut_short(rates, chosen)))
 
-    columns = [(class_rates(before, e.attack), class_rates(after, e.attack), e.classes) for e in compared]
-    rows = []
-    for c, name in enumerate(after.class_names):
-        cells = [_name(name), Cell(text=str(columns[0][0][c].n or NO_IMAGES))]
-        for old, new, tested in columns:
-            cells += [
-                Cell(text=percent(e.rate) if e.n else "", mark=WORST if e.worst else "") for e in (old[c], new[c])
-            ]
-            cells.append(change(tested[c].difference, sure=tested[c].significant))
-        rows.append(tuple(cells))
-    totals = {name: [_name(name), Cell()] for name in ("average", "worst", "worst is", "std", "range")}
-    for entry in compared:
-        for name, value, sure in (
-            ("average", entry.average.difference, entry.average.significant),
-            ("worst", entry.worst, entry.worst.sure),
-            ("range", entry.range, entry.range.sure),
-        ):
-            totals[name] += [
-                Cell(text=percent(value.before)),
-                Cell(text=percent(value.after)),
-                change(value, sure=sure),
-            ]
-        totals["worst is"] += [worst_name(entry.worst_before), worst_name(entry.worst_after), Cell()]
-        old_std, new_std = (metrics.std(audit.rate(entry.attack)) for audit in (before, after))
-        totals["std"] += [Cell(text=text) for text in (percent(old_std), percent(new_std), points(new_std - old_std))]
-    heads = ("before", "after", "change")
-    return Sheet(
-        title=heading(f"{before.model} -> {after.model}", after),
-        columns=(
-            Column(head="class"),
-            Column(head="images"),
-            *(Column(head=head, over=attack) for attack in chosen for head in heads),
+
+def _group_notes(groups: GroupRates, attacks: Sequence[str]) -> list[str]:
+    if groups.within == "class":
+        return ["An image counts as right if its class is."]
+    bound = any(groups.misses_groups(attack) for attack in attacks)
+    return [
+        "An image counts as right if any class of its group is predicted."
+        + (" The attacks aimed at another class, so the rates under attack are upper bounds." if bound else "")
+    ]
+
+
+def _cut_short(rates: Rates, attacks: Sequence[str]) -> list[str]:
+    parts = {part: share for attack in attacks for part, share in rates.unfinished(attack).items()}
+    return [f"Upper bounds under attack: {shortfall(parts)}."] if parts else []
+
+
+def _comparison(comparison: Comparison, attacks: Sequence[str] | None) -> Table:
+    chosen = _shown_entries(comparison) if attacks is None else [comparison.under(name) for name in attacks]
+    table = _join(
+        comparison.class_names,
+        [tested.n for tested in chosen[0].classes],
+        [_change_columns(entry, tests=True) for entry in chosen],
+        title=heading(f"{comparison.before} -> {comparison.after}", comparison),
+    )
+    level = f"{100 * comparison.level:g} %"
+    return replace(
+        table,
+        totals=tuple(row for row in table.totals if row[0].text != "std"),
+        notes=(
+            f"Changes in points. {CHANGES.replace('95 %', level)}",
+            "lost/won: images that only the first, only the second model gets right.",
+            "p: exact McNemar, of classes after Holm's correction.",
+            f"† more than chance: p at most {1 - comparison.level:g}, or an interval without zero.",
+            *(f"{note}." for note in comparison.notes),
         ),
-        rows=tuple(rows),
-        totals=tuple(map(tuple, totals.values())),
-        notes=("* worst class of its column. Changes in points.", CHANGES, TESTED),
-        ranks=tuple(tested.difference.change for tested in columns[-1][2]),
-        ranked_by=f"change under {chosen[-1]}",
     )
 
 
-def summary_lines(audit: Audit) -> list[str]:
-    """One line per attack: average and worst class, each with its interval.
-
-    They are aligned, and fit below one another in a log.
-    """
-    rows = []
-    for attack in shown_attacks(audit):
-        worst = audit.worst(attack)
-        average = f"average {percent(audit.average(attack))} {span(*audit.average_interval(attack))}"
-        lowest = f"worst class {percent(worst.value)} {span(*audit.worst_interval(attack))}"
-        rows.append((attack, average, f"{lowest}, {printable(worst.words)}"))
-    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return [f"{attack:<{first}}  {average:<{second}}  {worst}" for attack, average, worst in rows]
+def _shown_entries(comparison: Comparison) -> list[AttackComparison]:
+    """All entries, without robust where it is the same as the only attack."""
+    single = [entry.average for entry in comparison.attacks if entry.attack not in (CLEAN, ROBUST)]
+    return [entry for entry in comparison.attacks if entry.attack != ROBUST or single != [entry.average]]
 
 
-def member_lines(audit: Audit) -> list[str]:
-    """For every AutoAttack of several parts, how many images each part broke, on what those before had left."""
-    found = []
-    for attack in audit.broken_by:
-        parts = [f"{member} {int(count.sum())}" for member, count in audit.fell_to(attack).items()]
-        if len(parts) > 1:
-            found.append(f"{attack} broke by {', '.join(parts)}")
-    return found
+def _with_legend(table: Table) -> Table:
+    return replace(table, notes=("* worst of its column.", *table.notes))
 
 
-# Parts
+# The columns of one attack
 
 
-def _name(text: str) -> Cell:
-    return Cell(text=text, is_name=True)
+@dataclass(frozen=True, kw_only=True)
+class _Columns:
+    """What one attack adds to every row (C,) and, by name, to every total; `ranks` and `ranked_by` as of a table."""
+
+    columns: tuple[Column, ...]
+    rows: list[Row]
+    totals: dict[str, Row]
+    ranks: tuple[float, ...]
+    ranked_by: str
+
+
+def _rate_columns(rates: Rates, attack: str) -> _Columns:
+    entries, worst, rate = class_rates(rates, attack), rates.worst(attack), rates.rate(attack)
+    return _Columns(
+        columns=(Column(head=attack),),
+        rows=[(_rate(entry.rate, (entry.lower, entry.upper), worst=entry.worst),) for entry in entries],
+        totals={
+            "average": (_rate(rates.average(attack), rates.average_interval(attack)),),
+            "worst": (_rate(worst.value, rates.worst_interval(attack)),),
+            "worst is": (worst_name(worst),),
+            "std": (Cell(text=percent(metrics.std(rate))),),
+            "range": (Cell(text=percent(metrics.accuracy_range(rate))),),
+        },
+        ranks=tuple(rate.tolist()),
+        ranked_by=f"accuracy under {attack}",
+    )
+
+
+def _change_columns(entry: AttackComparison, *, tests: bool = False) -> _Columns:
+    """Before, after and the change; with `tests` also the images lost and won, and the p value."""
+    heads = ("before", "after", "change", *(("lost/won", "p") if tests else ()))
+    blank = (Cell(),) * (len(heads) - 3)
+
+    def tested(found: PairedTest, c: int | None = None) -> Row:
+        if not found.n:
+            return (Cell(),) * len(heads)
+        worst = [c in tied.indices for tied in (entry.worst_before, entry.worst_after)]
+        words = (f"{found.lost}/{found.won}", p_value(found.p_adjusted))
+        more = tuple(Cell(text=text) for text in words) if tests else ()
+        return (*_change(found.difference, sure=found.significant, worst=worst), *more)
+
+    stds = [
+        metrics.std(torch.tensor([getattr(found.difference, end) for found in entry.classes], dtype=torch.float64))
+        for end in ("before", "after")
+    ]
+    return _Columns(
+        columns=tuple(Column(head=head, over=entry.attack) for head in heads),
+        rows=[tested(found, c) for c, found in enumerate(entry.classes)],
+        totals={
+            "average": tested(entry.average),
+            "worst": (*_change(entry.worst, sure=entry.worst.sure), *blank),
+            "worst is": (worst_name(entry.worst_before), worst_name(entry.worst_after), Cell(), *blank),
+            "std": (*(Cell(text=text) for text in (*map(percent, stds), points(stds[1] - stds[0]))), *blank),
+            "range": (*_change(entry.range, sure=entry.range.sure), *blank),
+        },
+        ranks=tuple(found.difference.change for found in entry.classes),
+        ranked_by=f"change under {entry.attack}",
+    )
+
+
+def _join(
+    names: Sequence[str], counts: Sequence[int], blocks: Sequence[_Columns], *, title: str, kind: str = "class"
+) -> Table:
+    """Names (C,) and images (C,) at the left, and beside them the columns of each attack."""
+    rows = [
+        (name_cell(name), Cell(text=str(n or NO_IMAGES)), *(cell for block in blocks for cell in block.rows[c]))
+        for c, (name, n) in enumerate(zip(names, counts, strict=True))
+    ]
+    totals = [
+        (name_cell(total), Cell(), *(cell for block in blocks for cell in block.totals[total]))
+        for total in blocks[0].totals
+    ]
+    return Table(
+        title=title,
+        columns=(Column(head=kind), Column(head="images"), *(column for block in blocks for column in block.columns)),
+        rows=tuple(rows),
+        totals=tuple(totals),
+        ranks=blocks[-1].ranks,
+        ranked_by=blocks[-1].ranked_by,
+    )
+
+
+def _with_norms(table: Table, norms: Sequence[float]) -> Table:
+    """The norms (C,) of the rows of the last layer, beside the images."""
+    cells = [Cell(text=f"{norm:.3f}") for norm in norms]
+    return replace(
+        table,
+        columns=(*table.columns[:2], Column(head="head norm"), *table.columns[2:]),
+        rows=tuple((*row[:2], cell, *row[2:]) for row, cell in zip(table.rows, cells, strict=True)),
+        totals=tuple((*row[:2], Cell(), *row[2:]) for row in table.totals),
+    )
+
+
+# Cells
 
 
 def worst_name(worst: WorstClass) -> Cell:
     """Whose accuracy is lowest, and who shares it."""
     return Cell(text=worst.name, is_name=True, others=worst.others)
+
+
+def name_cell(text: str) -> Cell:
+    """A name that a user gave, or a word."""
+    return Cell(text=text, is_name=True)
+
+
+def _rate(value: float, interval: tuple[float, float], *, worst: bool = False) -> Cell:
+    if math.isnan(value):
+        return Cell()
+    lower, upper = interval
+    half = percent(max(value - lower, upper - value))
+    return Cell(text=percent(value), interval=span(lower, upper), half=half, mark=WORST if worst else "")
+
+
+def _change(difference: Difference, *, sure: bool, worst: Sequence[bool] = (False, False)) -> Row:
+    """Before, after, and the change."""
+    ends = zip((difference.before, difference.after), worst, strict=True)
+    value, lower, upper = difference.change, difference.lower, difference.upper
+    return (
+        *(Cell(text=percent(end), mark=WORST if is_worst else "") for end, is_worst in ends),
+        Cell(
+            text=points(value),
+            interval=points_span(difference),
+            half=percent(max(value - lower, upper - value)),
+            mark=SURE if sure else "",
+        ),
+    )

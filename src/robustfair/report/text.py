@@ -8,9 +8,8 @@ from itertools import groupby
 from typing import Literal, get_args
 
 from robustfair.config import require
-from robustfair.report.layout import SURE, WORST, Cell, Column, printable
-from robustfair.report.sheet import sheet_of
-from robustfair.report.table import Measured
+from robustfair.report.table import SURE, WORST, Cell, Column, Table
+from robustfair.report.words import printable
 
 Intervals = Literal["brackets", "pm"]
 
@@ -29,43 +28,39 @@ _LATEX = {
 """Brackets and stars go in braces: at the start of a row they would be read as arguments of the line end before."""
 
 
-def markdown(measured: Measured, *, attacks: Sequence[str] | None = None, intervals: Intervals = "brackets") -> str:
-    """An audit, its rates by group, or a comparison, as a Markdown table with its title and notes.
+def markdown(table: Table, *, intervals: Intervals = "brackets") -> str:
+    """A table in Markdown with its title and notes.
 
     Args:
-        attacks: None takes all, and robust where there are several.
         intervals: "brackets" for `12.3 [11.0, 13.7]`, "pm" for the number and the larger distance to an end.
 
     Raises:
-        UnknownNameError: an attack that it does not hold.
         ConfigError: another word for the intervals.
     """
     _check(intervals)
-    sheet = sheet_of(measured, attacks)
-    heads = [escape_markdown(f"{column.over} {column.head}".strip()) for column in sheet.columns]
+    heads = [escape_markdown(f"{column.over} {column.head}".strip()) for column in table.columns]
     rules = [":--", *["--:"] * (len(heads) - 1)]
-    rows = [[_markdown_cell(cell, intervals) for cell in row] for row in (*sheet.rows, *sheet.totals)]
-    table = [f"| {' | '.join(row)} |" for row in (heads, rules, *rows)]
-    notes = " ".join(escape_markdown(note) for note in (_BOLD, *sheet.notes))
-    return "\n".join([f"**{escape_markdown(sheet.title)}**", "", *table, "", notes]) + "\n"
+    rows = [[_markdown_cell(cell, intervals) for cell in row] for row in (*table.rows, *table.totals)]
+    lines = [f"| {' | '.join(row)} |" for row in (heads, rules, *rows)]
+    notes = " ".join(escape_markdown(note) for note in (_BOLD, *table.notes))
+    return "\n".join([f"**{escape_markdown(table.title)}**", "", *lines, "", notes]) + "\n"
 
 
-def latex(measured: Measured, *, attacks: Sequence[str] | None = None, intervals: Intervals = "brackets") -> str:
+def latex(table: Table, *, intervals: Intervals = "brackets") -> str:
     """The same as a `tabular` in the style of booktabs; title and notes are comments above it.
 
     Arguments and errors as for `markdown`; "pm" prints a plus-minus sign.
     """
     _check(intervals)
-    sheet = sheet_of(measured, attacks)
     rows, totals = (
         [_latex_row([_latex_cell(cell, intervals) for cell in row]) for row in part]
-        for part in (sheet.rows, sheet.totals)
+        for part in (table.rows, table.totals)
     )
     lines = [
-        *(f"% {printable(line)}" for line in (sheet.title, _BOLD, *sheet.notes, r"Needs \usepackage{booktabs}.")),
-        rf"\begin{{tabular}}{{l{'r' * (len(sheet.columns) - 1)}}}",
+        *(f"% {printable(line)}" for line in (table.title, _BOLD, *table.notes, r"Needs \usepackage{booktabs}.")),
+        rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
         r"\toprule",
-        *_latex_heads(sheet.columns),
+        *_latex_heads(table.columns),
         r"\midrule",
         *rows,
         r"\midrule",
