@@ -16,13 +16,14 @@ import pytest
 from robustfair.cli.app import app, main
 from robustfair.methods.base import HOOKS, Method, Run
 from robustfair.objectives.base import Objective
-from robustfair.registry import METHODS, OBJECTIVES, REPAIRS
+from robustfair.registry import ATTACKS, METHODS, OBJECTIVES, REPAIRS
 from robustfair.runs.recipe import read_recipe, shipped_recipes
 from robustfair.runs.run import plan_of
 from robustfair.runs.stages import require_runnable
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = (METHODS, OBJECTIVES, REPAIRS, ATTACKS)
 EXTENDING = ROOT / "docs" / "extending.md"
 LONGEST_EXAMPLE = 60
 _BLOCK = re.compile(
@@ -65,7 +66,7 @@ def section(name: str) -> str:
 @contextmanager
 def as_a_new_process(place: Path) -> Iterator[None]:
     """In the folder `place`, with nothing registered or imported from it before or after."""
-    kept = [(registry, list(registry) and dict(registry._entries)) for registry in (METHODS, OBJECTIVES, REPAIRS)]
+    kept = [(registry, list(registry) and dict(registry._entries)) for registry in ROOMS]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.syspath_prepend(str(place))
@@ -171,7 +172,12 @@ def test_what_a_user_adds_works_as_it_is_printed(name: str, tmp_path: Path, caps
                 assert main(argv) == 0, (argv, capsys.readouterr().err)
                 assert "--out" not in argv or (tmp_path / argv[argv.index("--out") + 1] / "recipe.yaml").is_file()
             assert capsys.readouterr().out
-    assert not {"hard-classes", "to-nearest", "pairing", "temper-head"} & {*METHODS, *OBJECTIVES, *REPAIRS}
+    assert not {"hard-classes", "to-nearest", "pairing", "temper-head", "true-logit"} & {
+        *METHODS,
+        *OBJECTIVES,
+        *REPAIRS,
+        *ATTACKS,
+    }
 
 
 def rows(text: str, head: str) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustfair.attacks.named import NamedAttack, list_attacks, parse_attacks
+from robustfair.attacks.named import AttackKind, NamedAttack, list_attacks, parse_attacks
 from robustfair.attacks.pgd import STARTS, FreezeFooled
 from robustfair.errors import ConfigError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.losses import MaximiseCE, MaximiseMargin
+from robustfair.registry import ATTACKS
 from robustfair.values import Batch, Threat
 
 THREAT = Threat(norm="linf", eps=0.2, step_size=0.05)
@@ -186,3 +189,30 @@ def test_every_listed_pattern_parses_and_describes_itself() -> None:
         attack = only(pattern.replace("K", "10"))
         assert description
         assert attack.describe(THREAT).startswith(f"{attack.name}: ")
+
+
+@dataclass(frozen=True)
+class LowerTrue:
+    """Goal: the logit of the true class, downwards."""
+
+    needs_clean = False
+
+    def __call__(self, logits: torch.Tensor, clean: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+        return -logits.gather(1, y[:, None]).squeeze(1)
+
+
+def test_an_attack_of_the_users_own_is_named_with_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse_attacks("pgd-1")
+    monkeypatch.setattr(ATTACKS, "_entries", dict(ATTACKS._entries))
+    kind = AttackKind(goal=LowerTrue(), goal_name="true logit", about="K steps down the true logit", freeze=True)
+    ATTACKS.register("true-logit")(kind)
+    (attack,) = parse_attacks("True_Logit-7(restarts=3)")
+    assert attack.name == "true-logit-7(restarts=3)"
+    assert attack.settings(Threat())["goal"] == "true logit"
+    assert attack.describe(Threat()).startswith("true-logit-7(restarts=3): 7 steps of 2/255 up the true logit, ")
+    batch = Batch(x=torch.rand(2, 1, 4, 4), y=torch.tensor([0, 1]), index=torch.arange(2), seed=0)
+    assert isinstance(attack.on(batch, Threat()).goal, LowerTrue)
+    assert attack.on(batch, Threat()).stop is not None
+    assert ("true-logit-K", "K steps down the true logit") in list_attacks()
+    with pytest.raises(UnknownNameError, match="true-logit-20"):
+        parse_attacks("true-logit")

@@ -21,7 +21,7 @@ ENTRIES: dict[str, Callable[[], list[str]]] = {
     "augmentations": lambda: list(AUGMENTATIONS),
     "models": lambda: [*MODELS, "wrn-D-W", "dm-wrn-D-W"],
     "datasets": lambda: sorted(CATALOG),
-    "attacks": lambda: ["clean", "fgsm", "pgd-K", "cw-K", *AUTOATTACK_NAMES],
+    "attacks": lambda: ["clean", "cw-K", "fgsm", "pgd-K", *AUTOATTACK_NAMES],
     "repairs": lambda: list(REPAIRS),
 }
 

@@ -10,7 +10,7 @@ either. With restarts, `cw-K` picks by its own margin where FAAL's code picks by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,27 +21,70 @@ from robustfair.config import build, require
 from robustfair.errors import ConfigError, RecipeError, UnknownNameError
 from robustfair.grammar import Term, canonical_key, format_eps, format_value, parse_composition
 from robustfair.losses import MaximiseCE, MaximiseMargin
+from robustfair.registry import ATTACKS
 from robustfair.values import Attack, Batch, Goal, Threat
-
-Kind = Literal["clean", "fgsm", "pgd", "cw"]
 
 OPTIONS = ("restarts", "step_size", "start", "freeze", "keep")
 AUTOATTACK_NAMES = (AUTOATTACK, *AUTOATTACK_OPTIONS)
 """Names of `robustfair.attacks.autoattack.named`."""
 CROSS_ENTROPY, MARGIN = "cross-entropy", "margin"
+CLEAN = "clean"
 
-_GOALS: Mapping[str, tuple[str, Goal]] = {
-    "fgsm": (CROSS_ENTROPY, MaximiseCE()),
-    "pgd": (CROSS_ENTROPY, MaximiseCE()),
-    "cw": (MARGIN, MaximiseMargin()),
-}
-_PGD: Mapping[str, Any] = {"restarts": 1, "step_size": None, "start": "uniform", "freeze": False, "keep": "last"}
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "clean": _PGD,
-    "pgd": _PGD,
-    "fgsm": {**_PGD, "start": "zero"},
-    "cw": {**_PGD, "freeze": True},
-}
+
+@dataclass(frozen=True, kw_only=True)
+class AttackKind:
+    """A family of attacks by projected gradients, named with its steps: what `ATTACKS` files as "pgd" is `pgd-20`.
+
+    Attributes:
+        goal: what it maximises; a frozen dataclass without tensors.
+        goal_name: the goal in a word or two, as stored audits have it.
+        about: what it is, for `robustfair list attacks`; K stands for the steps.
+        upwards: the goal in a sentence, after "steps up": "the cross-entropy".
+        start, freeze, keep: defaults of its options, see `NamedAttack`.
+        single: one step of the whole radius, so that its name has no number.
+    """
+
+    goal: Goal
+    goal_name: str
+    about: str
+    upwards: str = ""
+    start: str = "uniform"
+    freeze: bool = False
+    keep: Literal["last", "best"] = "last"
+    single: bool = False
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every option of `OPTIONS` as it is where a user gives none."""
+        own = {"start": self.start, "freeze": self.freeze, "keep": self.keep}
+        return {"restarts": 1, "step_size": None, **own}
+
+
+ATTACKS.register("fgsm")(
+    AttackKind(
+        goal=MaximiseCE(),
+        goal_name=CROSS_ENTROPY,
+        about="one step of the full radius up the cross-entropy, from the image itself",
+        start="zero",
+        single=True,
+    )
+)
+ATTACKS.register("pgd")(
+    AttackKind(
+        goal=MaximiseCE(),
+        goal_name=CROSS_ENTROPY,
+        about="K projected gradient steps up the cross-entropy; the step is eps/4 (linf) or 15/128 eps (l2)",
+    )
+)
+ATTACKS.register("cw")(
+    AttackKind(
+        goal=MaximiseMargin(),
+        goal_name=MARGIN,
+        about="as pgd-K, up the CW margin of the logits: linf or l2 PGD, not the minimum-norm attack of that name",
+        upwards="the CW margin ({norm} PGD, not the minimum-norm attack of that name)",
+        freeze=True,
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +92,7 @@ class NamedAttack:
     """One attack of an audit; `parse_attacks` builds it from its name.
 
     Attributes:
-        kind: the family: "clean", "fgsm", "pgd" (cross-entropy) or "cw" (margin).
+        kind: "clean", or the family by its name in `ATTACKS`: "fgsm", "pgd" (cross-entropy), "cw" (margin), ...
         steps: gradient steps; 0 for clean, 1 for fgsm.
         restarts: independent starts, the best per image is kept.
         step_size: pixel units; None is the radius for fgsm and the step of the threat otherwise.
@@ -61,7 +104,7 @@ class NamedAttack:
         ConfigError: a value out of range, or restarts from a start that is always the same.
     """
 
-    kind: Kind
+    kind: str
     steps: int
     restarts: int = 1
     step_size: float | None = None
@@ -92,8 +135,8 @@ class NamedAttack:
         >>> [attack.name for attack in parse_attacks("PGD_20(restarts=1), cw-20(alpha=1/255, restarts=5)")]
         ['pgd-20', 'cw-20(restarts=5, step_size=1/255)']
         """
-        defaults = _DEFAULTS[self.kind]
-        given = {key: getattr(self, key) for key in OPTIONS if getattr(self, key) != defaults[key]}
+        defaults = {} if self.is_clean else self._family.defaults
+        given = {key: getattr(self, key) for key in defaults if getattr(self, key) != defaults[key]}
         inside = ", ".join(f"{key}={format_value(value)}" for key, value in given.items())
         return f"{self._base}({inside})" if inside else self._base
 
@@ -119,7 +162,7 @@ class NamedAttack:
             eps=batch.x.new_full(batch.x.shape[:1], threat.eps),
             step_size=batch.x.new_full(batch.x.shape[:1], self._step(threat)),
             steps=self.steps,
-            goal=_GOALS[self.kind][1],
+            goal=self._family.goal,
             norm=threat.norm,
             start=self.start,
             stop=FreezeFooled() if self.freeze else None,
@@ -138,7 +181,7 @@ class NamedAttack:
             "steps": self.steps,
             "start": self.start,
             "restarts": self.restarts,
-            "goal": _GOALS[self.kind][0],
+            "goal": self._family.goal_name,
             "freeze": self.freeze,
             "keep": self.keep,
         }
@@ -152,10 +195,7 @@ class NamedAttack:
         if self.kind == "clean":
             return "clean: the images as they are"
         steps = f"{self.steps} {'step' if self.steps == 1 else 'steps'} of {_short(self._step(threat))}"
-        goal = {
-            CROSS_ENTROPY: "the cross-entropy",
-            MARGIN: f"the CW margin ({threat.norm} PGD, not the minimum-norm attack of that name)",
-        }[_GOALS[self.kind][0]]
+        goal = (self._family.upwards or f"the {self._family.goal_name}").format(norm=threat.norm)
         parts = [
             f"{steps} up {goal}",
             f"{threat.norm} radius {_short(threat.eps)}",
@@ -168,12 +208,17 @@ class NamedAttack:
 
     @property
     def _base(self) -> str:
-        return self.kind if self.kind in ("clean", "fgsm") else f"{self.kind}-{self.steps}"
+        return self.kind if self.is_clean or self._family.single else f"{self.kind}-{self.steps}"
+
+    @property
+    def _family(self) -> AttackKind:
+        found: AttackKind = ATTACKS.get(self.kind)
+        return found
 
     def _step(self, threat: Threat) -> float:
         if self.step_size is not None:
             return self.step_size
-        return threat.eps if self.kind == "fgsm" else threat.step_size
+        return threat.eps if self._family.single else threat.step_size
 
 
 AnyAttack = NamedAttack | AutoAttack
@@ -202,10 +247,8 @@ def parse_attacks(attacks: str | Sequence[str]) -> tuple[AnyAttack, ...]:
 def list_attacks() -> list[tuple[str, str]]:
     """(name pattern, description) of every attack."""
     return [
-        ("clean", "the images as they are"),
-        ("fgsm", "one step of the full radius up the cross-entropy, from the image itself"),
-        ("pgd-K", "K projected gradient steps up the cross-entropy; the step is eps/4 (linf) or 15/128 eps (l2)"),
-        ("cw-K", "as pgd-K, up the CW margin of the logits: linf or l2 PGD, not the minimum-norm attack of that name"),
+        (CLEAN, "the images as they are"),
+        *((name if ATTACKS.get(name).single else f"{name}-K", ATTACKS.get(name).about) for name in ATTACKS),
         ("autoattack", "apgd-ce, apgd-t, fab-t and square in turn, each on what still stands; version=plus for six"),
         ("apgd-ce", "100 steps of Auto-PGD up the cross-entropy"),
         ("apgd-dlr", "the same up the difference of logits ratio"),
@@ -230,19 +273,23 @@ def _parse_one(text: str) -> AnyAttack:
     for key in args:
         if key not in (*OPTIONS, "alpha"):
             raise UnknownNameError(f"option of {term.name}", key, OPTIONS)
-    rest = {key: value for key, value in _DEFAULTS[kind].items() if key not in args and key != "step_size"}
+    defaults = {} if kind == CLEAN else ATTACKS.get(kind).defaults
+    rest = {key: value for key, value in defaults.items() if key not in args and key != "step_size"}
     return build(NamedAttack, {"kind": kind, "steps": steps, **rest, **args}, owner=term.name)
 
 
 def _kind_and_steps(term: Term) -> tuple[str, int]:
-    if term.name in ("clean", "fgsm"):
-        return term.name, int(term.name == "fgsm")
-    found = re.fullmatch(r"(pgd|cw)-(\d+)", term.name)
-    if found:
+    if term.name == CLEAN:
+        return CLEAN, 0
+    if term.name in ATTACKS and ATTACKS.get(term.name).single:
+        return term.name, 1
+    found = re.fullmatch(r"(.+)-(\d+)", term.name)
+    if found and found[1] in ATTACKS and not ATTACKS.get(found[1]).single:
         return found[1], int(found[2])
     number = re.search(r"\d+$", term.name)
     steps = number[0] if number else "20"
-    raise UnknownNameError("attack", term.name, ("clean", "fgsm", f"pgd-{steps}", f"cw-{steps}", *AUTOATTACK_NAMES))
+    known = [name if ATTACKS.get(name).single else f"{name}-{steps}" for name in ATTACKS]
+    raise UnknownNameError("attack", term.name, (CLEAN, *known, *AUTOATTACK_NAMES))
 
 
 def _split(text: str) -> Iterable[str]:
