@@ -32,7 +32,8 @@ from robustfair.objectives import PGDAT, Standard, Trades
 from robustfair.repairs import HWNwB
 from robustfair.runs.recipe import Recipe, read_recipe, shipped_recipes
 from robustfair.runs.run import RESOLVED, plan_of, prepare, read_composition, read_repair, resolve_device, train
-from robustfair.training.fit import SPLIT_SEED, Fitted
+from robustfair.training.fit import Fitted
+from robustfair.training.selection import SPLIT_SEED
 from robustfair.training.state import TrainState
 
 

@@ -22,8 +22,8 @@ from robustfair.execution import bundle
 from robustfair.methods import AWP, CCM, CCR, EMA, Method
 from robustfair.objectives import PGDAT, Objective, Standard, Trades
 from robustfair.training import Fitted, Schedule, fit
-from robustfair.training.fit import few_validation_images
 from robustfair.training.run import TrainingRun
+from robustfair.training.selection import few_validation_images
 from robustfair.training.state import TrainState
 from robustfair.values import ClassTally, State
 

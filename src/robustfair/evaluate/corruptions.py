@@ -293,15 +293,15 @@ def audit_corruptions(
     example = next(evaluation_batches(data, 2)).x
     model = prepared(in_float32(model.to(device), example), example)
     check_outputs(model, data.num_classes, example)
-    sweeper = _Sweeper(
+    runner = _Runner(
         model=InPrecision(model, precision, device.type),
         data=data,
         batch_size=size,
         on_progress=on_progress,
     )
     with kept_memory(device), attacking(model, "eval"):
-        clean = sweeper.clean()
-        predictions, seconds = sweeper.all(images, chosen, levels)
+        clean = runner.clean()
+        predictions, seconds = runner.all(images, chosen, levels)
     return CorruptionAudit(
         model=label or type(unwrap(model)).__name__,
         data=dataset.name,
@@ -384,7 +384,7 @@ def load_corruption_audit(path: Path | str) -> CorruptionAudit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sweeper:
+class _Runner:
     """Runs a model over a data set that is resident on the device."""
 
     model: nn.Module

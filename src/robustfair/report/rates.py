@@ -77,7 +77,7 @@ def summary_lines(audit: Audit) -> list[str]:
 
 
 def member_lines(audit: Audit) -> list[str]:
-    """For every strong attack of several parts, how many images each part broke, on what those before had left."""
+    """For every attack of several parts, how many images each part broke, on what those before had left."""
     found = []
     for attack in audit.broken_by:
         parts = [f"{member} {int(count.sum())}" for member, count in audit.fell_to(attack).items()]

@@ -31,8 +31,9 @@ from robustfair.repairs import Repair
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.recipe import SCRATCH, Recipe, read_recipe
 from robustfair.training.engine import require_compiler
-from robustfair.training.fit import Fitted, fit, held_out, require_validation
+from robustfair.training.fit import Fitted, fit
 from robustfair.training.schedule import Schedule
+from robustfair.training.selection import held_out, require_validation
 from robustfair.training.state import TrainState
 from robustfair.values import derive_seed
 

@@ -17,13 +17,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from robustfair import metrics
 from robustfair.config import Precision, Select, require, require_one_way
 from robustfair.data import ImageDataset
 from robustfair.data.augment.crops import Augmentation, parse_augmentation
 from robustfair.data.load.parts import listed
 from robustfair.data.loader import Loader, evaluation_batches
-from robustfair.data.split import stratified_split
 from robustfair.errors import ConfigError, DataError, DivergedError, ModelError, RobustFairWarning
 from robustfair.execution.device import warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
@@ -35,12 +33,15 @@ from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine, require_pure
 from robustfair.training.run import EpochStatistics, TrainingRun, finite_or_none
 from robustfair.training.schedule import Schedule
+from robustfair.training.selection import (
+    better,
+    few_validation_images,
+    require_validation,
+    score,
+    with_validation,
+)
 from robustfair.training.state import ScoredWeights, TrainState
 from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, derive_seed
-
-SPLIT_SEED = 0
-"""One split for all runs, whatever their seed: methods are compared on the same images."""
-_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def fit(
     if deterministic:
         allow_deterministic_products()
     require_validation(validation, select)
-    train, held = _with_validation(train, validation)
+    train, held = with_validation(train, validation)
     few = "" if held is None else few_validation_images(train.labels, held.labels, select)
     if few:
         text = f"{few}: give `validation` a larger share, or take `select=last`"
@@ -413,42 +414,6 @@ class _Training:
                 parameter.requires_grad_(flag)
 
 
-def score(tallied: ClassTally, select: Select) -> float:
-    """The selection statistic of one measurement: robust where attacked, else clean; classes without images ignored."""
-    hits = tallied.clean_pred_true if tallied.robust_pred_true is None else tallied.robust_pred_true
-    assert hits is not None
-    average, worst = metrics.average(hits), metrics.worst(metrics.class_accuracy(hits))
-    return float({"average": average, "worst": worst, "average+worst": average + worst, "last": 0.0}[select])
-
-
-def better(new: ScoredWeights, best: ScoredWeights) -> bool:
-    """Whether a candidate that was measured after `best` takes its place.
-
-    The higher score does; of equal ones the higher score on clean images, then the later epoch; in one epoch the raw
-    weights come before averages, and the averages in the order of their methods. Scores are compared up to the rounding
-    of a sum, and a clean score that is not known decides nothing.
-    """
-    for one, other in ((new.score, best.score), (new.clean, best.clean)):
-        if abs(one - other) > _ROUNDING:
-            return one > other
-    return new.epoch > best.epoch
-
-
-def few_validation_images(train: Tensor, held: Tensor, select: Select) -> str:
-    """Why selection on so few validation images says little, "" where there are enough or nothing is selected.
-
-    Args:
-        train, held: labels (N,) of the images that are trained on, and held out.
-    """
-    classes = int(torch.cat([train, held]).max()) + 1
-    kept, out = (torch.bincount(labels.cpu(), minlength=classes) for labels in (train, held))
-    least = int(out[kept + out > 0].min())
-    if select == "last" or least >= metrics.FEW_IMAGES:
-        return ""
-    few = "no validation image" if least == 0 else f"{least} validation image{'s' if least > 1 else ''}"
-    return f"weights are selected on {few} of a class, and fewer than {metrics.FEW_IMAGES} leave the choice to chance"
-
-
 def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
     """A tally as JSON values per class: images, correct clean, correct attacked; None for a pass that was not made."""
 
@@ -460,35 +425,6 @@ def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
         "clean": hits(tallied.clean_pred_true),
         "robust": hits(tallied.robust_pred_true),
     }
-
-
-def require_validation(validation: float | ImageDataset, select: Select) -> None:
-    """Refuse a selection rule that has no images to measure it on."""
-    selects = "a share of each class, or a data set"
-    require(select == "last" or validation != 0, "fit", "validation", allowed=selects, got=0, hint="Or `select='last'`")
-
-
-def held_out(labels: Tensor, validation: float) -> tuple[Tensor, Tensor]:
-    """Indices kept for training and held out for validation; the same for every run on these labels."""
-    kept, held = stratified_split(labels, validation, seed=SPLIT_SEED)
-    needed = "a share that leaves an image to measure on"
-    require(len(held) > 0, "fit", "validation", allowed=needed, got=validation, hint="Or 0, with `select='last'`")
-    return kept, held
-
-
-def _with_validation(train: ImageDataset, validation: float | ImageDataset) -> tuple[ImageDataset, ImageDataset | None]:
-    """Training and validation images."""
-    if isinstance(validation, ImageDataset):
-        same = validation.class_names == train.class_names and validation.images.shape[1:] == train.images.shape[1:]
-        if not same or len(validation) == 0:
-            raise DataError(
-                f"{validation.name} cannot validate {train.name}: other classes, other image sizes, or empty"
-            )
-        return train, validation
-    if validation == 0:
-        return train, None
-    kept, held = held_out(train.labels, validation)
-    return train.subset(kept), train.subset(held)
 
 
 def _shapes(weights: StateDict) -> list[str]:
