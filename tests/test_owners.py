@@ -136,7 +136,7 @@ def main(root: Path) -> None:
     os.fsync = lambda handle: None  # a killed process loses nothing that it has written: only a machine would
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     load_dataset("digits")
-    for slow_to_import in ("torch._dynamo", "pydantic", "robustfair.report.files"):
+    for slow_to_import in ("torch._dynamo", "robustfair.report.files"):
         importlib.import_module(slow_to_import)
     children = Children(root)
     ends: dict[str, Any] = {name: children.run(training(name, root / name)) for name in PAIR}
