@@ -122,6 +122,10 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
         if key in values:
             raise RecipeError(f"{owner}: {key} is given twice, also as {given}: give it once")
         values[key] = value
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        needless = optional or not field.init or field.name in values
+        require(needless, owner, field.name, allowed="given", got="nothing")
     values |= _read_threat(values, getattr(cls, "norm", None), owner)
     hints = get_type_hints(cls, include_extras=True)
     for key, value in values.items():

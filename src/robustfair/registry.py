@@ -35,14 +35,22 @@ class Registry(Generic[T]):
         self.kind = kind
         self._modules = modules
         self._entries: dict[str, T] = {}
+        self.reserved: tuple[str, ...] = ()
+        """Names that stand for something else."""
         self._loaded = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files an entry under `name` (already canonical; a second entry of that name is a defect)."""
+        """Decorator that files an entry under `name`.
+
+        Raises:
+            RobustFairError: another entry has the name, or it is not written as names are.
+        """
 
         def file(entry: T) -> T:
-            assert name == canonical(name), f"{self.kind} name {name!r} is not canonical"
-            assert name not in self._entries, f"{self.kind} {name!r} is registered twice"
+            if name != canonical(name):
+                raise RobustFairError(f"{self.kind} {name!r} must be written {canonical(name)!r}")
+            if name in self._entries or name in self.reserved:
+                raise RobustFairError(f"{self.kind} {name!r} is registered twice: give the new one another name")
             self._entries[name] = entry
             return entry
 
@@ -90,18 +98,23 @@ def load_plugin(path: Path | str) -> None:
     spec = importlib.util.spec_from_file_location(name, file)
     if not file.is_file() or spec is None or spec.loader is None:
         raise RobustFairError(f"plugin {path} is no Python file: name one that registers what you add")
-    for registry in (OBJECTIVES, METHODS, MODELS, REPAIRS, EDITS):
+    open_ones = (OBJECTIVES, METHODS, MODELS, REPAIRS, EDITS, ATTACKS)
+    for registry in open_ones:
         registry._load()  # so that a name that is taken shows in the line of the plugin that takes it again
+    before = [dict(registry._entries) for registry in open_ones]
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # it is the user's code
         del sys.modules[name]
+        for registry, entries in zip(open_ones, before, strict=True):
+            registry._entries = entries
         at = error.__traceback__
         while at is not None and at.tb_next is not None and at.tb_frame.f_code.co_filename != str(file):
             at = at.tb_next
         line = getattr(error, "lineno", None) or (at.tb_lineno if at is not None else "?")
-        raise RobustFairError(f"plugin {path}, line {line}: {type(error).__name__}: {error}") from error
+        text = str(error) if isinstance(error, RobustFairError) else f"{type(error).__name__}: {error}"
+        raise RobustFairError(f"plugin {path}, line {line}: {text}") from error
 
 
 OBJECTIVES: Registry[Any] = Registry("objective", ("robustfair.objectives",))

@@ -200,6 +200,11 @@ class ClassTally:
             _add(self.clean_pred_true, other.clean_pred_true), _add(self.robust_pred_true, other.robust_pred_true)
         )
 
+    def over(self, total: Callable[[Tensor], Tensor]) -> ClassTally:
+        """These counts with `total` of each part, such as the sum over processes."""
+        parts = (self.clean_pred_true, self.robust_pred_true)
+        return ClassTally(*(None if part is None else total(part) for part in parts))
+
     @property
     def count(self) -> Tensor:
         """(C,) images seen per class."""

@@ -22,3 +22,19 @@ def test_explain_runs_nothing(place: Path, command: Command) -> None:
     assert command("explain", CFA).code == 0
     assert command("explain", "demo").code == 0
     assert changes(before, tree(place)) == []
+
+
+def test_stages_are_explained_one_by_one(place: Path, command: Command) -> None:
+    (place / "two.yaml").write_text(
+        "stages:\n- train: trades + ccm\n- edit: long-tail\n- train: pgd-at + ema\n- repair: hwnwb\n"
+    )
+    outcome = command("explain", "two.yaml")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = [line for line in outcome.out.splitlines() if line.startswith("stage ")]
+    assert lines == [
+        "stage 1, train: trades + ccm",
+        "stage 2, edit: long-tail",
+        "stage 3, train: pgd-at + ema",
+        "stage 4, repair: hwnwb",
+    ]
+    assert outcome.out.count("acts in:") == 2

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from robustfair.data import load_dataset
 from robustfair.data.edits import Edited
-from robustfair.errors import CheckpointError, ConfigError, ModelError, RecipeError, RobustFairError
+from robustfair.errors import CheckpointError, ConfigError, ModelError, RecipeError, RobustFairError, RobustFairWarning
 from robustfair.runs.folder import RunFolder
 from robustfair.runs.load import load_target
 from robustfair.runs.recipe import Recipe, read_recipe
+from robustfair.runs.repair import repair_run
 from robustfair.runs.run import prepare, train
 from robustfair.runs.stages import StageDone, run_stages
 
@@ -273,3 +274,72 @@ def test_images_of_an_edit_that_changed_are_refused(done: tuple[Path, list[Stage
     with pytest.raises(RobustFairError, match="its images changed since an edit of 90"):
         prepare(own)
     assert len(load_dataset("digits").train) > 90
+
+
+# Keys beside the stages, and folders of stages
+
+
+def test_start_and_images_beside_the_stages_are_those_of_the_first(trained: Path, tmp_path: Path) -> None:
+    text = "- train: standard\n  lr: 0.0\n  weight_decay: 0.0\n- edit: long-tail(factor=4)\n- train: pgd-at\n"
+    plain = recipe(tmp_path, text, start=str(trained))
+    run_stages(plain, tmp_path / "run")
+    ours, theirs = weights(tmp_path / "run" / "stages" / "1-train"), weights(trained)
+    parameters = [name for name in theirs if "running" not in name and "tracked" not in name]
+    assert all(torch.equal(ours[name], theirs[name]) for name in parameters)
+    edit = tmp_path / "run" / "stages" / "2-edit" / "images.safetensors"
+    run_stages(recipe(tmp_path, "- train: standard\n", images=str(edit)), tmp_path / "edited")
+    own = read_recipe(str(tmp_path / "edited" / "stages" / "1-train" / "recipe.yaml"), {})
+    assert (own.start, own.images) == ("scratch", str(edit))
+    with pytest.raises(RecipeError, match="recipe: start is nothing, which does not exist"):
+        run_stages(recipe(tmp_path, "- train: standard\n", start="nothing"), tmp_path / "none")
+
+
+def test_a_first_stage_may_ask_the_model_that_the_recipe_starts_from(trained: Path, tmp_path: Path) -> None:
+    text = "- edit: upweight(times=1)\n- train: standard\n  start: scratch\n"
+    run_stages(recipe(tmp_path, text, start=str(trained)), tmp_path / "run")
+    assert len(Edited.read(tmp_path / "run" / "stages" / "1-edit" / "images.safetensors").index) > 90
+
+
+def test_a_repaired_run_keeps_where_its_training_started(trained: Path, tmp_path: Path) -> None:
+    train(read_recipe(str(trained.parent / "recipe.yaml"), {"start": str(trained)}), tmp_path / "run")
+    repair_run(str(tmp_path / "run"), "hwnwb", tmp_path / "repaired")
+    run_stages(read_recipe(str(tmp_path / "repaired" / "recipe.yaml"), {}), tmp_path / "again")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "again" / "stages" / "1-train"))
+
+
+@pytest.mark.parametrize("changed", ["- train: standard\n- edit: long-tail(factor=2)\n- train: pgd-at\n"])
+def test_a_stage_that_is_over_is_held_to_the_recipe(tmp_path: Path, changed: str) -> None:
+    begun = recipe(tmp_path, "- train: standard\n- edit: long-tail(factor=4)\n- train: pgd-at\n")
+    run_stages(begun, tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe(tmp_path, changed).to_yaml())
+    with pytest.raises(RecipeError, match=r"stage 2 is edit: long-tail\(factor=2\), but .* was made by long-tail"):
+        run_stages(recipe(tmp_path, changed), tmp_path / "run", resume=True)
+
+
+def test_an_edit_is_no_run_to_go_on_with_and_no_model(done: tuple[Path, list[StageDone]]) -> None:
+    edit = done[0] / "stages" / "2-edit"
+    with pytest.raises(CheckpointError, match=r"holds an edit of training images \(upweight\(times=2\)\), which no"):
+        train(read_recipe(str(done[0] / "stages" / "1-train" / "recipe.yaml"), {}), edit, resume=True)
+    with pytest.raises(CheckpointError, match="and no model"):
+        load_target(str(edit))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("- train: standard\n- train: standard\n  start: nowhere\n", "stage 2 .train. starts from nowhere"),
+        ("- train: standard\n- repair: hwnwb\n- repair: hwnwb\n", "stage 3 repairs what a repair left"),
+        ("- train: standard\n- edit: add\n", "add: data must be given, got"),
+        ("- train: standard\n- edit: long-tail\n  seed: abc\n", "stage 2: seed must be a whole number"),
+        ("- train: standard\n  start: 5\n", "stage 1: start must be text"),
+    ],
+)
+def test_what_cannot_be_done_later_is_refused_before_the_first(tmp_path: Path, stages: str, message: str) -> None:
+    with pytest.raises(RobustFairError, match=message):
+        run_stages(recipe(tmp_path, stages), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_a_stage_overrides_is_said(tmp_path: Path) -> None:
+    with pytest.warns(RobustFairWarning, match="stage 2 keeps its own epochs, 2"):
+        recipe(tmp_path, "- train: standard\n- train: standard\n  epochs: 2\n", epochs=1)

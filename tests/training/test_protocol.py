@@ -510,3 +510,19 @@ def test_only_the_head_is_trained_where_only_names_it(tiny_net: Net, tiny_data: 
         before = tiny_net().state_dict()
         after = train(tiny_net(), tiny_data(), schedule=Schedule(epochs=1, lr=0.1, batch_size=7, only=only)).state
         assert {name for name, tensor in before.items() if not torch.equal(tensor, after.weights[name])} == moved
+
+
+def test_the_counts_of_an_epoch_and_of_validation_are_totals(
+    tiny_net: Net, tiny_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two processes that see the same, each count would be twice as large."""
+    seen: list[tuple[int, int]] = []
+
+    def look(run: Run) -> None:
+        if run.train is not None:
+            seen.append((int(run.train.count.sum()), int(run.validate().count.sum())))
+
+    train(tiny_net(), tiny_data(), Probe(look))
+    monkeypatch.setattr("robustfair.training.run.TrainingRun.total", lambda self, part: 2 * part)
+    train(tiny_net(), tiny_data(), Probe(look))
+    assert seen == [(27, 9), (27, 9), (54, 18), (54, 18)]

@@ -60,6 +60,7 @@ class AttackKind:
         return {"restarts": 1, "step_size": None, **own}
 
 
+ATTACKS.reserved = (CLEAN, *AUTOATTACK_NAMES)
 ATTACKS.register("fgsm")(
     AttackKind(
         goal=MaximiseCE(),

@@ -23,14 +23,15 @@ def explain(
     Parameters
     ----------
     composition
-        Such as "trades(beta=6) + ccm + ccr", or the name of a shipped recipe.
+        Such as "trades(beta=6) + ccm + ccr", the name of a shipped recipe, or a YAML file, stage by stage.
     allow
         Claims that several methods may share.
     epochs
         Length of the run, to say which methods would not act in it.
     """
     from robustfair.report.explain import explain_plan
-    from robustfair.runs.run import plan_of
+    from robustfair.runs.run import plans_of
 
-    say(explain_plan(plan_of(composition, allow or (), plugin or ()), epochs))
+    for stage, plan in plans_of(composition, allow or (), plugin or ()):
+        say(*([stage] if stage else []), *([] if plan is None else [explain_plan(plan, epochs)]))
     return 0

@@ -68,7 +68,7 @@ class TargetFlags:
     image_size: Annotated[int | None, Parameter(help="Resize images to squares of this side.")] = None
     limit_per_class: Annotated[int | None, Parameter(help="Only the first N test images of each class.")] = None
     batch_size: Annotated[int | None, Parameter(help="Images per batch.")] = None
-    seed: Annotated[int, Parameter(help="Of everything random.")] = 0
+    seed: Annotated[int, Parameter(help="Random seed.")] = 0
     device: Annotated[str, Parameter(help="cpu, cuda, or auto.")] = "auto"
     plugin: PluginFlag = None
 

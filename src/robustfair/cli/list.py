@@ -10,7 +10,7 @@ from robustfair.report.console import say, screen
 
 
 def list_(kind: str, /, *, plugin: PluginFlag = None, json_: JsonSwitch = False) -> int:
-    """List what can be named: recipes, objectives, methods, augmentations, models, datasets, attacks or repairs.
+    """List what can be named: recipes, objectives, methods, augmentations, models, datasets, attacks, repairs or edits.
 
     Parameters
     ----------

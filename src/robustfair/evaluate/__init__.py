@@ -1,5 +1,6 @@
 """Audits of trained models, what their numbers do not say, and how they stand against one another and against gates."""
 
+from robustfair.evaluate.audit import Audit, WorstClass, audit, load_audit, threat
 from robustfair.evaluate.compare import Comparison, compare, compare_many
 from robustfair.evaluate.diagnostics.base import Diagnostic
 from robustfair.evaluate.diagnostics.inputs import (
@@ -14,10 +15,6 @@ from robustfair.evaluate.diagnostics.masking import diagnose_gradients
 from robustfair.evaluate.diagnostics.results import diagnose, diagnose_change
 from robustfair.evaluate.gates import GateResult, check, parse_gate
 from robustfair.evaluate.groups import GroupRates, read_groups, regroup
-from robustfair.evaluate.plan import threat
-from robustfair.evaluate.rates import WorstClass
-from robustfair.evaluate.result import Audit, load_audit
-from robustfair.evaluate.run import audit
 
 __all__ = [
     "Audit",

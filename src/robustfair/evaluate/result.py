@@ -242,7 +242,7 @@ class Audit(ClassRates):
         return prediction
 
     def fell_to(self, attack: str) -> dict[str, Tensor]:
-        """Of a AutoAttack: member -> (C,) images of each class that it broke, each on what the ones before left.
+        """Of an AutoAttack: member -> (C,) images of each class that it broke, each on what the ones before left.
 
         Raises:
             UnknownNameError: the audit holds no such attack.

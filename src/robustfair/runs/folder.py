@@ -90,7 +90,10 @@ class RunFolder:
         Raises:
             CheckpointError: no stage has left one yet.
         """
-        names = self.manifest().get("stages") if self.exists() else None
+        known = self.manifest() if self.exists() else {}
+        if "edit" in known:
+            raise CheckpointError(f"{self.path} holds an edit of training images ({known['edit']}), and no model")
+        names = known.get("stages")
         if names is None:
             return self
         left = [stage for stage in map(self.stage, names) if stage.exists() and stage.available()]
@@ -136,7 +139,13 @@ class RunFolder:
                 f"--resume: {self.path} holds no run to go on with: name the --out folder of one, or leave --resume "
                 "out to begin one there"
             )
-        origin = self.manifest().get("repaired_from")
+        known = self.manifest()
+        if "edit" in known:
+            raise CheckpointError(
+                f"--resume: {self.path} holds an edit of training images ({known['edit']}), which no training began: "
+                "name the folder of all stages"
+            )
+        origin = known.get("repaired_from")
         if origin is not None:
             raise CheckpointError(
                 f"--resume: {self.path} holds a repair of {origin['run']}, which no training began: train that one, "

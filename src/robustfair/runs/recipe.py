@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -31,7 +32,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 
 from robustfair.config import FAST_SCHEDULE, Curve, Norm, Precision, Select, build, require, require_one_way
-from robustfair.errors import ConfigError, RecipeError, UnknownNameError
+from robustfair.errors import ConfigError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.grammar import canonical_key, format_value, read_path
 
 SCHEMA = "robustfair.recipe/1"
@@ -77,6 +78,11 @@ class Stage:
             named = ", ".join(sorted(refused))
             allowed = f"only {', '.join(OWN[does[0]])}" if does != ["train"] else f"no {', '.join(SHARED)}"
             raise RecipeError(f"recipe: stage {number} ({does[0]}) has {named}: it takes {allowed}")
+        owner = f"stage {number}"
+        require(isinstance(keys.get("start", ""), str), owner, "start", allowed="text", got=keys.get("start"))
+        seed = keys.get("seed", 0)
+        whole = isinstance(seed, int) and not isinstance(seed, bool)
+        require(whole, owner, "seed", allowed="a whole number", got=seed)
         return Stage(does=does[0], what=what, keys=keys)
 
     def entry(self) -> dict[str, Any]:
@@ -135,7 +141,7 @@ class Recipe:
     start: Annotated[str, "Weights to begin with: scratch, a run folder, or a weight file."] = SCRATCH
     only: Annotated[tuple[str, ...], "Train these parameters alone: head, head.weight, head.bias, or their names."] = ()
     images: Annotated[str | None, "Edit of the training images, as a stage wrote it: its images.safetensors."] = None
-    plugin: Annotated[tuple[str, ...], "Python files of your own that register methods, objectives or repairs."] = ()
+    plugin: Annotated[tuple[str, ...], "Python files of your own that register what you add."] = ()
     stages: Annotated[tuple[Stage, ...], "Things to do one after another; in a file."] = ()
 
     def __post_init__(self) -> None:
@@ -223,6 +229,10 @@ def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
     replaced = {canonical_key(key) for key in overrides} | ({"alpha"} if "step_size" in overrides else set())
     values = {key: value for key, value in values.items() if canonical_key(key) not in replaced} | dict(overrides)
     values = _with_stages(values)
+    for number, stage in enumerate(values.get("stages", ()), 1):
+        for key in {canonical_key(key) for key in overrides} & stage.keys.keys():
+            text = f"recipe: stage {number} keeps its own {key}, {format_value(stage.keys[key])}"
+            warnings.warn(text, RobustFairWarning, stacklevel=2)
     if "train" not in values and "stages" not in values:
         raise RecipeError(f"recipe {what}: train is missing: add a composition such as 'trades + ccm'")
     if "data" not in values:

@@ -59,8 +59,25 @@ def read_composition(text: str, defaults: Mapping[str, Any] | None = None) -> tu
 
 def plan_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> Plan:
     """The plan of a composition string, a shipped recipe or a YAML file, nothing else read or built but plugins."""
+    (stage, plan), *more = plans_of(what, allow, plugins)
+    if plan is None or more:
+        raise RecipeError(f"{what} has stages ({stage}, ...), each with a plan of its own: see `plans_of`")
+    return plan
+
+
+def plans_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> list[tuple[str, Plan | None]]:
+    """What `plan_of` gives, or of a recipe of stages each stage in a line, with the plan of one that trains."""
     given = {"allow": tuple(allow), "plugin": tuple(plugins)}
-    return _plan(read_recipe(what, {"data": "any"} | {key: value for key, value in given.items() if value}))
+    recipe = read_recipe(what, {"data": "any"} | {key: value for key, value in given.items() if value})
+    if not recipe.stages:
+        return [("", _plan(recipe))]
+    return [
+        (
+            f"stage {number}, {stage.does}: {stage.what}",
+            _plan(recipe.of_stage(number - 1, start=SCRATCH)) if stage.does == "train" else None,
+        )
+        for number, stage in enumerate(recipe.stages, 1)
+    ]
 
 
 def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset | None, Tensor | None]:

@@ -27,7 +27,7 @@ from robustfair.data.loader import evaluation_batches
 from robustfair.errors import RecipeError
 from robustfair.execution.device import resolve_device
 from robustfair.files import write_text
-from robustfair.grammar import parse_composition
+from robustfair.grammar import parse_composition, read_path
 from robustfair.models.modes import attacking
 from robustfair.registry import EDITS, load_plugin
 from robustfair.runs.folder import RunFolder, environment
@@ -79,12 +79,14 @@ def run_stages(
             folder.require_free()
             about = {"stages": names, "seed": recipe.seed, "status": "running"}
             folder.create(recipe.to_yaml(), environment() | about)
-        model: RunFolder | None = None
-        images: RunFolder | None = None
+        model, images = _first_model(recipe), recipe.images
         for number, stage in enumerate(recipe.stages):
             place = folder.stage(names[number])
             done = _run_stage(recipe, number, place, model, images, on)
-            model, images = (model, place) if stage.does == "edit" else (place, images)
+            if stage.does == "edit":
+                images = str(place.images.resolve())
+            else:
+                model = place
             if on_stage is not None:
                 on_stage(StageDone(place, f"stage {names[number]}: {done}"))
         folder.update_manifest(status="complete")
@@ -103,9 +105,19 @@ def require_runnable(recipe: Recipe) -> list[str]:
     """
     for path in recipe.plugin:
         load_plugin(path)
-    left = False
+    left = recipe.start != SCRATCH
+    if left and not read_path(recipe.start).exists():
+        raise RecipeError(f"recipe: start is {recipe.start}, which does not exist")
+    repaired = False
     for number, stage in enumerate(recipe.stages):
         start = stage.keys.get("start", PREVIOUS if left else SCRATCH)
+        if start not in (PREVIOUS, SCRATCH) and not read_path(start).exists():
+            raise RecipeError(f"recipe: stage {number + 1} ({stage.does}) starts from {start}, which does not exist")
+        if stage.does == "repair" and repaired and start == PREVIOUS:
+            raise RecipeError(
+                f"recipe: stage {number + 1} repairs what a repair left: one repair a model, let the stage start from "
+                "the model before"
+            )
         if stage.does == "train":
             prepare(recipe.of_stage(number, start=SCRATCH))
         elif stage.does == "repair":
@@ -115,9 +127,10 @@ def require_runnable(recipe: Recipe) -> list[str]:
         if wants and not left:
             raise RecipeError(
                 f"recipe: stage {number + 1} ({stage.does}: {stage.what}) works on the model before it and there is "
-                "none: let a stage train before it, or name one with start"
+                "none: let a stage train before it, or name one with start, beside the stages"
             )
         left = left or stage.does != "edit"
+        repaired = stage.does == "repair" or (repaired and stage.does == "edit")
     if not left:
         raise RecipeError("recipe: no stage trains or repairs, so that no model comes of it: add one that does")
     return [f"{number}-{stage.does}" for number, stage in enumerate(recipe.stages, 1)]
@@ -136,31 +149,50 @@ def _run_stage(
     number: int,
     place: RunFolder,
     model: RunFolder | None,
-    images: RunFolder | None,
+    images: str | None,
     on: Mapping[str, Any],
 ) -> str:
-    """One stage into its folder, unless it is there; what came of it."""
+    """One stage into its folder, unless it is there; what came of it.
+
+    Raises:
+        RecipeError: the folder holds a stage that does something else.
+    """
     stage = recipe.stages[number]
-    if place.exists() and place.manifest().get("status") == "complete":
-        return "was there already"
-    before = None if model is None else str(model.path)
+    before = recipe.start if model is None else str(model.path.resolve())
     start = stage.keys.get("start", PREVIOUS)
-    start = (before or SCRATCH) if start == PREVIOUS else start
+    start = before if start == PREVIOUS else start
+    there = place.exists() and place.manifest().get("status") == "complete"
+    if there and stage.does != "train" and place.manifest().get(stage.does) != stage.what:
+        raise RecipeError(
+            f"--resume: stage {number + 1} is {stage.does}: {stage.what}, but {place.path} was made by "
+            f"{place.manifest().get(stage.does)}: change the recipe back, or start a new run"
+        )
     if stage.does == "train":
-        own = recipe.of_stage(number, start=start, images=None if images is None else str(images.images))
+        own = recipe.of_stage(number, start=start, images=images)
+        if there:
+            begun_recipe(own, place)
+            return "was there already"
         fitted = train(own, place.path, resume=place.exists(), **on)
         return f"{fitted.state.epoch} epochs; the model is '{fitted.chosen.candidate}' of epoch {fitted.chosen.epoch}"
+    if there:
+        return "was there already"
     if stage.does == "repair":
         return repair_run(start, stage.what, place.path, plugins=recipe.plugin)[1]
     return _edit(recipe, number, place, model, images)
 
 
-def _edit(recipe: Recipe, number: int, place: RunFolder, model: RunFolder | None, images: RunFolder | None) -> str:
+def _first_model(recipe: Recipe) -> RunFolder | None:
+    """The run that the recipe starts from, for a first stage that asks a model; None for none, or a weight file."""
+    start = read_path(recipe.start)
+    return RunFolder(start).model_folder() if recipe.start != SCRATCH and start.is_dir() else None
+
+
+def _edit(recipe: Recipe, number: int, place: RunFolder, model: RunFolder | None, images: str | None) -> str:
     """Edit the training images as the stages before left them, and write down what was decided."""
     stage = recipe.stages[number]
     edit = read_edit(stage.what)
     kept = training_images(recipe)[1]
-    before = None if images is None else Edited.read(images.images)
+    before = None if images is None else Edited.read(read_path(images))
     given = kept if before is None else before.apply(kept)
     found = edit(given, _asks(model, recipe.device), int(stage.keys.get("seed", recipe.seed)))
     whole = found if before is None else found.after(before)

@@ -293,7 +293,7 @@ class _Training:
             report = {"epoch": run.epoch, "step": bad, "lr": lr, "per_class": statistics.per_class()}
             raise DivergedError(report | {"train": counts(statistics.tally), "class_state": self._class_state()})
         run.epoch += 1
-        run.train = statistics.tally
+        run.train = statistics.tally.over(run.total)
         seconds = time.perf_counter() - started
         return {
             "epoch": run.epoch,

@@ -67,7 +67,8 @@ class TrainingRun:
             def attack_on(batch: Batch) -> Attack:
                 return replace(objective.evaluation_attack(batch), steps=steps)
 
-        return tally_batches(self.engine.eager, self.batches("validation"), self.num_classes, attack_on)
+        counted = tally_batches(self.engine.eager, self.batches("validation"), self.num_classes, attack_on)
+        return counted.over(self.total)
 
     def batches(self, split: Literal["train", "validation"], attack: AttackOn | None = None) -> Iterator[Batch]:
         for batch in self._images(split):
