@@ -221,6 +221,7 @@ def test_a_change_is_bold_where_the_paired_test_decides(undecided):
     worst = f"{points(entry.worst.change)}† [{points(entry.worst.lower)}, {points(entry.worst.upper)}]"
     assert f"Worst class 100.0 → to 0.0 {worst} is class 1" in page.text
     assert text.count('class="change sure"') == 4, "class 1, average, worst class and range"
+    assert 'class="change"' not in text, "a change without an interval, that of std, is not bold"
     assert "Bold, with † more than chance: by an exact McNemar test" in page.text
 
 
