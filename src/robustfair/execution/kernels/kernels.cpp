@@ -1,0 +1,442 @@
+// Kernels in float32 for x86 processors with AVX2, on images that lie channels last, (N, H, W, C): a 3x3 convolution with
+// stride and padding one, any other convolution, and all that is done to each number by itself, also around the first two.
+// `robustfair.execution.kernels` compiles and calls them.
+//
+// The first convolution is Winograd's F(4x4, 3x3) (Lavin and Gray 2016): a tile of 4x4 results needs 36 products for each pair
+// of channels where the sums as they stand need 144. A thread takes some tiles at a time: it transforms their 6x6 inputs,
+// multiplies, for each of the 36 points, (tiles, C) by (C, K) weights, and transforms the products back.
+//
+// Signs are kept as one bit a number, set where it is not at or below zero, so that what is no number counts as positive
+// and is handed on, as torch does.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <utility>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 12;  // numbers in a register, and tiles of one block of products: 24 of 32 registers
+typedef __m512 Vector;
+typedef uint16_t Bits;
+inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Vector value) { _mm512_storeu_ps(to, value); }
+inline Vector positive_part(Vector value) { return _mm512_max_ps(Vector{}, value); }
+inline Bits signs(Vector value) { return _mm512_cmp_ps_mask(value, Vector{}, _CMP_NLE_UQ); }
+inline Vector gated(Vector value, Bits bits) { return _mm512_maskz_mov_ps(bits, value); }
+#else
+constexpr int LANES = 8, ROWS = 6;  // 12 of 16 registers
+typedef __m256 Vector;
+typedef uint8_t Bits;
+inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline void store(float* to, Vector value) { _mm256_storeu_ps(to, value); }
+inline Vector positive_part(Vector value) { return _mm256_max_ps(Vector{}, value); }
+inline Bits signs(Vector value) { return _mm256_movemask_ps(_mm256_cmp_ps(value, Vector{}, _CMP_NLE_UQ)); }
+inline Vector gated(Vector value, Bits bits) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), each), each);
+  return _mm256_and_ps(value, _mm256_castsi256_ps(set));
+}
+#endif
+constexpr int POINTS = 36;
+constexpr int NO_MEMORY = 1, UNKNOWN = 2;
+constexpr int64_t PAD = 16;            // between rows of a buffer, so that they do not meet in the same lines of a cache
+constexpr int64_t BUFFER = 128 << 10;  // bytes that a thread's tiles take, about what its cache holds beside weights
+constexpr int64_t LARGE = 1 << 20;     // bytes of weights from which on more tiles have to share a reading of them
+constexpr int64_t FEWEST = 12, FEWEST_LARGE = 96;  // tiles at a time, or pixels
+
+// What is done to each number x of a channel, in this order, where it is given: gate, scale and shift, add, positive part;
+// then its sign is kept.
+constexpr int GATE = 1, SCALE = 2, SHIFT = 4, ADD = 8, POSITIVE = 16, KEEP = 32, ALL_PARTS = 63;
+struct Pointwise {
+  const Bits* gate;    // (pixels, channels) bits
+  const float* scale;  // (channels)
+  const float* shift;  // (channels)
+  const float* add;    // (pixels, channels)
+  bool positive;
+  Bits* keep;  // (pixels, channels) bits
+
+  int parts() const {
+    return (gate ? GATE : 0) | (scale ? SCALE : 0) | (shift ? SHIFT : 0) | (add ? ADD : 0) | (positive ? POSITIVE : 0) |
+           (keep ? KEEP : 0);
+  }
+
+  // To the numbers at place `at` of an image, of channels from `c` on, where PARTS are what is there.
+  template <int PARTS>
+  inline __attribute__((always_inline)) void run(Vector& value, int64_t at, int64_t c) const {
+    if constexpr ((PARTS & GATE) != 0) value = gated(value, gate[at / LANES]);
+    if constexpr ((PARTS & SCALE) != 0) value *= load(scale + c);
+    if constexpr ((PARTS & SHIFT) != 0) value += load(shift + c);
+    if constexpr ((PARTS & ADD) != 0) value += load(add + at);
+    if constexpr ((PARTS & POSITIVE) != 0) value = positive_part(value);
+    if constexpr ((PARTS & KEEP) != 0) keep[at / LANES] = signs(value);
+  }
+};
+
+constexpr int NORM = SCALE | SHIFT | POSITIVE;
+// What layers need before a convolution, and after one: forwards or backwards.
+constexpr bool is_before(int parts) { return parts == 0 || parts == GATE || parts == NORM || parts == (NORM | KEEP); }
+constexpr bool is_after(int parts) {
+  const bool forward = !(parts & (GATE | SCALE)) && (!(parts & KEEP) || (parts & POSITIVE));
+  return forward || !(parts & (SHIFT | POSITIVE | KEEP));
+}
+constexpr bool is_any(int) { return true; }
+
+// Of the functions `Maker<PARTS>::made`, the one for some parts; none where `USED` says no.
+template <template <int> class Maker, bool USED(int), int PARTS>
+constexpr auto made() -> decltype(&Maker<0>::made) {
+  if constexpr (USED(PARTS)) return &Maker<PARTS>::made;
+  return nullptr;
+}
+template <template <int> class Maker, bool USED(int), int... PARTS>
+auto chosen(int parts, std::integer_sequence<int, PARTS...>) {
+  static constexpr decltype(&Maker<0>::made) all[] = {made<Maker, USED, PARTS>()...};
+  return all[parts];
+}
+template <template <int> class Maker, bool USED(int)>
+auto chosen(int parts) {
+  return chosen<Maker, USED>(parts, std::make_integer_sequence<int, ALL_PARTS + 1>{});
+}
+
+// The first `count` numbers, if so many are in a register.
+inline void store_some(float* to, Vector value, int64_t count) {
+  alignas(64) float numbers[LANES];
+  store(numbers, value);
+  for (int64_t l = 0; l < std::min<int64_t>(LANES, count); ++l) to[l] = numbers[l];
+}
+
+struct Shape {
+  int64_t images, height, width, in, out, stored;  // channels computed, and those that the result has
+  int64_t down, across;                            // tiles of an image
+
+  int64_t tiles() const { return images * down * across; }
+};
+
+// A place (i, j) of `rows` by `columns` places an image, counted on without division.
+struct Place {
+  int64_t rows, columns, image, i, j;
+
+  Place(int64_t rows, int64_t columns, int64_t number)
+      : rows(rows), columns(columns), image(number / (rows * columns)), i(number / columns % rows), j(number % columns) {}
+
+  void next() {
+    if (++j < columns) return;
+    j = 0;
+    if (++i < rows) return;
+    i = 0;
+    ++image;
+  }
+};
+
+// Six numbers to six, B^T d of the paper.
+inline void transform(const Vector* d, int step, Vector* to, int to_step) {
+  Vector a = d[4 * step] - 4.0f * d[2 * step], b = d[3 * step] - 4.0f * d[step];
+  Vector c = d[4 * step] - d[2 * step], e = 2.0f * (d[3 * step] - d[step]);
+  to[0] = 4.0f * d[0] - 5.0f * d[2 * step] + d[4 * step];
+  to[to_step] = a + b;
+  to[2 * to_step] = a - b;
+  to[3 * to_step] = c + e;
+  to[4 * to_step] = c - e;
+  to[5 * to_step] = 4.0f * d[step] - 5.0f * d[3 * step] + d[5 * step];
+}
+
+// Six numbers to four, A^T m of the paper.
+inline void transform_back(const Vector* m, int step, Vector* to, int to_step) {
+  Vector a = m[step] + m[2 * step], b = m[step] - m[2 * step];
+  Vector c = m[3 * step] + m[4 * step], d = m[3 * step] - m[4 * step];
+  to[0] = m[0] + a + c;
+  to[to_step] = b + 2.0f * d;
+  to[2 * to_step] = a + 4.0f * c;
+  to[3 * to_step] = b + 8.0f * d + m[5 * step];
+}
+
+// Pixels beside the image are zero, whatever `before` does to the others. Signs are kept of the middle 4x4, so that of two
+// tiles one keeps them.
+template <int PARTS, bool WITHIN>
+inline void read_tile(const float* x, const Pointwise& before, const Shape& shape, const Place& place, float* to,
+                      int64_t plane) {
+  const int64_t top = 4 * place.i - 1, left = 4 * place.j - 1, first = place.image * shape.height * shape.width;
+  for (int64_t c = 0; c < shape.in; c += LANES) {
+    Vector columns[POINTS];
+    for (int j = 0; j < 6; ++j) {
+      Vector pixels[6];
+      for (int i = 0; i < 6; ++i) {
+        const int64_t row = top + i, column = left + j;
+        if (!WITHIN && (row < 0 || row >= shape.height || column < 0 || column >= shape.width)) {
+          pixels[i] = Vector{};
+          continue;
+        }
+        const int64_t at = (first + row * shape.width + column) * shape.in + c;
+        pixels[i] = load(x + at);
+        if (i > 0 && i < 5 && j > 0 && j < 5)
+          before.run<PARTS>(pixels[i], at, c);
+        else
+          before.run<PARTS & ~KEEP>(pixels[i], at, c);
+      }
+      transform(pixels, 1, columns + j, 6);
+    }
+    for (int i = 0; i < 6; ++i) {
+      Vector found[6];
+      transform(columns + 6 * i, 1, found, 1);
+      for (int j = 0; j < 6; ++j) store(to + (6 * i + j) * plane + c, found[j]);
+    }
+  }
+}
+
+template <int PARTS, bool WITHIN>
+inline void write_tile(const float* products, int64_t plane, const Pointwise& after, const Shape& shape,
+                       const Place& place, float* y) {
+  const int64_t top = 4 * place.i, left = 4 * place.j, first = place.image * shape.height * shape.width;
+  for (int64_t k = 0; k < shape.out; k += LANES) {
+    Vector columns[24];
+    for (int j = 0; j < 6; ++j) {
+      Vector points[6];
+      for (int i = 0; i < 6; ++i) points[i] = load(products + (6 * i + j) * plane + k);
+      transform_back(points, 1, columns + j, 6);
+    }
+    for (int i = 0; i < 4; ++i) {
+      if (!WITHIN && top + i >= shape.height) break;
+      Vector found[4];
+      transform_back(columns + 6 * i, 1, found, 1);
+      for (int j = 0; j < 4; ++j) {
+        if (!WITHIN && left + j >= shape.width) break;
+        const int64_t pixel = first + (top + i) * shape.width + left + j;
+        if (WITHIN || shape.stored == shape.out) {
+          after.run<PARTS>(found[j], pixel * shape.out + k, k);
+          store(y + pixel * shape.out + k, found[j]);
+        } else {
+          store_some(y + pixel * shape.stored + k, found[j], shape.stored - k);
+        }
+      }
+    }
+  }
+}
+
+template <int PARTS>
+struct Reading {  // of `count` tiles
+  static void made(const float* x, const Pointwise& before, const Shape& shape, Place place, int64_t count, float* to,
+                   int64_t to_row, int64_t plane) {
+    for (; count > 0; --count, place.next(), to += to_row) {
+      const bool within =
+          place.i > 0 && place.j > 0 && 4 * place.i + 5 <= shape.height && 4 * place.j + 5 <= shape.width;
+      (within ? read_tile<PARTS, true> : read_tile<PARTS, false>)(x, before, shape, place, to, plane);
+    }
+  }
+};
+
+template <int PARTS>
+struct Writing {
+  static void made(const float* products, int64_t row, int64_t plane, const Pointwise& after, const Shape& shape,
+                   Place place, int64_t count, float* y) {
+    for (; count > 0; --count, place.next(), products += row) {
+      const bool within =
+          4 * place.i + 4 <= shape.height && 4 * place.j + 4 <= shape.width && shape.stored == shape.out;
+      (within ? write_tile<PARTS, true> : write_tile<PARTS, false>)(products, plane, after, shape, place, y);
+    }
+  }
+};
+
+// (rows, in) by (in, BLOCKS LANES): rows are a multiple of ROWS.
+template <int BLOCKS>
+void multiply(const float* left, int64_t left_row, const float* weights, int64_t in, float* to, int64_t to_row,
+              int64_t rows) {
+  for (int64_t first = 0; first < rows; first += ROWS, left += ROWS * left_row, to += ROWS * to_row) {
+    Vector sums[ROWS][BLOCKS] = {};
+    for (int64_t c = 0; c < in; ++c) {
+      Vector factors[BLOCKS];
+      for (int b = 0; b < BLOCKS; ++b) factors[b] = load(weights + (c * BLOCKS + b) * LANES);
+      for (int r = 0; r < ROWS; ++r)
+        for (int b = 0; b < BLOCKS; ++b) sums[r][b] += left[r * left_row + c] * factors[b];
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int b = 0; b < BLOCKS; ++b) store(to + r * to_row + b * LANES, sums[r][b]);
+  }
+}
+
+int64_t whole_blocks(int64_t tiles) { return (tiles + ROWS - 1) / ROWS * ROWS; }
+
+// How many tiles a thread takes at a time.
+int64_t tiles_at_a_time(const Shape& shape, int threads) {
+  int64_t each = POINTS * (shape.in + shape.out + 2 * PAD) * sizeof(float);
+  int64_t weights = POINTS * shape.in * shape.out * sizeof(float);
+  int64_t most = std::max(BUFFER / each, weights > LARGE ? FEWEST_LARGE : FEWEST);
+  return whole_blocks(std::min(most, (shape.tiles() + threads - 1) / threads));
+}
+
+// What a convolution by sums reads and writes: the result at place (i, j) of a grid is made of the pixels
+// (step i + down[t], step j + across[t]) for each tap t, and goes to pixel (spread i + top, spread j + left).
+struct Grid {
+  int64_t images, height, width, in;          // of the images read
+  int64_t rows, columns, step;                // of the grid
+  int64_t out_height, out_width, out, stored;  // of the images written: channels computed, and those that there are
+  int64_t spread, top, left;
+  int64_t taps;
+
+  int64_t places() const { return images * rows * columns; }
+};
+
+void gather(const float* x, const Pointwise& before, const Grid& grid, const int64_t* down, const int64_t* across,
+            const Place& place, float* to) {
+  const int64_t vectors = grid.in / LANES * LANES;
+  for (int64_t t = 0; t < grid.taps; ++t, to += grid.in) {
+    const int64_t row = grid.step * place.i + down[t], column = grid.step * place.j + across[t];
+    if (row < 0 || row >= grid.height || column < 0 || column >= grid.width) {
+      for (int64_t c = 0; c < vectors; c += LANES) store(to + c, Vector{});
+      for (int64_t c = vectors; c < grid.in; ++c) to[c] = 0.0f;
+      continue;
+    }
+    const int64_t at = ((place.image * grid.height + row) * grid.width + column) * grid.in;
+    if (before.gate)
+      for (int64_t c = 0; c < vectors; c += LANES) store(to + c, gated(load(x + at + c), before.gate[(at + c) / LANES]));
+    else
+      for (int64_t c = 0; c < vectors; c += LANES) store(to + c, load(x + at + c));
+    for (int64_t c = vectors; c < grid.in; ++c) to[c] = x[at + c];
+  }
+}
+
+template <int PARTS>
+struct Scattering {  // of `count` places
+  static void made(const float* sums, int64_t row_size, const Pointwise& after, const Grid& grid, Place place,
+                   int64_t count, float* y) {
+    for (; count > 0; --count, place.next(), sums += row_size) {
+      const int64_t row = grid.spread * place.i + grid.top, column = grid.spread * place.j + grid.left;
+      const int64_t at = ((place.image * grid.out_height + row) * grid.out_width + column) * grid.stored;
+      for (int64_t k = 0; k < grid.out; k += LANES) {
+        Vector value = load(sums + k);
+        if (grid.stored < grid.out) {
+          store_some(y + at + k, value, grid.stored - k);
+          continue;
+        }
+        after.run<PARTS>(value, at + k, k);
+        store(y + at + k, value);
+      }
+    }
+  }
+};
+
+template <int PARTS>
+struct Doing {  // to `count` pixels
+  static void made(const Pointwise& done, const float* x, float* y, int64_t count, int64_t channels, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t pixel = 0; pixel < count; ++pixel)
+      for (int64_t c = 0; c < channels; c += LANES) {
+        Vector value = load(x + pixel * channels + c);
+        done.run<PARTS>(value, pixel * channels + c, c);
+        store(y + pixel * channels + c, value);
+      }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Numbers in a register: channels must be a multiple of it.
+int rf_lanes() { return LANES; }
+
+// y = convolution of x by `weights`, with `in_...` done to x before and `out_...` to the sums after, see Pointwise. `add`
+// may be `y` itself.
+//
+// weights: (36, K / (b LANES), C, b LANES), transformed, where b is 2 if K is a multiple of 2 LANES, else 1.
+// Returns 0, NO_MEMORY, or UNKNOWN where no layer needs such parts.
+int rf_convolve(const float* x, const float* weights, float* y, const Bits* in_gate, const float* in_scale,
+                const float* in_shift, Bits* in_keep, const Bits* out_gate, const float* out_scale,
+                const float* out_shift, const float* out_add, Bits* out_keep, int64_t images, int64_t height,
+                int64_t width, int64_t in, int64_t out, int64_t stored, int in_positive, int out_positive, int threads) {
+  const Shape shape{images, height, width, in, out, stored, (height + 3) / 4, (width + 3) / 4};
+  const Pointwise before{in_gate, in_scale, in_shift, nullptr, in_positive != 0, in_keep};
+  const Pointwise after{out_gate, out_scale, out_shift, out_add, out_positive != 0, out_keep};
+  const int64_t most = tiles_at_a_time(shape, threads), all = shape.tiles(), parts = (all + most - 1) / most;
+  const int64_t in_row = in + PAD, out_row = out + PAD, in_plane = most * in_row, out_plane = most * out_row;
+  const int64_t block = out % (2 * LANES) == 0 ? 2 * LANES : LANES;
+  const auto read = chosen<Reading, is_before>(before.parts());
+  const auto write = chosen<Writing, is_after>(after.parts());
+  if (!read || !write) return UNKNOWN;
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    const size_t bytes = POINTS * (in_plane + out_plane) * sizeof(float);
+    float* inputs = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    float* products = inputs + POINTS * in_plane;
+    failed |= inputs == nullptr;
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < parts; ++part) {
+      if (failed) continue;
+      const int64_t first = part * most, count = std::min(most, all - first), rows = whole_blocks(count);
+      const Place place(shape.down, shape.across, first);
+      read(x, before, shape, place, count, inputs, in_row, in_plane);
+      for (int64_t t = count; t < rows; ++t)
+        for (int p = 0; p < POINTS; ++p) std::fill_n(inputs + p * in_plane + t * in_row, in, 0.0f);
+      for (int p = 0; p < POINTS; ++p)
+        for (int64_t k = 0; k < out; k += block) {
+          const float* panel = weights + (p * out + k) * in;
+          float* to = products + p * out_plane + k;
+          if (block == LANES)
+            multiply<1>(inputs + p * in_plane, in_row, panel, in, to, out_row, rows);
+          else
+            multiply<2>(inputs + p * in_plane, in_row, panel, in, to, out_row, rows);
+        }
+      write(products, out_row, out_plane, after, shape, place, count, y);
+    }
+    std::free(inputs);
+  }
+  return failed ? NO_MEMORY : 0;
+}
+
+// y = convolution of x by `weights` as a sum over taps, at the places of a grid: sizes are those of Grid, in its order.
+// Where channels are no multiple of LANES, nothing is done before, or after.
+//
+// weights: (K / (b LANES), taps C, b LANES), where b is 2 if K is a multiple of 2 LANES, else 1.
+// Returns 0, NO_MEMORY, or UNKNOWN where no layer needs such parts.
+int rf_sum(const float* x, const float* weights, float* y, const Bits* in_gate, const Bits* out_gate,
+           const float* out_scale, const float* out_shift, const float* out_add, Bits* out_keep, const int64_t* sizes,
+           const int64_t* down, const int64_t* across, int out_positive, int threads) {
+  const Grid grid{sizes[0], sizes[1], sizes[2],  sizes[3],  sizes[4],  sizes[5],  sizes[6], sizes[7],
+                  sizes[8], sizes[9], sizes[10], sizes[11], sizes[12], sizes[13], sizes[14]};
+  const Pointwise before{in_gate, nullptr, nullptr, nullptr, false, nullptr};
+  const Pointwise after{out_gate, out_scale, out_shift, out_add, out_positive != 0, out_keep};
+  const int64_t in = grid.taps * grid.in, in_row = in + PAD, out_row = grid.out + PAD, all = grid.places();
+  const int64_t each = (in_row + out_row) * sizeof(float), size = in * grid.out * sizeof(float);
+  const int64_t wanted = std::max(BUFFER / each, size > LARGE ? FEWEST_LARGE : FEWEST);
+  const int64_t most = whole_blocks(std::min(wanted, (all + threads - 1) / threads)), parts = (all + most - 1) / most;
+  const int64_t block = grid.out % (2 * LANES) == 0 ? 2 * LANES : LANES;
+  const auto scatter = chosen<Scattering, is_after>(after.parts());
+  if (!scatter) return UNKNOWN;
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    const size_t bytes = most * each;
+    float* inputs = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    float* sums = inputs + most * in_row;
+    failed |= inputs == nullptr;
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < parts; ++part) {
+      if (failed) continue;
+      const int64_t first = part * most, count = std::min(most, all - first), rows = whole_blocks(count);
+      Place place(grid.rows, grid.columns, first);
+      for (int64_t p = 0; p < count; ++p, place.next()) gather(x, before, grid, down, across, place, inputs + p * in_row);
+      for (int64_t p = count; p < rows; ++p) std::fill_n(inputs + p * in_row, in, 0.0f);
+      for (int64_t k = 0; k < grid.out; k += block) {
+        if (block == LANES)
+          multiply<1>(inputs, in_row, weights + k * in, in, sums + k, out_row, rows);
+        else
+          multiply<2>(inputs, in_row, weights + k * in, in, sums + k, out_row, rows);
+      }
+      scatter(sums, out_row, after, grid, Place(grid.rows, grid.columns, first), count, y);
+    }
+    std::free(inputs);
+  }
+  return failed ? NO_MEMORY : 0;
+}
+
+// y = what Pointwise does to x, both (pixels, channels); y may be x.
+void rf_pointwise(const float* x, float* y, const Bits* gate, const float* scale, const float* shift, const float* add,
+                  Bits* keep, int64_t pixels, int64_t channels, int positive, int threads) {
+  const Pointwise done{gate, scale, shift, add, positive != 0, keep};
+  chosen<Doing, is_any>(done.parts())(done, x, y, pixels, channels, threads);
+}
+
+}  // extern "C"
