@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustfair.attacks.autoattack.base import SearchNetwork
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.evaluate.result import Audit
 from robustfair.models import create_model
@@ -62,25 +63,49 @@ def small(tiny_net: Net, tiny_data: Data) -> tuple[nn.Module, ImageDataset]:
 
 
 @contextmanager
+def _each_pass(model: nn.Module, then: Callable[[], Any]) -> Iterator[None]:
+    """Within it `then` is called at every pass of a model, and of a search, which may see a copy of the model."""
+
+    def followed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            then()
+            return method(*args)
+
+        return run
+
+    hook = model.register_forward_pre_hook(lambda *_: then())
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("logits", "gradient", "jacobian"):
+            patch.setattr(SearchNetwork, name, followed(getattr(SearchNetwork, name)))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@contextmanager
 def _at_pass(model: nn.Module, number: int, then: Callable[[], Any]) -> Iterator[list[int]]:
     seen = [0]
 
-    def count(*_: object) -> None:
+    def count() -> None:
         seen[0] += 1
         if seen[0] == number:
             then()
 
-    hook = model.register_forward_pre_hook(count)
-    try:
+    with _each_pass(model, count):
         yield seen
-    finally:
-        hook.remove()
 
 
 @pytest.fixture(scope="session")
 def at_pass() -> Callable[..., Any]:
-    """A context manager: in the given forward pass of a model, counted from 1, it calls a function."""
+    """A context manager: in the given pass of a model or of a search, counted from 1, it calls a function."""
     return _at_pass
+
+
+@pytest.fixture(scope="session")
+def each_pass() -> Callable[..., Any]:
+    """A context manager: at every pass of a model or of a search it calls a function."""
+    return _each_pass
 
 
 def _same(one: Audit, two: Audit) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -696,26 +697,27 @@ def test_a_journal_of_another_function_with_the_same_weights_is_refused(small: S
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], None]:
-    """A function that makes time go by in the passes of a model alone, a minute each."""
+def clock(monkeypatch: pytest.MonkeyPatch, each_pass: Any) -> Iterator[Callable[[nn.Module], None]]:
+    """A function that makes time go by in the passes of a model and of searches alone, a minute each."""
+    with ExitStack() as stack:
 
-    def wind(model: nn.Module) -> None:
-        now = [0.0]
+        def wind(model: nn.Module) -> None:
+            now = [0.0]
 
-        def tick(*_: object) -> None:
-            now[0] += 60.0
+            def tick() -> None:
+                now[0] += 60.0
 
-        model.register_forward_hook(tick)
-        monkeypatch.setattr("time.monotonic", lambda: now[0])
+            stack.enter_context(each_pass(model, tick))
+            monkeypatch.setattr("time.monotonic", lambda: now[0])
 
-    return wind
+        yield wind
 
 
 def test_a_budget_says_what_ran(small: Small, clock: Callable[[nn.Module], None]) -> None:
     model, data = small
     clock(model)
-    with pytest.warns(RobustFairWarning, match="30 minutes are over") as caught:
-        found = audit(model, data, attacks=["pgd-2", "autoattack", "square(queries=5)"], eps=0.02, max_minutes=30)
+    with pytest.warns(RobustFairWarning, match="60 minutes are over") as caught:
+        found = audit(model, data, attacks=["pgd-2", "autoattack", "square(queries=5)"], eps=0.02, max_minutes=60)
     said = " ".join(str(one.message) for one in caught)
     assert not found.complete
     assert found.attacks == ("clean", "pgd-2", "autoattack")

@@ -28,6 +28,10 @@ def images(channels: int = 3) -> Tensor:
     return torch.rand(5, channels, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+def in_bf16(model: nn.Module) -> nn.Module:
+    return search_network(model, images(), "bf16")
+
+
 def norms(network: nn.Module) -> int:
     """Batch norms that a pass goes through."""
     seen: list[nn.Module] = []
@@ -47,7 +51,7 @@ def test_it_gives_the_logits_of_bf16_with_fewer_batch_norms(name: str) -> None:
     torch.manual_seed(0)
     model = trained_statistics(create_model(name, width=4))
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    network = search_network(model, images())
+    network = in_bf16(model)
     found, exact = network(images()), model(images())
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() <= 0.05 * exact.abs().max()
@@ -107,7 +111,7 @@ class Mixing(Branching):
 def test_what_cannot_be_folded_is_searched_as_it_is(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = trained_statistics(kind())
-    network = search_network(model, images())
+    network = in_bf16(model)
     assert not any(isinstance(module, fx.GraphModule) for module in network.modules())
     exact = model(images())
     assert (network(images()) - exact).abs().max() <= 0.05 * exact.abs().max()
@@ -132,7 +136,7 @@ def test_the_gradient_of_a_network_that_checkpoints_can_be_taken(
     model = trained_statistics(kind())
     wanted, found = (
         torch.autograd.grad(network(x)[:, 0].sum(), x)[0]
-        for network, x in ((each, images().requires_grad_()) for each in (model, search_network(model, images())))
+        for network, x in ((each, images().requires_grad_()) for each in (model, in_bf16(model)))
     )
     assert (found - wanted).abs().max() <= 0.1 * wanted.abs().max()
 
@@ -142,7 +146,7 @@ def test_train_mode_and_hooks_of_the_model_are_left_and_followed() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3))
     model.register_forward_hook(lambda module, inputs, logits: logits + 100)
     model.train()
-    network = search_network(model, images())
+    network = in_bf16(model)
     assert all(module.training for module in model.modules())
     network.eval()
     assert (network(images()) - model.eval()(images())).abs().max() < 1

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.autoattack.base import BF16_TOLERANCE, SearchNetwork, into_ball
+from robustfair.attacks.autoattack.base import TOLERANCES, SearchNetwork, into_ball
 from robustfair.attacks.autoattack.engine import UNBROKEN, AttackResult, Ensemble
 from robustfair.attacks.autoattack.named import AutoAttack, AutoAttackEngine, Member
 from robustfair.config import Precision
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
+from robustfair.execution.capacity import cost_of_a_pass, images_that_fill
 from robustfair.execution.folded import search_network
 from robustfair.values import Threat, derive_seed
 
@@ -37,7 +38,8 @@ class AutoAttackRun:
         rows: (n,) their places in the audited data set, which key the draws of the native engine.
         threat: norm and radius.
         seed: of the draws.
-        batch_size: searches at a time.
+        batch_size: most searches at a time; fewer where passes are filled by fewer, unless `exactly`.
+        exactly: the user asked for that batch size.
         precision: of the searches.
         distance_precision: of those that measure distances to a boundary: FAB's.
         deadline: `time.monotonic()` at which to stop; None never does.
@@ -53,6 +55,7 @@ class AutoAttackRun:
     threat: Threat
     seed: int
     batch_size: int
+    exactly: bool = True
     precision: Precision = "fp32"
     distance_precision: Precision = "fp32"
     deadline: float | None = None
@@ -76,8 +79,14 @@ class AutoAttackRun:
     def _native(self, state: Mapping[str, Tensor]) -> tuple[AttackResult, Mapping[str, Tensor] | None]:
         attack, data = self.attack, self.data
         example = _pixels(data, torch.arange(min(len(data), 2), device=data.device))
+        fixed = cost_of_a_pass(self.model, example)
+        filled = images_that_fill(fixed) if data.device.type == "cpu" else self.batch_size
+        size = self.batch_size if self.exactly else min(self.batch_size, filled)
         networks = {
-            precision: self._network(precision, example) for precision in {self.precision, self.distance_precision}
+            precision: SearchNetwork(
+                search_network(self.model, example, precision), TOLERANCES[precision], capacity=size, fixed=fixed
+            )
+            for precision in {self.precision, self.distance_precision}
         }
         ensemble = Ensemble(
             self.model,
@@ -89,7 +98,7 @@ class AutoAttackRun:
             eps=self.threat.eps,
             norm=self.threat.norm,
             seed=derive_seed("strong", self.seed, attack.name),
-            batch_size=self.batch_size,
+            batch_size=size,
             distance_network=networks[self.distance_precision],
             keep_points=self.keep_points,
         )
@@ -114,12 +123,6 @@ class AutoAttackRun:
             self.save(ensemble.state())
             raise
         return result, None if min(result.ran.values()) >= 1 else ensemble.state()
-
-    def _network(self, precision: Precision, example: Tensor) -> SearchNetwork:
-        if precision == "fp32":
-            return SearchNetwork(self.model, capacity=self.batch_size)
-        network = search_network(self.model, example)
-        return SearchNetwork(network, tolerance=BF16_TOLERANCE, capacity=self.batch_size)
 
     def _reference(self, state: Mapping[str, Tensor]) -> tuple[AttackResult, Mapping[str, Tensor] | None]:
         """With `pyautoattack`, member by member, each on the images that those before it left robust.

@@ -42,8 +42,8 @@ from robustfair.models.head import check_outputs, head_norms, in_float32, prepar
 from robustfair.models.modes import attacking
 from robustfair.runs.folder import versions
 
-CUDA_AUTOATTACK_BATCH = 1000
-"""Images at a time by default for the AutoAttack family on a GPU, where nothing depends on it."""
+MOST_SEARCHES = 1000
+"""Searches at a time by default for the AutoAttack family, at most: nothing depends on it."""
 
 
 def audit(
@@ -124,7 +124,8 @@ def audit(
         for attack in _autoattacks(suite):
             require_reference(attack, data.num_classes)
     _warn_of_few_classes(suite, data.num_classes)
-    at_once = CUDA_AUTOATTACK_BATCH if plan.batch_size is None and device.type == "cuda" else plan.at_a_time
+    chosen = plan.batch_size is not None or plan.engine == "reference"
+    at_once = plan.at_a_time if chosen else MOST_SEARCHES
     gradient = any(attack.needs_gradient for attack in suite)
     fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else at_once
     size = min(plan.at_a_time, fit)
@@ -137,6 +138,7 @@ def audit(
         threat=plan.threat,
         batch_size=size,
         autoattack_batch_size=min(at_once, fit),
+        exactly=chosen,
         seed=plan.seed,
         precisions=precisions,
         engine=plan.engine,

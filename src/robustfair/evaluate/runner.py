@@ -149,7 +149,8 @@ class AttackRunner:
         data: the images.
         threat: norm, radius and step that all attacks share.
         batch_size: images at a time.
-        autoattack_batch_size: searches of an AutoAttack member at a time.
+        autoattack_batch_size: searches of an AutoAttack member at a time, at most.
+        exactly: the user asked for that batch size.
         seed: of random starts.
         precisions: "pgd", "strong" and "fab" -> precision that these attacks search in. FAB alone was found weaker in
             bf16; in an ensemble APGD has gone before it, and it searches as the others do.
@@ -166,6 +167,7 @@ class AttackRunner:
     autoattack_batch_size: int
     seed: int
     precisions: Mapping[str, Precision]
+    exactly: bool = True
     engine: AutoAttackEngine = "native"
     deadline: float | None = None
     keep_points: bool = False
@@ -264,6 +266,7 @@ class AttackRunner:
             threat=self.threat,
             seed=self.seed,
             batch_size=self._autoattack_batch_size(attack),
+            exactly=self.exactly,
             keep_points=self.keep_points,
             precision=self.precisions["strong"],
             distance_precision=self.precisions["strong" if len(attack.members) > 1 else "fab"],

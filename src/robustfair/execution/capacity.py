@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from robustfair.losses import cross_entropy
 from robustfair.models.head import no_gradient
@@ -13,6 +14,12 @@ CPU_BUDGET = 2 << 30
 """Bytes of activations on a CPU: fixed, so that the same audit runs in the same batches on every machine."""
 CUDA_SHARE = 0.6
 """Of the free memory of a GPU."""
+PASS_FLOPS = 3e8
+"""Additions and multiplications that are done in the time that a pass costs whatever its images, some milliseconds."""
+SPENT_WELL = 0.1
+"""Share of the time of a pass that may go into that."""
+FEWEST, MOST = 64, 2048
+"""Images of a pass, whatever the model: fewer waste what a pass costs, more leave the caches."""
 HEADROOM = 1.5
 """Workspaces and gradients, as a factor on what a pass saves for its backward pass."""
 
@@ -86,3 +93,23 @@ def _returned(model: nn.Module, x: Tensor) -> int:
         for handle in handles:
             handle.remove()
     return sum({value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in returned}.values())
+
+
+def cost_of_a_pass(model: nn.Module, example: Tensor) -> float:
+    """What a pass costs whatever its images, in images: about, and by a rule, so that it is the same on every machine.
+
+    Args:
+        example: (1, C, H, W) on the device of the model.
+    """
+    with torch.no_grad(), attacking(model, "eval"), FlopCounterMode(display=False) as counter:
+        model(example[:1])
+    return PASS_FLOPS / max(counter.get_total_flops(), 1)
+
+
+def images_that_fill(cost: float) -> int:
+    """Images from which on more of them make a pass hardly any cheaper for each, where it costs so many by itself.
+
+    >>> images_that_fill(2.0), images_that_fill(20.0)
+    (64, 180)
+    """
+    return min(max(round(cost * (1 - SPENT_WELL) / SPENT_WELL), FEWEST), MOST)

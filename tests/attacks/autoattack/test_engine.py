@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from robustfair.attacks.autoattack.apgd import Apgd
-from robustfair.attacks.autoattack.base import BF16_TOLERANCE, Search, SearchNetwork, distance
+from robustfair.attacks.autoattack.base import TOLERANCES, Search, SearchNetwork, distance
 from robustfair.attacks.autoattack.engine import UNBROKEN, AttackResult, Ensemble
 from robustfair.attacks.autoattack.fab import Fab
 from robustfair.attacks.autoattack.named import Member
@@ -155,7 +155,7 @@ def test_every_point_is_in_ball_and_box_and_misclassified(
     clean = many.x.clone()
     members = [Member(kind=kind, steps=3, targets=4, restarts=2, queries=8) for kind in kinds]
     attacks = [member.search(Threat(norm=norm, eps=eps), classes, seed) for member in members]
-    network = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), BF16_TOLERANCE) if bf16 else None
+    network = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), TOLERANCES["bf16"]) if bf16 else None
     result = ensemble_on(many, attacks, batch_size=batch_size, network=network).run()
     assert torch.equal(many.x, clean)
     broken = (result.broken_by != UNBROKEN).nonzero().squeeze(1).tolist()
@@ -291,7 +291,7 @@ def test_fewer_classes_than_targets(scene: Build) -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_bf16_breaks_only_what_float32_confirms(scene: Build, norm: str) -> None:
     many = scene(40, classes=10, size=(8, 8), seed=6, dtype=torch.float32).one_by_one()
-    low = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), BF16_TOLERANCE)
+    low = SearchNetwork(InPrecision(many.model, "bf16", "cpu"), TOLERANCES["bf16"])
     found, full = ensemble_on(many, searches(norm), network=low).run(), ensemble_on(many, searches(norm)).run()
     assert len(found.points) > 5
     for row, point in found.points.items():

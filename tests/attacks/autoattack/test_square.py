@@ -12,13 +12,14 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from reference import strong_attacks as reference
-from robustfair.attacks.autoattack import square
 from robustfair.attacks.autoattack.base import SearchNetwork, margins
 from robustfair.attacks.autoattack.square import Draws, Square, bump, stripes, tiles
 from robustfair.values import seeded_generator
 
 Build = Callable[..., Any]
 EPS = {"linf": 0.05, "l2": 0.5}
+FIXED = 1e6
+"""A pass that costs so much takes as many candidates as there is room for."""
 
 
 def draws_of(search: Square, begun: dict[str, Tensor], row: int) -> list[tuple[list[float], list[int], bool]]:
@@ -94,10 +95,7 @@ def test_equals_the_slow_search(
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_judging_ahead_meets_the_same_points(
-    scene: Build, norm: str, own: bool, gaps: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(square, "FORGOTTEN", 1.0)  # on this network far more candidates are kept than on real ones
+def test_judging_ahead_meets_the_same_points(scene: Build, norm: str, own: bool, gaps: bool) -> None:
     few = scene(5, channels=3, classes=4, size=(6, 6), seed=2)
     search = Square(name="square", eps=EPS[norm] / 10, norm=norm, queries=200, per_image_windows=own)
 
@@ -110,7 +108,7 @@ def test_judging_ahead_meets_the_same_points(
         """The state at the end, of each search the queries that it kept or that had no margin, and the passes."""
         rngs = [seeded_generator("cpu", 0, row) for row in range(5)]
         state = search.begin(few.x, few.y, torch.zeros_like(few.y), rngs)
-        network, iterations, kept = SearchNetwork(model, capacity=capacity), 0, [[] for _ in range(5)]
+        network, iterations, kept = SearchNetwork(model, capacity=capacity, fixed=FIXED), 0, [[] for _ in range(5)]
         while int(state["judged"].min()) < search.iterations:
             before = state["margin"].clone()
             point, logits = search.iterate(state, network)
@@ -135,10 +133,7 @@ def test_judging_ahead_meets_the_same_points(
     assert torch.equal(one["point"], many["point"])
 
 
-def test_judging_ahead_passes_over_no_point_that_the_exact_model_is_asked_about(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(square, "FORGOTTEN", 1.0)
+def test_judging_ahead_passes_over_no_point_that_the_exact_model_is_asked_about() -> None:
     search = Square(name="square", eps=0.02, norm="linf", queries=300)
     draw = torch.Generator().manual_seed(0)
     weight = 0.3 * torch.randn(192, 4, generator=draw, dtype=torch.float64)
@@ -152,7 +147,7 @@ def test_judging_ahead_passes_over_no_point_that_the_exact_model_is_asked_about(
     def asked(capacity: int) -> list[list[int]]:
         y = model(x).argmax(1)
         state = search.begin(x, y, torch.zeros_like(y), [seeded_generator("cpu", 0, row) for row in range(20)])
-        network, found = SearchNetwork(model, tolerance=2**-6, capacity=capacity), [[] for _ in range(20)]
+        network, found = SearchNetwork(model, tolerance=2**-6, capacity=capacity, fixed=FIXED), [[] for _ in range(20)]
         while int(state["judged"].min()) < search.iterations:
             waits = state["judged"] >= search.iterations
             _, logits = search.iterate(state, network)

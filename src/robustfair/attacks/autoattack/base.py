@@ -6,22 +6,23 @@ run side by side, independently, as a batch. Their state is a mapping of tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from robustfair.attacks.pgd import input_gradient, per_pixel, require_graph
-from robustfair.config import Norm
+from robustfair.config import Norm, Precision
 from robustfair.values import Model
 
 SearchState = dict[str, Tensor]
 """State of a batch of searches, a row (B, ...) each; "x" and "y" are the example."""
 Loss = Callable[..., Tensor]
 """From logits (B, K) and classes (B,) to values (B,)."""
-BF16_TOLERANCE = 2.0**-6
-"""Share of the largest logit by which a bf16 margin may be wrong: two roundings to 8 bits, and as much again."""
+TOLERANCES: Mapping[Precision, float] = {"fp32": 2.0**-10, "bf16": 2.0**-6}
+"""Share of the largest logit by which the margin of a search network may be wrong. In bf16 two roundings to 8 bits, and
+as much again; in float32 a hundred times what folding and transformed convolutions were seen to change."""
 
 
 class SearchNetwork:
@@ -31,12 +32,13 @@ class SearchNetwork:
         model: (B, C, H, W) -> logits (B, K), float32 at least.
         tolerance: share of the largest logit by which its margins may differ from the exact model's.
         capacity: images that a pass may take; a search may use what the batch leaves of it.
+        fixed: what a pass costs whatever its images, in images.
     """
 
-    def __init__(self, model: Model, tolerance: float = 0.0, capacity: int = 0) -> None:
+    def __init__(self, model: Model, tolerance: float = 0.0, capacity: int = 0, fixed: float = 0.0) -> None:
         self.model = model
         self.tolerance = tolerance
-        self.capacity = capacity
+        self.capacity, self.fixed = capacity, fixed
 
     def suspects(self, logits: Tensor, margin: Tensor, tested: Tensor) -> Tensor:
         """(B,) where the exact model is to be asked: it may be wrong there, or the logits are no numbers.
