@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.tape import taped
 from robustfair.attacks.pgd import FreezeFooled, ascend, pgd
 from robustfair.config import Precision
 from robustfair.data import ImageDataset
@@ -30,41 +29,18 @@ Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]
 
 
-class Tape(TorchDispatchMode):
-    """Records every operator with the tensors it ran on, as a CUDA graph does its kernels: what Python decided, and
-    the values of tensors that no operator made, are those of the recording."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.detach().copy_(new)
+recorded: list[object] = []
 
 
-tapes: list[Tape] = []
-
-
-def taped(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A `Record` for a CPU."""
-    with Tape() as tape:
-        found = run()
-    tapes.append(tape)
-    return torch.no_grad()(tape.replay), found
+def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Records on a tape, and counts."""
+    recorded.append(run)
+    return taped(run)
 
 
 @pytest.fixture(autouse=True)
-def no_tapes() -> None:
-    tapes.clear()
+def nothing_recorded() -> None:
+    recorded.clear()
 
 
 def batch_of(count: int, seed: int) -> Batch:
@@ -116,7 +92,7 @@ RECORDED = ("linf", "l2", "l2, box first", "no box", "target", "clean logits", "
 def test_a_replayed_attack_is_that_of_the_loop_whatever_changes(case: str, precision: Precision) -> None:
     model = network()
     called = InPrecision(model, precision, "cpu", bundled=False)
-    captured = CapturedAscent(ascend, model, record=taped)
+    captured = CapturedAscent(ascend, model, record=record)
     for seed, count in enumerate((5, 5, 3, 5, 3)):
         batch = batch_of(count, seed)
         attack = CASES[case](batch)
@@ -125,23 +101,23 @@ def test_a_replayed_attack_is_that_of_the_loop_whatever_changes(case: str, preci
         assert torch.equal(found, expected)
         assert attack.steps == 0 or not torch.equal(found, batch.x)
         moved(model)
-    assert len(tapes) == (2 if case in RECORDED else 0)  # one for each size
+    assert len(recorded) == (2 if case in RECORDED else 0)  # one for each size
 
 
 def test_attacks_that_differ_in_what_is_no_tensor_have_recordings_of_their_own() -> None:
     model = network()
-    captured = CapturedAscent(ascend, model, record=taped)
+    captured = CapturedAscent(ascend, model, record=record)
     batch = batch_of(4, 0)
     for attack in (attack_on(batch, **changes) for changes in ({}, {"steps": 2}, {"norm": "l2"}, {"box": False})):
         for _ in range(2):
             expected = pgd(model, batch.x, batch.y, attack, batch.rng("attack"))
             assert torch.equal(pgd(model, batch.x, batch.y, attack, batch.rng("attack"), ascent=captured), expected)
-    assert len(tapes) == 4
+    assert len(recorded) == 4
 
 
 def test_an_attack_is_recorded_anew_where_weights_or_modes_have_changed_places() -> None:
     model = network()
-    captured = CapturedAscent(ascend, model, record=taped)
+    captured = CapturedAscent(ascend, model, record=record)
     batch = batch_of(4, 0)
     attack = attack_on(batch, mode="train_frozen")
 
@@ -153,10 +129,10 @@ def test_an_attack_is_recorded_anew_where_weights_or_modes_have_changed_places()
     first = next(model.parameters())
     first.data = first.data * 2
     compare()
-    assert len(tapes) == 2
+    assert len(recorded) == 2
     next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()  # frozen from here on
     compare()
-    assert len(tapes) == 3
+    assert len(recorded) == 3
 
 
 @dataclass(frozen=True)
@@ -172,7 +148,7 @@ class Scaled:
 
 def test_recordings_of_goals_that_come_no_more_are_given_up() -> None:
     model = network("small-cnn")
-    captured = CapturedAscent(ascend, model, record=taped)
+    captured = CapturedAscent(ascend, model, record=record)
     batch = batch_of(2, 0)
     for factor in range(1, MOST + 4):
         attack = attack_on(batch, goal=Scaled(factor), steps=1)
@@ -182,7 +158,7 @@ def test_recordings_of_goals_that_come_no_more_are_given_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "methods", "recorded"),
+    ("objective", "methods", "records"),
     [
         (PGDAT(steps=2), (CCM(begin=1), EMA(decay=0.5)), True),
         (Trades(steps=2, attack_mode="train_frozen"), (CCM(begin=1), CCR(begin=1)), True),
@@ -197,7 +173,7 @@ def test_a_run_with_recordings_is_the_run_without(
     tiny_data: Data,
     objective: AdversarialObjective,
     methods: tuple[Method, ...],
-    recorded: bool,
+    records: bool,
 ) -> None:
     def trained() -> dict[str, Tensor]:
         options: dict[str, Any] = {"methods": methods, "schedule": Schedule(epochs=3, batch_size=7)}
@@ -205,10 +181,10 @@ def test_a_run_with_recordings_is_the_run_without(
         return dict(found.state.weights) | {f"{k}/{n}": t for k, e in found.state.exports.items() for n, t in e.items()}
 
     plain = trained()
-    monkeypatch.setattr(engine, "CapturedAscent", partial(CapturedAscent, record=taped))
+    monkeypatch.setattr(engine, "CapturedAscent", partial(CapturedAscent, record=record))
     monkeypatch.setattr(import_module("robustfair.training.fit"), "Engine", partial(engine.Engine, graphs=True))
     replayed = trained()
-    assert bool(tapes) is recorded
+    assert bool(recorded) is records
     assert all(torch.equal(replayed[name], tensor) for name, tensor in plain.items())
 
 
@@ -219,7 +195,7 @@ def test_a_recording_that_holds_a_constant_would_be_found() -> None:
         return x_adv + float(attack.eps[0]), rest[0]
 
     model = network("small-cnn")
-    captured = CapturedAscent(careless, model, record=taped)
+    captured = CapturedAscent(careless, model, record=record)
     for seed, same in ((0, True), (1, False)):
         batch = batch_of(3, seed)
         attack = attack_on(batch)

@@ -126,5 +126,6 @@ def _is_plain(value: Any) -> bool:
         return True
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    frozen = is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.frozen
-    return frozen and all(_is_plain(getattr(value, field.name)) for field in fields(value))
+    if not is_dataclass(value) or isinstance(value, type) or not value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        return False
+    return all(_is_plain(getattr(value, field.name)) for field in fields(value))
