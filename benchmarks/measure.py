@@ -254,7 +254,13 @@ def _bf16_instructions() -> list[str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with "+" where tracked files were changed; "unknown" outside a checkout."""
+    """Short hash of the checkout, with "+" where tracked files were changed; "unknown" outside a checkout.
+
+    A copy without its history is told by the environment variable ROBUSTFAIR_COMMIT.
+    """
+    told = os.environ.get("ROBUSTFAIR_COMMIT")
+    if told:
+        return told
     try:
         head = _git("rev-parse", "--short", "HEAD")
         return head + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
