@@ -104,7 +104,7 @@ def compared(
                     measure.synchronize(device)
                 ready[case.name] = measure.clock(partial(step, batch), device, scope=scope)
             except Exception as error:  # a compiler may fail in many ways, and the others are to be measured
-                why[case.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                why[case.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         timings = measure.interleaved(ready, repeats)
     flops = measure.training_flops(measure.forward_flops(network, batch.x[:1]), STEPS) * size
     fast = measure.ratios(timings, "naive")

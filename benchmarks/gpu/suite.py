@@ -18,7 +18,7 @@ from robustfair.files import read_json, write_json
 
 TASK_SCHEMA = "robustfair.suite/1"
 
-COMPILED = ("replayed", "compiled")
+COMPILED = ("replay", "compiled")
 """What the names of checks begin with that speak for `compile`."""
 
 
