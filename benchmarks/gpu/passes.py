@@ -28,6 +28,7 @@ from benchmarks.gpu.check import (
     shaken,
     starts_from_cpu,
 )
+from benchmarks.measure import products_in
 from benchmarks.tape import taped
 from benchmarks.workload import build
 from robustfair.attacks.pgd import Ascent, FreezeFooled, pgd
@@ -104,10 +105,9 @@ def rounded_products(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def float32_as(precision: str) -> Iterator[None]:
-    """float32 products of a GPU in "ieee" or "tf32"."""
-    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    with full_float32():
-        conv.fp32_precision = matmul.fp32_precision = precision
+    """float32 convolutions and products of a GPU in "ieee" or "tf32"."""
+    with full_float32(), products_in(precision):
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
         yield
 
 

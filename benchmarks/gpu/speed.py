@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -149,6 +149,7 @@ def reduced_step() -> Callable[[Model, Tensor, StepInputs], tuple[Tensor, Tensor
 
 @contextmanager
 def as_asked(case: Case, device: str) -> Iterator[None]:
-    """The scope in which a way runs: as in `fit`, float32 products in the precision of the way."""
-    with as_in_fit(device), float32_as("tf32" if case.precision == "tf32" else "ieee"):
+    """The scope in which a way runs: as in `fit`, products of float32 in the precision of the way."""
+    precision = {"tf32": "tf32", "fp32": "ieee"}.get(case.precision)
+    with as_in_fit(device), nullcontext() if precision is None else float32_as(precision):
         yield
