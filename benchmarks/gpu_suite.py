@@ -1,12 +1,13 @@
 """Everything that wants a GPU, unattended: `python benchmarks/gpu_suite.py --minutes 9 --resume results/gpu`.
 
-In this order: is the fast path right on this device; the speed tables, between them the fast protocol; AutoAttack on
-what that has trained; the other training rows. Every task leaves a JSON file in the results folder; training is saved
-after each epoch and AutoAttack every minute: the next call, on the same work folder, goes on where this one stopped,
-and `--table` prints what there is, with "-" where nothing was measured.
+In this order: is what is computed on this device right; steps of training in every way; then row by row training,
+AutoAttack on the first 1,000 test images and, where half of them stand, on all; then the other tables. Every task
+leaves a JSON file in the results folder; training is saved after each epoch and AutoAttack every minute: the next call,
+on the same work folder, goes on where this one stopped, and `--table` prints what there is, with "-" where nothing was
+measured. `--out` names a folder for the few files that are to be fetched. A lease in three commands is in NOTES.md.
 
-Needs torch, numpy, safetensors and pillow, and CIFAR-10 as packed by `robustfair data pack cifar10 --parts 2`.
-AutoAttack is compared with pyautoattack where that imports; where it does not, the table says so.
+Needs torch, numpy, safetensors and pillow, and for all but the first tasks CIFAR-10 as packed by `robustfair data pack
+cifar10 --parts 2`. AutoAttack is compared with pyautoattack where that imports; where it does not, the table says so.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import argparse
 import math
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,26 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
-from benchmarks import attack, autoattack, epoch, measure, memory, train_step  # noqa: E402
+from benchmarks import attack, autoattack, epoch, measure, memory  # noqa: E402
+from benchmarks.gpu import checks, speed  # noqa: E402
+from benchmarks.gpu.check import Setting  # noqa: E402
+from benchmarks.gpu.checks import all_checks, failed  # noqa: E402
+from benchmarks.gpu.files import bring, bring_weights, left_out  # noqa: E402
+from benchmarks.gpu.speed import Case  # noqa: E402
+from benchmarks.gpu.suite import (  # noqa: E402
+    TASK_SCHEMA,
+    NotNeededError,
+    Suite,
+    Task,
+    kept,
+    report,
+    run_all,
+    summary,
+)
 from benchmarks.measure import Report, Table  # noqa: E402
 from benchmarks.rows import (  # noqa: E402
-    ATTACKS,
-    OutOfTimeError,
     Row,
     Way,
     fast_rows,
@@ -39,201 +53,83 @@ from benchmarks.rows import (  # noqa: E402
     folder_of,
     is_trained,
     paper_rows,
-    row_lines,
+    target_rows,
     train_row,
 )
-from benchmarks.workload import build, one_batch, synthetic  # noqa: E402
-from robustfair.config import Precision  # noqa: E402
+from benchmarks.workload import synthetic  # noqa: E402
 from robustfair.data import Splits, load_dataset  # noqa: E402
-from robustfair.errors import CheckpointError, RobustFairError  # noqa: E402
-from robustfair.execution.precision import numerics  # noqa: E402
-from robustfair.files import read_json, write_json  # noqa: E402
-from robustfair.models.head import laid_out  # noqa: E402
-from robustfair.objectives import PGDAT, Trades  # noqa: E402
-from robustfair.training.engine import Engine  # noqa: E402
-from robustfair.training.fit import fit  # noqa: E402
-from robustfair.training.schedule import Schedule  # noqa: E402
-from robustfair.values import Batch, Threat  # noqa: E402
+from robustfair.errors import RobustFairError  # noqa: E402
+from robustfair.execution.precision import allow_deterministic_products  # noqa: E402
+from robustfair.files import read_json  # noqa: E402
+from robustfair.metrics.intervals import wilson  # noqa: E402
+from robustfair.objectives import PGDAT  # noqa: E402
+from robustfair.values import Threat  # noqa: E402
 
-TASK_SCHEMA = "robustfair.suite/1"
 MARGIN = 20
 """Seconds of the time given that are left for what is under way."""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """One call of the suite.
-
-    Attributes:
-        results: folder of JSON files, one per finished task.
-        way: how rows are trained.
-        deadline: of `time.monotonic()`.
-        small: sizes for a check on a CPU: everything runs, no number means anything.
-    """
-
-    results: Path
-    way: Way
-    deadline: float
-    small: bool
-
-    def settings(self) -> dict[str, Any]:
-        """What a result depends on besides the code: results of other settings are not mixed with it."""
-        return self.way.settings() | {"small": self.small}
-
-    def file(self, task: str) -> Path:
-        """Where the result of a task lies."""
-        return self.results / f"{task.replace(' ', '-')}.json"
-
-    def sized(self, row: Row) -> Row:
-        """The row as this call trains it."""
-        return replace(row, schedule=replace(row.schedule, epochs=2, batch_size=16)) if self.small else row
-
-    def require_own_results(self, todo: Sequence[Task]) -> None:
-        """Refuse a folder that holds results of other settings.
-
-        Raises:
-            CheckpointError: names the file and what differs.
-        """
-        for task in todo:
-            if self.file(task.name).exists():
-                found = read_json(self.file(task.name), TASK_SCHEMA).get("settings", {})
-                own = self.settings()
-                differ = [key for key in own if found.get(key) != own[key]]
-                if differ:
-                    raise CheckpointError(
-                        f"{self.file(task.name)} was measured with another {differ[0]} ({found.get(differ[0])}, now "
-                        f"{own[differ[0]]}): give another folder with --resume"
-                    )
-
-
-@dataclass(frozen=True)
-class Task:
-    """One thing to measure: its file's name, the seconds without which it is not begun, and what does it."""
-
-    name: str
-    seconds: float
-    run: Callable[[Suite], Mapping[str, Any]]
-
-
-# Is the fast path right here?
-
-
-def correctness(suite: Suite) -> Mapping[str, Any]:
-    """Every way of running the attack and the loss against the eager float32 one, and an epoch that may not wait."""
-    device, size = suite.way.device, 8 if suite.small else 128
-    batch = one_batch(size, device)
-    model = laid_out(build(suite.way.model, suite.way.width, device=device).train(), batch.x)
-    rows = []
-    for objective in (PGDAT(), Trades()):
-        reference: tuple[Tensor, Tensor] | None = None
-        for name, precision, compile, graphs in ways_to_run(device, compiled=not suite.small):
-            engine = Engine(model, precision=precision, device=device, compile=compile, graphs=graphs, batch_size=size)
-            with numerics(deterministic=reference is None):
-                again = [engine.attack(batch, objective.attack(batch)) for _ in range(2)]
-                loss = frozen_loss(engine, objective, replace(batch, x_adv=again[0]))
-            if reference is None:
-                reference = again[0], loss
-            rows.append(
-                {
-                    "case": f"{objective.name} {name}",
-                    "loss": float(loss),
-                    "difference": float(loss - reference[1]),
-                    "other_pixels": float((again[0] != reference[0]).float().mean()),
-                    "largest": float((again[0] - batch.x).abs().max()) * 255,
-                    "repeats": torch.equal(again[0], again[1]),
-                }
-            )
-    columns = {
-        "case": "{case}",
-        "loss": "{loss:.6f}",
-        "- the first": "{difference:+.1e}",
-        "pixels that differ": "{other_pixels:.4f}",
-        "largest move / 255": "{largest:.4f}",
-        "same when repeated": "{repeats}",
-    }
-    tables = [Table("Attack and loss on random images", columns, rows)]
-    return report(suite, "correctness", tables, [waiting(suite)])
-
-
-def ways_to_run(device: str, *, compiled: bool) -> list[tuple[str, Precision, bool, bool]]:
-    """(name, precision, compile, graphs): the deterministic reference first, graphs on CUDA alone."""
-    on_cuda = torch.device(device).type == "cuda"
-    found: list[tuple[str, Precision, bool, bool]] = [("fp32 deterministic", "fp32", False, False)]
-    for precision in ("fp32", "bf16"):
-        found.append((precision, precision, False, False))
-        if on_cuda:
-            found.append((f"{precision} replayed", precision, False, True))
-        if compiled:
-            found.append((f"{precision} compiled" + " replayed" * on_cuda, precision, True, on_cuda))
-    return found
-
-
-def frozen_loss(engine: Engine, objective: PGDAT | Trades, batch: Batch) -> Tensor:
-    """Loss in training mode, running statistics left as they were."""
-    before = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
-    loss = objective(engine, batch).total().detach()
-    for name, buffer in engine.model.named_buffers():
-        buffer.copy_(before[name])
-    return loss
-
-
-def waiting(suite: Suite) -> str:
-    """Train three epochs, the last with torch's error for every wait from its second step on; say how it went."""
-    device, size = suite.way.device, 8 if suite.small else 128
-    if torch.device(device).type != "cuda":
-        return "Waits for the device inside an epoch: not checked, no CUDA device."
-    data, steps = synthetic(size * 6), 6
-
-    def on_step(epoch: int, step: int) -> None:
-        torch.cuda.set_sync_debug_mode("error" if epoch == 2 and step < steps - 2 else "default")
-
-    model = build(suite.way.model, suite.way.width)
-    schedule = Schedule(epochs=3, batch_size=size, lr=0.01)
-    options = {"schedule": schedule, "validation": 0, "select": "last", "device": device, "on_step": on_step}
-    try:
-        fit(model, data, Trades(), precision=suite.way.precision, compile=suite.way.compile, **options)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        return f"Waits for the device inside an epoch: {str(error).splitlines()[0]}"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return f"Waits for the device inside an epoch: none in the {steps - 2} steps between its first and its last."
-
-
-def report(suite: Suite, name: str, tables: Sequence[Table], notes: Sequence[str]) -> Mapping[str, Any]:
-    """A table as a report, printed on the way."""
-    settings = {"model": suite.way.model, "width": suite.way.width, "device": suite.way.device}
-    made = Report(name=name, settings=settings, tables=tables, notes=notes)
-    print(made.text(), flush=True)
-    return kept(made)
-
-
-def kept(made: Report) -> Mapping[str, Any]:
-    """A report as JSON, and as it reads."""
-    return made.as_json() | {"text": made.text()}
+SPARE = 60
+"""Seconds that timing takes once all ways are prepared."""
 
 
 # Tasks
 
 
+def correctness(suite: Suite) -> Mapping[str, Any]:
+    """Every check of `benchmarks.gpu.checks`."""
+    setting = Setting(suite.way.device, suite.small, suite.way.compile)
+    rows = all_checks(setting)
+    wrong = failed(rows)
+    told = f"{len(rows) - len(wrong)} of {len(rows)} checks pass{', not ' * bool(wrong)}{', '.join(wrong)}."
+    return report(suite, "correctness", [Table("Checks", checks.COLUMNS, rows)], [told])
+
+
+def timed(model: str, width: int | None, size: int, cases: Sequence[Case]) -> Callable[[Suite], Mapping[str, Any]]:
+    """A task that runs steps of training in several ways, in turn."""
+
+    def run(suite: Suite) -> Mapping[str, Any]:
+        given: tuple[str, int | None, int, Sequence[Case]] = (model, width, size, cases)
+        if suite.small:
+            given = (model, 2, 4, speed.SMALL)
+        repeats, device = 1 if suite.small else 5, suite.way.device
+        table = speed.compared(*given, device, repeats=repeats, deadline=suite.deadline - suite.spare)
+        return report(suite, f"speed-{size}", [table], [])
+
+    return run
+
+
 def tasks(rows: Sequence[Row]) -> list[Task]:
     """All tasks in order of use."""
     step, whole = (*SMALL, "--no-compile"), ("--width", "64", "--precision", "bf16", "--batch-size", "128", "--compile")
-    both, bf16 = ("--precision", "fp32", "bf16"), ("--precision", "bf16")
+    preact, plain = "preact-resnet18", "resnet18"
     return [
-        Task("correctness", 240, correctness),
-        Task("train-step-128", 240, scripted(train_step.main, ("--batch-size", "128", *both), step)),
-        Task(f"row {rows[0].name}", 60, trained(rows[0])),
-        Task("train-step-512", 180, scripted(train_step.main, ("--batch-size", "512", *bf16), step)),
+        Task("correctness", 120, correctness, data=False),
+        Task("speed-128", 120, timed(preact, None, 128, speed.FIRST), data=False),
+        *(task for row in rows for task in row_tasks(row)),
+        Task("speed-512", 120, timed(preact, None, 512, speed.SHORT), data=False),
+        Task("speed-1024", 120, timed(preact, None, 1024, speed.SHORT), data=False),
+        Task("speed-narrow-128", 120, timed(preact, 16, 128, speed.SHORT), data=False),
+        Task("speed-narrow-512", 120, timed(preact, 16, 512, speed.SHORT), data=False),
+        Task("speed-resnet18-512", 120, timed(plain, None, 512, speed.SHORT), data=False),
+        Task("attack", 180, scripted(attack.main, ("--batch-size", "512"), (*step, "--steps", "2", "--images", "4"))),
         Task("epoch", 180, scripted(epoch.main, whole, (*SMALL, "--batches", "2", "--sizes", "8", "--workers", "0"))),
-        Task("train-step-1024", 180, scripted(train_step.main, ("--batch-size", "1024", *bf16), step)),
-        Task("attack", 180, scripted(attack.main, (), (*step, "--steps", "2", "--images", "4"))),
         Task("memory", 120, scripted(memory.main, whole, (*SMALL, "--epochs", "2", "--images", "8", "--sizes", "8"))),
-        Task("autoattack", 60, autoattacked(rows)),
         Task("autoattack-compared", 300, compared(rows)),
-        *(Task(f"row {row.name}", 60, trained(row)) for row in rows[1:]),
     ]
 
 
+def row_tasks(row: Row) -> list[Task]:
+    """Train a row, attack its first test images, and all where enough of them stand."""
+    return [
+        Task(f"row {row.name}", 60, trained(row)),
+        Task(f"aa-first {row.name}", 60, autoattacked(row, FIRST_IMAGES)),
+        Task(f"aa-all {row.name}", 60, autoattacked(row, None)),
+    ]
+
+
+FIRST_IMAGES = 1000
+"""Of the test images, for a first look."""
+TARGET = 0.5
+"""Share of them that must stand for AutoAttack to go on to all."""
 SMALL = ("--width", "2", "--repeats", "1", "--batch-size", "4")
 """Options that make any of the scripts a matter of seconds."""
 
@@ -253,21 +149,48 @@ def trained(row: Row) -> Callable[[Suite], Mapping[str, Any]]:
     """A task that trains and audits a row."""
 
     def run(suite: Suite) -> Mapping[str, Any]:
-        return train_row(suite.sized(row), suite.way, suite.deadline)
+        way = suite.checked_way()
+        if way.compile != suite.way.compile:
+            measure.say("trained without compile, since a check of compiled or replayed attacks failed")
+        return train_row(suite.sized(row), way, suite.deadline)
 
     return run
 
 
-def autoattacked(rows: Sequence[Row]) -> Callable[[Suite], Mapping[str, Any]]:
-    """A task that attacks every test image of a victim, in as many calls as it takes."""
+AUTOATTACK = {
+    **{heading: form for heading, form in autoattack.WHOLE.items() if heading not in ("clean", "robust")},
+    "clean": "{clean:.2%}",
+    "robust": "{robust:.2%}",
+    "95 % interval": "{low:.2%} to {high:.2%}",
+    "images/s": "{images_per_second:,.1f}",
+    "trained in, minutes": "{minutes:.1f}",
+}
+
+
+def autoattacked(row: Row, first: int | None) -> Callable[[Suite], Mapping[str, Any]]:
+    """A task that runs AutoAttack on what a row has trained, on the first test images or on all, over several calls."""
 
     def run(suite: Suite) -> Mapping[str, Any]:
-        row, model = victim(rows, suite)
-        args, test = autoattack_options(suite), suite.way.splits.test
-        folder = folder_of(row, suite.way).audits
-        found = {"model": row.name, **autoattack.whole(model, test, Threat(), args, folder, suite.deadline)}
-        tables = [Table(f"{args.attack.name} on all test images", autoattack.WHOLE, [found], whole=True)]
-        return report(suite, "autoattack", tables, [searched_in(args)])
+        sized, way = suite.sized(row), suite.checked_way()
+        if not is_trained(sized, way):
+            raise NotNeededError("the row is not trained")
+        folder = folder_of(sized, way)
+        path = folder.audits / "first" / "whole.json"
+        seen = read_json(path, autoattack.WHOLE_SCHEMA) if path.exists() else {}
+        if first is None and not suite.forced and seen.get("robust", 1.0) < TARGET:
+            raise NotNeededError(f"{seen['robust']:.2%} of the first images stood; name it with --only to run it")
+        args, test = autoattack_options(suite), way.splits.test
+        images = test if first is None else test.subset(torch.arange(min(first, len(test))))
+        model = fit_row(sized, way, suite.deadline).model
+        where = folder.audits / ("all" if first is None else "first")
+        found = autoattack.whole(model, images, Threat(), args, where, suite.deadline)
+        count = len(images)
+        low, high = wilson(round(found["robust"] * count), count)
+        line = {"model": row.name, **found, "low": float(low), "high": float(high)}
+        line |= {"images_per_second": count / found["seconds"], "minutes": folder.manifest()["wall_seconds"] / 60}
+        which = "all test images" if first is None else f"the first {count:,} test images"
+        table = Table(f"{args.attack.name} on {which}", AUTOATTACK, [line], whole=True)
+        return report(suite, f"autoattack {row.name}", [table], [searched_in(args)])
 
     return run
 
@@ -312,80 +235,6 @@ def searched_in(args: argparse.Namespace) -> str:
     return f"Ours searches in {args.precision[0]}, {args.batch_size:,} images at a time; every verdict is in float32."
 
 
-def run_all(suite: Suite, todo: Sequence[Task]) -> list[str]:
-    """Run what has no file yet, until the time is over; returns a line per task."""
-    suite.results.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for task in todo:
-        path = suite.file(task.name)
-        left = suite.deadline - time.monotonic()
-        if path.exists():
-            lines.append(f"{task.name}: done before")
-            continue
-        if left < task.seconds and not suite.small:
-            lines.append(f"{task.name}: not begun, {left:.0f} s left")
-            continue
-        measure.say(f"== {task.name}, {left:.0f} s left")
-        started = time.monotonic()
-        try:
-            found = task.run(suite)
-        except OutOfTimeError as error:
-            lines.append(f"{task.name}: {error}")
-            break
-        except KeyboardInterrupt:
-            lines.append(f"{task.name}: interrupted, goes on at the next call")
-            break
-        except (Exception, SystemExit):
-            path.with_suffix(".error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            lines.append(f"{task.name}: failed, see {path.with_suffix('.error.txt').name}")
-            continue
-        seconds = round(time.monotonic() - started, 1)
-        about = {"schema": TASK_SCHEMA, "task": task.name, "seconds": seconds, "settings": suite.settings()}
-        about |= {"machine": measure.machine(), "commit": measure.commit()}
-        write_json(path, about | {"found": found})
-        path.with_suffix(".error.txt").unlink(missing_ok=True)
-        lines.append(f"{task.name}: {seconds:.0f} s")
-    return lines
-
-
-# What was found
-
-
-ROW_COLUMNS = {
-    "row": "{row}",
-    "model": "{model}",
-    **{attack: f"{{{attack}:.2f}}" for attack in ATTACKS},
-    **{f"{attack} worst": f"{{{attack}_worst:.2f}}" for attack in ATTACKS},
-    "images/s": "{images_per_second:,.0f}",
-    "minutes": "{minutes:.1f}",
-}
-
-
-def summary(results: Path, todo: Sequence[Task]) -> str:
-    """Markdown of all files in a results folder; what has none is named, and a row without one has empty cells.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
-    parts: list[str] = []
-    records, missing = [], []
-    for task in todo:
-        path = results / f"{task.name.replace(' ', '-')}.json"
-        trains = task.name.startswith("row ")
-        if path.exists():
-            found = read_json(path, TASK_SCHEMA)["found"]
-            records += [found] if trains else []
-            parts += [] if trains else [found["text"]]
-        elif trains:
-            missing.append({"row": task.name.removeprefix("row ")})
-        else:
-            parts.append(f"# {task.name}\n\n-")
-    lines = [line | {"minutes": line["seconds"] / 60} for line in row_lines(records)]
-    if lines or missing:
-        parts.append("# Rows\n\n" + Table("Rows", ROW_COLUMNS, [*lines, *missing], whole=True).markdown())
-    return "\n\n".join(parts)
-
-
 def options() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="benchmarks/gpu_suite.py", description=__doc__.partition("\n")[0])
     made.add_argument("--minutes", type=_minutes, default=9.0, help="stop in good time before so many are over")
@@ -393,11 +242,16 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--work", type=Path, help="training states; work/ in the results folder if not given")
     made.add_argument("--data", default="cifar10", help="packed parts, or anything that load_dataset takes")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--rows", choices=("fast", "papers"), default="fast", help="30 epochs a row, or 200")
+    made.add_argument("--rows", choices=tuple(ROWS), default="target", help="what is trained, see benchmarks/rows.py")
+    made.add_argument("--out", type=Path, help="folder for the few files to fetch, written after every task")
+    made.add_argument("--no-compile", dest="compile", action="store_false", help="train and time uncompiled")
     made.add_argument("--only", nargs="+", metavar="TASK", help="tasks whose names begin so")
     made.add_argument("--small", action="store_true", help="check that everything runs; no number means anything")
     made.add_argument("--table", action="store_true", help="print what the results folder holds, run nothing")
     return made
+
+
+ROWS = {"target": target_rows, "fast": fast_rows, "papers": paper_rows}
 
 
 def _minutes(text: str) -> float:
@@ -412,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options()
     args = parser.parse_args(argv)
     started = time.monotonic()
-    todo = tasks(fast_rows() if args.rows == "fast" else paper_rows())
+    rows = ROWS[args.rows]()
+    todo = tasks(rows)
     if args.only:
         for start in args.only:
             if not any(task.name.startswith(start) for task in todo):
@@ -426,22 +281,51 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(summary(results, todo))
             return 0
         measure.check_device(parser, args.device)
-        suite = _suite(args, results, started)
+        allow_deterministic_products()
+        suite = _suite(args, results, started, data=any(task.data for task in todo))
         suite.require_own_results(todo)
-        lines = run_all(suite, todo)
+        lines = run_all(suite, todo, partial(_bring, args.out, results, todo))
+        _bring(args.out, results, todo, lines)
         print(summary(results, todo), *lines, sep="\n")
+        for line in _bring_weights(args.out, suite, rows):
+            print(line)
     except RobustFairError as error:
         parser.error(str(error))
     return 0 if all(line.endswith((" s", "done before")) for line in lines) else 1
 
 
-def _suite(args: argparse.Namespace, results: Path, started: float) -> Suite:
-    splits = load_dataset(args.data)
-    way = Way(splits, args.work or results / "work", args.device)
+def _suite(args: argparse.Namespace, results: Path, started: float, *, data: bool) -> Suite:
+    """The call that the arguments ask for; images are loaded only where a task needs them."""
+    splits = load_dataset(args.data) if data else Splits(train=synthetic(8), test=synthetic(8))
+    way = Way(splits, args.work or results / "work", args.device, compile=args.compile)
     if args.small:
         few = Splits(train=splits.train.limit_per_class(8), test=splits.test.limit_per_class(2))
         way = replace(way, splits=few, width=2, compile=False, precision="fp32", validation=0)
-    return Suite(results, way, started + 60 * args.minutes - MARGIN, args.small)
+    deadline = started + 60 * args.minutes - MARGIN
+    return Suite(results, way, deadline, args.small, forced=bool(args.only), spare=0 if args.small else SPARE)
+
+
+def _bring(out: Path | None, results: Path, todo: Sequence[Task], lines: Sequence[str]) -> None:
+    """Write what there is into the folder to fetch, if one was named."""
+    if out is not None:
+        bring(results, out, "\n".join([summary(results, todo), "", *lines]), TASK_SCHEMA)
+
+
+def _bring_weights(out: Path | None, suite: Suite, rows: Sequence[Row]) -> list[str]:
+    """Add the weights of the trained row of which most first images stood to the folder; lines about it."""
+    ready: dict[float, Row] = {}
+    for row in rows:
+        path = suite.file(f"aa-first {row.name}")
+        if path.exists():
+            found = read_json(path, TASK_SCHEMA)["found"]["tables"][0]["rows"][0]
+            ready.setdefault(found["robust"], row)
+    if out is None or not ready:
+        return []
+    best = ready[max(ready)]
+    model = fit_row(suite.sized(best), suite.checked_way(), suite.deadline).model
+    paths = bring_weights(model.state_dict(), out, {"row": best.name, "model": suite.way.model})
+    told = f"{out}: weights of {best.name} in {len(paths)} files" if paths else f"{out}: weights are too large to fetch"
+    return [told, *left_out(sorted(out.iterdir()))]
 
 
 if __name__ == "__main__":

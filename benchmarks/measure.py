@@ -13,8 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -162,14 +162,26 @@ def matmul_peaks(device: torch.device | str, *, size: int = 8192, repeats: int =
     """
     if torch.device(device).type != "cuda":
         return {}
-    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
-    matmul.fp32_precision = _convolution_precision()
-    try:
+    with products_in(_convolution_precision()):
         return {
             "fp32": matmul_tflops(device, torch.float32, size=size, repeats=repeats),
             "bf16": matmul_tflops(device, torch.bfloat16, size=size, repeats=repeats),
         }
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """float32 products of a GPU's matrices in "tf32" or "ieee"; restored on leaving.
+
+    Through torch's older switch, which sets the newer one too: where only that was set to tf32, torch refuses to read
+    the older one, and some of it does.
+    """
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
     finally:
+        torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = before
 
 
@@ -254,7 +266,13 @@ def _bf16_instructions() -> list[str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with "+" where tracked files were changed; "unknown" outside a checkout."""
+    """Short hash of the checkout, with "+" where tracked files were changed; "unknown" outside a checkout.
+
+    A copy without its history is told by the environment variable ROBUSTFAIR_COMMIT.
+    """
+    told = os.environ.get("ROBUSTFAIR_COMMIT")
+    if told:
+        return told
     try:
         head = _git("rev-parse", "--short", "HEAD")
         return head + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))

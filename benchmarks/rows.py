@@ -20,7 +20,7 @@ from robustfair.data import Splits
 from robustfair.errors import CheckpointError
 from robustfair.evaluate.run import audit
 from robustfair.grammar import format_value
-from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
+from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, LabelSmoothing, Method
 from robustfair.objectives import MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.repairs import HWNwB
 from robustfair.runs.folder import RunFolder, environment
@@ -47,12 +47,14 @@ class Row:
         name: of its files.
         objective, methods: what it trains.
         schedule: how long and how fast.
+        brief: audit only what the last method exports, on clean images and under PGD-20: what counts is AutoAttack.
     """
 
     name: str
     objective: AdversarialObjective
     methods: tuple[Method, ...]
     schedule: Schedule
+    brief: bool = False
 
     def describe(self) -> dict[str, Any]:
         """What was trained, as JSON values."""
@@ -78,6 +80,35 @@ class Way:
         """What a trained row depends on besides the row itself, as JSON values."""
         names = ("precision", "compile", "model", "width", "validation")
         return {name: getattr(self, name) for name in names} | {"fingerprint": self.splits.train.fingerprint}
+
+
+def target_rows() -> tuple[Row, ...]:
+    """What may reach 50 % under AutoAttack in the fewest minutes, in order of promise: see benchmarks/NOTES.md."""
+    late = EMA(decay=0.999, begin=20)
+
+    def row(name: str, objective: AdversarialObjective, *methods: Method, **schedule: Any) -> Row:
+        how = Schedule.fast(**{"batch_size": 256, "lr": 0.2} | schedule)
+        average = replace(late, begin=how.epochs * 2 // 3)
+        return Row(f"{name} {how.epochs}", objective, (*methods, average), how, brief=True)
+
+    return (
+        row("trades + awp + ema", Trades(), AWP(begin=3)),
+        row("pgd-at + awp + smoothing + ema", PGDAT(), AWP(begin=3), LabelSmoothing(), lr=0.3),
+        row("trades + ema", Trades()),
+        row("trades + awp + ema", Trades(), AWP(begin=5), epochs=50),
+    )
+
+
+def passes_of(row: Row) -> int:
+    """Forward passes' worth of arithmetic a training image takes: 2 a gradient step, 3 an image in the loss.
+
+    >>> [passes_of(row) for row in target_rows()]
+    [33, 26, 27, 33]
+    """
+    objective = row.objective
+    in_loss = 3 * (1 + objective.clean_pass)
+    perturbed = any(isinstance(method, AWP) for method in row.methods)
+    return 2 * objective.steps + objective.clean_pass + in_loss * (1 + perturbed)
 
 
 def fast_rows() -> tuple[Row, ...]:
@@ -207,14 +238,19 @@ def _fit(row: Row, way: Way, seed: int, state: TrainState | None, save: Callable
 
 
 def _audits(row: Row, way: Way, fitted: Fitted, deadline: float) -> dict[str, Any]:
-    """Raw weights and average, each before and after the repair of its head, in float32."""
+    """Raw weights and average, each before and after the repair of its head, in float32; of a brief row the last."""
     found = {}
-    for name, weights in {"model": fitted.state.weights, **fitted.state.exports}.items():
+    candidates = {"model": fitted.state.weights, **fitted.state.exports}
+    attacks: tuple[str, ...] = ATTACKS
+    if row.brief:
+        candidates, attacks = dict([candidates.popitem()]), ATTACKS[:2]
+    for name, weights in candidates.items():
         fitted.model.load_state_dict(dict(weights))
-        for label, model in ((name, fitted.model), (f"{name} + hwnwb", HWNwB()(fitted.model))):
+        repaired = () if row.brief else ((f"{name} + hwnwb", HWNwB()(fitted.model)),)
+        for label, model in ((name, fitted.model), *repaired):
             if time.monotonic() > deadline:
                 raise OutOfTimeError(f"{row.name} is trained and not yet audited")
-            result = audit(model, way.splits.test, attacks=ATTACKS, device=way.device, label=f"{row.name}, {label}")
+            result = audit(model, way.splits.test, attacks=attacks, device=way.device, label=f"{row.name}, {label}")
             robust, worst = result.average("pgd-20"), result.worst("pgd-20")
             say(f"{result.model}: PGD-20 average {robust:.4f}, worst {worst.words} {worst.value:.4f}")
             found[label] = result.to_dict()
@@ -228,7 +264,7 @@ def row_lines(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for label, result in record["audits"].items():
             line = {"row": record["name"], "model": label, "seconds": record["wall_seconds"]}
             line["images_per_second"] = record["images_per_second"]
-            for attack in ATTACKS:
+            for attack in result["attacks"]:
                 hits = list(zip(result["attacks"][attack]["correct"], result["count"], strict=True))
                 line[attack] = 100 * sum(right for right, _ in hits) / sum(count for _, count in hits)
                 line[f"{attack}_worst"] = min(100 * right / count for right, count in hits)

@@ -228,3 +228,16 @@ def test_the_library_does_not_know_its_benchmarks() -> None:
     for path in Path(robustfair.__file__).parent.rglob("*.py"):
         assert "import benchmarks" not in path.read_text()
         assert "from benchmarks" not in path.read_text()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_the_precision_of_products_is_set_for_old_and_new_readers(precision: str) -> None:
+    def settings() -> tuple[str, str, bool]:
+        matmul = torch.backends.cuda.matmul
+        return torch.get_float32_matmul_precision(), matmul.fp32_precision, matmul.allow_tf32
+
+    before = settings()
+    with measure.products_in(precision):
+        word = "high" if precision == "tf32" else "highest"
+        assert settings() == (word, precision, precision == "tf32")
+    assert settings() == before

@@ -2,38 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from robustfair.attacks.pgd import Ascent, Best, compares
-from robustfair.values import Attack, Goal, Model
+from robustfair.values import Attack, Model
 
 WARM_UP = 3
 """Runs before a capture: libraries choose their algorithms and compilers compile in them."""
+MOST = 8
+"""Recordings that are kept: each holds the memory of an attack. A goal that changes with the epochs makes new ones."""
+
+
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+"""Runs a function that launches kernels on given tensors, and returns what launches the same kernels again, and the
+tensor that they write the function's result to."""
 
 
 class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     inputs: dict[str, Tensor]
     x_adv: Tensor
+
+
+def cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A `Record` of all kernels of `run` as one CUDA graph, which need not have run yet when it returns."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return graph.replay, found
 
 
 class CapturedAscent:
     """An `Ascent` that records `ascent` the first time an attack of some form and shape comes, and replays it then on.
 
-    The weights are read where they lie, so updates in place are seen; when a tensor of the model moves to other memory
-    the attack is recorded anew. What cannot be replayed runs as it is: attacks that compare points, stop examples or
-    add noise, or whose goal holds tensors of its own. Attacks in mode "train" write running statistics and must not
-    come here.
+    Images, labels, start, radii, step sizes, targets and clean logits are copied into tensors that the recorded kernels
+    read. The weights are read where they lie, so updates in place are seen; when a tensor of the model moves to other
+    memory the attack is recorded anew. What cannot be replayed runs as it is: attacks that compare points, stop
+    examples or add noise, or whose goal holds more than numbers and texts. Attacks in mode "train" write running
+    statistics and must not come here.
+
+    Args:
+        ascent: how the steps are run.
+        model: whose weights the attack reads.
+        record: how kernels are recorded.
     """
 
-    def __init__(self, ascent: Ascent, model: nn.Module) -> None:
+    def __init__(self, ascent: Ascent, model: nn.Module, record: Record = cuda_graph) -> None:
         self.ascent = ascent
         self.model = model
+        self.record = record
         self._captured: dict[Hashable, _Captured] = {}
         self._places: tuple[int, ...] = ()
 
@@ -60,13 +88,16 @@ class CapturedAscent:
         if attack.target is not None:
             given["target"] = attack.target
         shapes = tuple((name, t.shape, t.stride(), t.dtype) for name, t in given.items())
-        key = (shapes, attack.steps, attack.goal, attack.norm, attack.mode, attack.box_first, attack.box)
+        modes = tuple(module.training for module in self.model.modules())
+        key = (shapes, modes, attack.steps, attack.goal, attack.norm, attack.mode, attack.box_first, attack.box)
         if key not in self._captured:
+            while len(self._captured) >= MOST:
+                del self._captured[next(iter(self._captured))]
             self._captured[key] = self._capture(model, given, attack, best, rng)
         captured = self._captured[key]
         for name, tensor in given.items():
             captured.inputs[name].copy_(tensor)
-        captured.graph.replay()
+        captured.replay()
         return captured.x_adv.clone(), best
 
     def _capture(
@@ -79,29 +110,22 @@ class CapturedAscent:
             places = inputs["x"], inputs["y"], inputs.get("clean"), inputs["x_adv"]
             return self.ascent(model, *places, attack, best, rng)[0]
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            x_adv = run()
-        return _Captured(graph, inputs, x_adv)
+        replay, x_adv = self.record(run)
+        return _Captured(replay, inputs, x_adv)
 
 
 def replayable(attack: Attack) -> bool:
     """Whether an attack is a fixed sequence of kernels on given tensors that writes nothing but its result."""
-    return _is_plain(attack.goal) and attack.stop is None and not attack.noise and not compares(attack)
+    fixed = attack.steps > 0 and attack.stop is None and not attack.noise and not compares(attack)
+    return fixed and is_dataclass(attack.goal) and _is_plain(attack.goal)
 
 
-def _is_plain(goal: Goal) -> bool:
-    """Whether a goal is a value that can name a graph: a dataclass that is hashable and holds no tensor."""
-    if not is_dataclass(goal) or any(isinstance(getattr(goal, field.name), Tensor) for field in fields(goal)):
+def _is_plain(value: Any) -> bool:
+    """Whether a value can name a recording: numbers and texts, alone, in tuples or in frozen dataclasses."""
+    if value is None or isinstance(value, int | float | str):
+        return True
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    if not is_dataclass(value) or isinstance(value, type) or not value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         return False
-    try:
-        hash(goal)
-    except TypeError:
-        return False
-    return True
+    return all(_is_plain(getattr(value, field.name)) for field in fields(value))
