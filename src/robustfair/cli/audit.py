@@ -168,7 +168,8 @@ def _show(
     say(text)
     lines = [gate.line for gate in checked]
     if form == "table":
-        say(*(f"wrote {path}" for path in written), *lines)
+        how = [f"{name}: {text}" for name, text in result.provenance.get("searches", {}).items()]
+        say(*how, *(f"wrote {path}" for path in written), *lines)
     elif lines:
         print(*lines, sep="\n", file=sys.stderr)
     return 0 if all(gate.passed for gate in checked) else 1

@@ -19,10 +19,15 @@ from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
 from robustfair.execution.capacity import cost_of_a_pass, images_that_fill
 from robustfair.execution.folded import search_network
+from robustfair.execution.kernels.library import missing
+from robustfair.execution.measured import fastest, seconds, threads
+from robustfair.execution.program import Program
 from robustfair.values import Threat, derive_seed
 
 TELL_EVERY = 0.5
 """Seconds between reports of progress."""
+MOST_TIMED = 64
+"""Images of a timed pass, at most."""
 SAVE_EVERY = 60.0
 """Seconds between writings of the journal."""
 
@@ -104,6 +109,7 @@ class AutoAttackRun:
         )
         if state:
             ensemble.restore(state)
+        count = self._threads(networks[self.precision], size)
         told = saved = time.monotonic()
 
         def watch(running: Ensemble) -> bool:
@@ -117,12 +123,38 @@ class AutoAttackRun:
                 saved = time.monotonic()
             return self.deadline is None or now < self.deadline
 
-        try:
-            result = ensemble.run(watch)
-        except KeyboardInterrupt:
-            self.save(ensemble.state())
-            raise
+        with threads(count):
+            try:
+                result = ensemble.run(watch)
+            except KeyboardInterrupt:
+                self.save(ensemble.state())
+                raise
+        result.how = self._how(networks[self.precision], size, count)
         return result, None if min(result.ran.values()) >= 1 else ensemble.state()
+
+    def _threads(self, network: SearchNetwork, size: int) -> int:
+        """Threads that passes of this size are fastest with: of a small network one, since several wait for another."""
+        available = torch.get_num_threads()
+        if available == 1 or self.data.device.type != "cpu":
+            return available
+        rows = torch.arange(min(size, len(self.data), MOST_TIMED), device=self.data.device)
+        images = _pixels(self.data, rows)
+        taken = {}
+        for count in (available, 1):
+            with threads(count):
+                taken[str(count)] = seconds(network.logits, images)
+        return int(fastest(taken))
+
+    def _how(self, network: SearchNetwork, size: int, count: int) -> str:
+        """How it ran, in words."""
+        said = [f"searches in {self.precision}"]
+        if self.data.device.type == "cpu":
+            if isinstance(getattr(network.model, "model", None), Program):
+                said.append("convolutions by kernels of its own")
+            elif self.precision == "fp32" and (why := missing()):
+                said.append(f"convolutions by torch, two to three times as slow ({why})")
+            said.append(f"{count} thread{'s' * (count > 1)}")
+        return ", ".join([*said, f"up to {size:,} at a time"])
 
     def _reference(self, state: Mapping[str, Tensor]) -> tuple[AttackResult, Mapping[str, Tensor] | None]:
         """With `pyautoattack`, member by member, each on the images that those before it left robust.

@@ -29,13 +29,27 @@ class Journal:
 
     Args:
         path: where it is; its folder is made.
-        identity: JSON values that define the audit: model, images, attacks in order, threat, seed, version.
+        identity: see `identify`, which has to come before the file is read or written.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
-        self.identity = json.dumps({"schema": SCHEMA, **identity}, sort_keys=True)
+    def __init__(self, path: Path, identity: Mapping[str, Any] | None = None) -> None:
+        self.path, self.identity = path, ""
         self._made: list[Path] = []
+        if identity is not None:
+            self.identify(identity)
+
+    def identify(self, identity: Mapping[str, Any]) -> None:
+        """Say which audit this is: JSON values that define it, as model, images, attacks, threat, seed, version."""
+        self.identity = json.dumps({"schema": SCHEMA, **identity}, sort_keys=True)
+
+    def begun(self) -> dict[str, Any]:
+        """The identity of the audit that the file was begun for; {} where there is none that can be read."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                found = json.loads((file.metadata() or {}).get("identity", "{}"))
+        except (SafetensorError, OSError, json.JSONDecodeError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def owned(self) -> AbstractContextManager[bool]:
         """Own the file, which need not exist.

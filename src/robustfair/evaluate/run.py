@@ -30,9 +30,9 @@ from robustfair.errors import DataError, ModelError, RobustFairWarning, UnknownN
 from robustfair.evaluate.autoattack import require_reference
 from robustfair.evaluate.diagnostics.inputs import diagnose_model
 from robustfair.evaluate.journal import Journal, weights_fingerprint
-from robustfair.evaluate.plan import plan_audit
+from robustfair.evaluate.plan import AuditPlan, plan_audit
 from robustfair.evaluate.result import Audit, shortfall
-from robustfair.evaluate.runner import AttackRunner, Progress, search_precisions
+from robustfair.evaluate.runner import TIMED_IMAGES, AttackRunner, Precisions, Progress, search_precisions
 from robustfair.execution.capacity import images_that_fit
 from robustfair.execution.device import resolve_device, warn_of_slow_bf16
 from robustfair.execution.memory import kept_memory
@@ -90,8 +90,8 @@ def audit(
                 many would not fit, see `capacity`.
             seed: of the random starts.
             precision: in which attacks search, "fp32" or "bf16"; "auto" is fp32 for fgsm, pgd-K and cw-K, and for the
-                AutoAttack family, but for FAB by itself, bf16 where the hardware has instructions for it. Predictions
-                are the model's own always.
+                AutoAttack family, but for FAB by itself, bf16 where the hardware has instructions for it and timed
+                passes are faster so. Predictions are the model's own always.
             engine: of the AutoAttack family: "native", or "reference" for pyautoattack.
             keep_points: keep where the model fails, per AutoAttack.
 
@@ -130,7 +130,8 @@ def audit(
     fit = images_that_fit(model, example, gradient=gradient) if len(suite) > 1 else at_once
     size = min(plan.at_a_time, fit)
     suspected = diagnose_model(model, dataset, device, batch_size=size) if checks else []
-    precisions = search_precisions(plan.precision if plan.engine == "native" else "fp32", device)
+    kept = None if journal is None else Journal(read_path(journal))
+    precisions, timed = _precisions(plan, model, data, kept)
     warn_of_slow_bf16("bf16" if "bf16" in precisions.values() else "fp32", device)
     runner = AttackRunner(
         model=model,
@@ -146,15 +147,9 @@ def audit(
         keep_points=plan.points,
         on_progress=on_progress,
     )
-    kept = None
-    if journal is not None:
-        identity = {
-            "version": versions()["robustfair"],
-            "model": weights_fingerprint(unwrap(model)),
-            "precisions": precisions,
-            **plan.identity(data.num_classes),
-        }
-        kept = Journal(read_path(journal), identity)
+    if kept is not None:
+        about = {"version": versions()["robustfair"], "model": weights_fingerprint(unwrap(model))}
+        kept.identify({**about, "precisions": precisions, **plan.identity(data.num_classes)})
     owning = nullcontext() if kept is None else kept.owned()
     with owning, kept_memory(device), full_float32(), attacking(model, "eval"):
         found = runner.run(suite, kept, keep_journal=keep_journal)
@@ -180,6 +175,7 @@ def audit(
             "seed": plan.seed,
             "precision": plan.precision,
             "search_precision": precisions,
+            "searches": found.searches if timed is None else {**found.searches, "precision": timed},
             "engine": plan.engine,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "batch_size": size,
@@ -196,6 +192,16 @@ def audit(
         text = f"audit: {max_minutes:g} minutes are over: {shortfall(result.unfinished())}. Robust accuracies are "
         warnings.warn(f"{text}upper bounds.{again}", RobustFairWarning, stacklevel=2)
     return result
+
+
+def _precisions(plan: AuditPlan, model: nn.Module, data: ImageDataset, journal: Journal | None) -> Precisions:
+    """In which the attacks search, and what was timed to choose; as in the journal where one was begun."""
+    asked = plan.precision if plan.engine == "native" else "fp32"
+    begun = journal.begun().get("precisions") if journal is not None and asked == "auto" else None
+    if begun is not None:
+        return begun, None
+    images = next(evaluation_batches(data, TIMED_IMAGES)).x
+    return search_precisions(asked, model, images, timed=bool(_autoattacks(plan.suite)))
 
 
 def _keywords(function: Callable[..., Any]) -> list[str]:

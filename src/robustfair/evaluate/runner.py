@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robustfair.attacks.autoattack.base import SearchNetwork
 from robustfair.attacks.autoattack.engine import AttackResult
 from robustfair.attacks.autoattack.named import AutoAttack, AutoAttackEngine
 from robustfair.attacks.named import AnyAttack, NamedAttack
@@ -22,9 +24,13 @@ from robustfair.evaluate.autoattack import SAVE_EVERY, AutoAttackRun
 from robustfair.evaluate.journal import Journal
 from robustfair.execution.capacity import CPU_BUDGET
 from robustfair.execution.device import has_bf16
+from robustfair.execution.folded import search_network
+from robustfair.execution.measured import fastest, seconds
+from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import InPrecision
 from robustfair.losses import cross_entropy
 from robustfair.models.head import require_finite
+from robustfair.models.modes import attacking
 from robustfair.values import Batch, Threat, derive_seed
 
 Progress = Callable[[str, int, int], None]
@@ -36,6 +42,9 @@ NOW = "now/"
 SPENT = "spent"
 """Seconds that it took before."""
 Save = Callable[[Mapping[str, Tensor]], None]
+Precisions = tuple[dict[str, Precision], str | None]
+TIMED_IMAGES = 32
+"""Images of a timed pass."""
 
 
 @dataclass
@@ -79,6 +88,7 @@ class SuiteResult:
         broken_by: AutoAttack -> (N,) number of the member that broke the image, -1 where none did.
         not_finite: attack -> attacked points at which the logits were no finite numbers: no image is right there.
         points: AutoAttack -> image -> (C, H, W) where the model gives the prediction.
+        searches: AutoAttack -> how it searched on this machine, in words.
         gradients: of the images that are right when clean: how many have none that an attack can follow.
         not_run: attacks that the deadline left without predictions.
         begun: those of them that were begun, and the share of their work that was done and is kept for the next time.
@@ -90,6 +100,7 @@ class SuiteResult:
     broken_by: dict[str, Tensor] = field(default_factory=dict)
     not_finite: dict[str, int] = field(default_factory=dict)
     points: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    searches: dict[str, str] = field(default_factory=dict)
     gradients: dict[str, int] | None = None
     not_run: list[str] = field(default_factory=list)
     begun: dict[str, float] = field(default_factory=dict)
@@ -279,6 +290,7 @@ class AttackRunner:
             result.ran = dict.fromkeys((member.name for member in attack.members), 1.0)
         else:
             result, unfinished = run.run(self.engine, state)
+            found.searches[name] = result.how
         if unfinished is None:
             tell(1.0)
         else:
@@ -397,8 +409,33 @@ class AttackRunner:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
 
-def search_precisions(asked: str, device: torch.device) -> dict[str, Precision]:
-    """Precision that each family of attacks searches in: what was asked for, or what suits it on this hardware."""
-    if asked == "auto":
-        return {"pgd": "fp32", "strong": "bf16" if has_bf16(device) else "fp32", "fab": "fp32"}
-    return dict.fromkeys(("pgd", "strong", "fab"), asked)  # type: ignore[arg-type]
+def search_precisions(asked: str, model: nn.Module, images: Tensor, *, timed: bool) -> Precisions:
+    """Precision that each family of attacks searches in: what was asked for, or what is fastest on this machine.
+
+    Args:
+        model: in eval mode, on its device.
+        images: some, (B, C, H, W) in [0, 1], to time passes on.
+        timed: whether the AutoAttack family runs at all, so that timing it pays.
+
+    Returns:
+        A mapping from "pgd", "strong" and "fab" to precisions, and what was timed, for the user.
+    """
+    if asked != "auto":
+        return dict.fromkeys(("pgd", "strong", "fab"), asked), None  # type: ignore[arg-type]
+    found: dict[str, Precision] = {"pgd": "fp32", "strong": "fp32", "fab": "fp32"}
+    if not timed or not has_bf16(images.device):
+        return found, None
+    taken: dict[str, float] = {}
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    with attacking(model, "eval"), kept_memory(images.device):
+        for precision in precisions:
+            network = SearchNetwork(search_network(model, images[:2], precision))
+            taken[precision] = seconds(partial(_gradient, network), images) / len(images)
+    found["strong"] = fastest(taken)  # type: ignore[assignment]
+    listed = ", ".join(f"{name} {1e6 * each:,.0f}" for name, each in taken.items())
+    return found, f"{found['strong']}, of {listed} microseconds an image and gradient"
+
+
+def _gradient(network: SearchNetwork, images: Tensor) -> Tensor:
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    return network.gradient(images, cross_entropy, labels)[1]

@@ -45,6 +45,7 @@ class AttackResult:
         points: example -> (C, H, W) where the exact model gives that class, inside ball and box.
         not_finite: points at which the exact model's logits were no finite numbers.
         ran: member -> share of its work that was done when the run ended.
+        how: how it ran on this machine, in words.
     """
 
     prediction: Tensor
@@ -52,6 +53,7 @@ class AttackResult:
     points: dict[int, Tensor] = field(default_factory=dict)
     not_finite: int = 0
     ran: dict[str, float] = field(default_factory=dict)
+    how: str = ""
 
     @staticmethod
     def all_robust(labels: Tensor) -> AttackResult:
