@@ -66,6 +66,7 @@ USED_UP = "no images left of the classes that count"
 NO_TIME = "out of time"
 EXAMPLE = "worst.robust=+-2"
 
+_ROUNDING = 1e-9
 _RULE = re.compile(r"(?P<name>.+?)\s*=\s*(?:\+-|\+/-|±)\s*(?P<points>[^\s%]+)\s*%?")
 
 
@@ -135,7 +136,8 @@ class Rounds:
             n: (C,) images after it.
             half_width: of the interval of the number after it.
         """
-        level = float((n / self._unit()).nan_to_num(nan=0.0).max())
+        largest = int(n.argmax())
+        level = float(n[largest] / self._unit()[largest])
         factor = min(MOST, max(LEAST, (half_width / self.rule.half_width) ** 2))
         return torch.where(self.counting(number, correct, n), torch.maximum(n, self._at(level * factor)), n)
 
@@ -156,14 +158,14 @@ class Rounds:
         return {"best": high, "range": low | high}.get(measure, low)
 
     def _at(self, level: float) -> Tensor:
-        wanted = (level * self._unit()).ceil().nan_to_num(nan=0.0).long()
+        wanted = (level * self._unit() - _ROUNDING).ceil().nan_to_num(nan=0.0).long()
         return torch.minimum(wanted, self.sizes)
 
     def _unit(self) -> Tensor:
         """(C,) images of each class where the mean class has one; nan for a class without."""
         present = self.sizes > 0
         if self.rule.measure == "average":
-            return (self.sizes * int(present.sum()) / int(self.sizes.sum())).where(present, torch.nan)
+            return (self.sizes.double() * int(present.sum()) / int(self.sizes.sum())).where(present, torch.nan)
         return torch.ones(len(self.sizes), dtype=torch.float64).where(present, torch.nan)
 
 
