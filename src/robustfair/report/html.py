@@ -204,7 +204,7 @@ def _facts(audit: Audit, baseline: Audit | None) -> list[tuple[str, str]]:
     facts += [
         ("Data", f"{audit.data}{split}"),
         ("Images", f"{len(audit.labels):,} in {audit.num_classes} classes"),
-        *(("Sample", line) for line in image_lines(audit)),
+        *([("Sample", "; ".join(lines))] if (lines := image_lines(audit)) else []),
         ("Threat", threat_words(audit)),
         ("Attacks", ", ".join(audit.attacks)),
     ]

@@ -82,7 +82,7 @@ def image_lines(audit: Audit) -> list[str]:
     drawn = until_line(audit) or audit.provenance.get("sample", "")
     of = sum(audit.drawn_from or ())
     weighed = f"average: every class weighs by its share of the {of:,} images" if audit.reweighted else ""
-    return [line for line in (drawn, weighed) if line]
+    return [printable(line) for line in (drawn, weighed) if line]
 
 
 def member_lines(audit: Audit) -> list[str]:
