@@ -428,8 +428,9 @@ def test_time_within_a_round_leaves_it_out_and_within_the_first_is_told(
     model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 60.0))
     keys = ATTACK | {"attacks": "pgd-3,cw-3,square(queries=50)", "checks": False}
     with pytest.warns(RobustFairWarning, match=r"left cw-3 at 0 %, .* Robust accuracies are upper bounds\.$"):
-        cut = audit_until(model, line, "worst.robust=+-4", max_minutes=3, **keys)
+        cut = audit_until(model, line, "worst.cw-3=+-4", max_minutes=3, **keys)
     assert not cut.complete
+    assert until_line(cut).startswith("until worst.cw-3=+-4: out of time, after 1 round and 200 of 4,000 images")
     assert (cut.provenance["until"]["stopped"], len(cut.labels)) == (NO_TIME, 200)
     now[0] = 0.0
     audit_until(model, line, "worst.robust=+-50", **keys)

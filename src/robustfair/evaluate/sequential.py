@@ -14,9 +14,10 @@ k: at those levels all intervals of all classes and rounds hold together with 95
 class in its share of the data, the mean over classes as many of each.
 
 Coverage. An interval that is looked at again and again until it is short can cover less than its 95 %, since chance may
-have made it short. But the length for a rate hardly depends on which rate was found, and rounds are few: simulated, the
-intervals at the stop hold the truth as often as those of an audit of all images do. `python -m benchmarks.until`
-measures both, and what the rule saves; docs/measurements.md has its table.
+have made it short. But the length for a rate hardly depends on which rate was found, and rounds are few: in 1,000
+simulated audits of each of 16 cases 93.8 to 99.9 % of the intervals at the stop hold the truth, and 94.0 to 99.8 % of
+those of all images. `python -m benchmarks.until` measures both, and what the rule saves; docs/measurements.md has its
+table.
 
 Meaning. The interval is, as in any audit, of the accuracy on images like these. That an image is left out makes it no
 longer, and that a class is used up no shorter: a set whose 1,000 images of a class give +-2.9 points at best never
@@ -31,6 +32,7 @@ learning problems".
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import warnings
@@ -209,7 +211,8 @@ def audit_until(
 
     Returns:
         The audit of the images that were attacked, in data set order. `provenance["until"]` says what was asked, why
-        it stopped, how many images (C,) there were after each round, and the fingerprint and size of `dataset`.
+        it stopped, how many images (C,) there were after each round, and the fingerprint and size of `dataset`;
+        its half-width is None where not even the first round ran to its end.
 
     Raises:
         ConfigError, UnknownNameError: a rule that cannot be read, or of an attack or a class that is not there.
@@ -222,7 +225,8 @@ def audit_until(
     rounds = Rounds(rule=rule, class_names=dataset.class_names, sizes=torch.tensor([len(order) for order in orders]))
     parts: list[_Part] = []
     left = max_minutes
-    taken, wanted, half_width, history = torch.zeros_like(rounds.sizes), rounds.first(), float("nan"), []
+    taken, wanted, history = torch.zeros_like(rounds.sizes), rounds.first(), []
+    value = half_width = float("nan")
     while True:
         number = len(parts) + 1
         slices = zip(orders, taken.tolist(), wanted.tolist(), strict=True)
@@ -248,14 +252,14 @@ def audit_until(
         parts.append(_Part(found, rows))
         taken = wanted
         whole = _merged(dataset, parts, rule)
-        value, lower, upper = measured(rule, rule.attack, whole)
-        half_width = (upper - lower) / 2
         history.append(taken.tolist())
-        if on_round is not None:
-            on_round(f"round {number}: {_known(whole, rule, value, half_width)}")
         if not found.complete:
             stopped = NO_TIME
             break
+        value, lower, upper = measured(rule, rule.attack, whole)
+        half_width = (upper - lower) / 2
+        if on_round is not None:
+            on_round(f"round {number}: {_known(whole, rule, value, half_width)}")
         if half_width <= rule.half_width:
             stopped = NARROW
             break
@@ -271,7 +275,7 @@ def audit_until(
     about = {
         "asked": rule.text,
         "stopped": stopped,
-        "half_width": half_width,
+        "half_width": None if math.isnan(half_width) else half_width,
         "images": history,
         "of": [dataset.fingerprint, len(dataset)],
     }
@@ -295,8 +299,8 @@ def until_line(result: Audit) -> str:
     number = len(about["images"])
     took = f"{len(result.labels):,} of {about['of'][1]:,} images ({each})"
     rounds = f"{number} round{'s' if number > 1 else ''}"
-    within = f"+-{100 * about['half_width']:.2g} points"
-    return f"until {about['asked']}: {about['stopped']} at {within}, after {rounds} and {took}"
+    within = "" if about["half_width"] is None else f" at +-{100 * about['half_width']:.2g} points"
+    return f"until {about['asked']}: {about['stopped']}{within}, after {rounds} and {took}"
 
 
 def round_journal(journal: Path, number: int) -> Path:
@@ -317,6 +321,8 @@ def _named(on_progress: Progress, number: int) -> Progress:
 
 
 def _known(whole: Audit, rule: Until, value: float, half_width: float) -> str:
+    if math.isnan(value):
+        return f"{len(whole.labels):,} images"
     return f"{len(whole.labels):,} images, {rule.name} {100 * value:.1f} % +-{100 * half_width:.2g} points"
 
 
