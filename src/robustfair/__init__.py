@@ -48,6 +48,7 @@ _PUBLIC = {
     "Trades": "robustfair.objectives.trades",
     "audit": "robustfair.evaluate.run",
     "audit_corruptions": "robustfair.evaluate.corruptions",
+    "audit_until": "robustfair.evaluate.sequential",
     "compare": "robustfair.evaluate.compare",
     "compose": "robustfair.methods.compose",
     "create_model": "robustfair.models.build",

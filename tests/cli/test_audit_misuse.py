@@ -76,6 +76,28 @@ MODELS = [
     case("repair repaired --out new", "repaired already", "run"),
 ]
 
+SAMPLES = [
+    case("audit run --images 0", "sample: images must be a whole number from 1 to 359, all there are, got 0"),
+    case("audit run --images 360", "from 1 to 359, all there are, got 360"),
+    case("audit run --images 9 --stratified", "from 10, one of every class, to 359, all there are, got 9"),
+    case("audit run --images ten", "--images", "ten"),
+    case("audit run --stratified", "stratified must be given with --images, how many to draw"),
+    case("audit run --images 20 --limit-per-class 2", "images must be left out beside --limit-per-class, got 20"),
+    case("audit run --images 40 --stratified --group-by parity.csv", "another share of some classes than of others"),
+    case("audit baseline.json --images 20", "got '--images'", "only read"),
+    case("audit baseline.json --until worst.robust=+-2", "got '--until'", "only read"),
+    case("audit run --images 20 --baseline baseline.json", "not of the same images"),
+    case("audit run --until worst.robust=+-2 --baseline baseline.json", "baseline must be left out beside --until"),
+    case("audit run --until worst.robust=+-2 --group-by parity.csv", "group-by must be left out beside --until"),
+    case("audit run --until worst.robust", "stopping rule: text must be name=+-points, like worst.robust=+-2"),
+    case("audit run --until worst.robust=2", "like worst.robust=+-2, got 'worst.robust=2'"),
+    case("audit run --until worst.robust=+-0.02", "percentage points from 0.1 to 50", "Did you mean +-2?"),
+    case("audit run --until wrost.robust=+-2", "unknown measure of a stopping rule 'wrost'", "worst"),
+    case("audit run --until worst.cw-20=+-2", "unknown attack in the stopping rule worst.cw-20=+-2"),
+    case("audit run --until class.cat.robust=+-2", "unknown class in the stopping rule class.cat.robust=+-2"),
+    case("audit run --until group.even.robust=+-2", "measure must be over classes, not groups"),
+]
+
 ATTACKS = [
     case(["audit", "run", "--attacks", ""], "names like clean,pgd-20"),
     case(["audit", "run", "--attacks", " , "], "names like clean,pgd-20"),
@@ -157,7 +179,7 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "fragments"), [*DATA, *MODELS, *ATTACKS, *STRONG, *GATES, *GROUPS])
+@pytest.mark.parametrize(("argv", "fragments"), [*DATA, *MODELS, *SAMPLES, *ATTACKS, *STRONG, *GATES, *GROUPS])
 def test_wrong_use_is_one_line_and_changes_nothing(
     refuses: Refuses, argv: list[str], fragments: tuple[str, ...]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import signal
@@ -239,3 +240,73 @@ def test_control_c_in_an_audit_is_one_line_and_the_same_command_goes_on(
     assert not left.exists()
     fresh = command(*audit, "--out", "fresh", "--json").json()
     assert fresh["attacks"] == found["attacks"]
+
+
+def test_a_stratified_sample_is_audited_and_named(place: Path, command: Command) -> None:
+    words = ["audit", "run", "--attacks", "clean,pgd-2", "--images", 40, "--stratified", "--seed", 3]
+    outcome = command(*words)
+    assert outcome.code == 0
+    test = load_dataset("digits").test
+    sample = test.sample(40, stratified=True, seed=3)
+    line = "40 of 359 images of 10 classes (4 each), as many of each class, drawn with seed 3"
+    assert f"digits, test part: {line}" in outcome.err
+    assert "40 of 359 images, as many of each class, drawn with seed 3\n" in outcome.out
+    assert "average: every class weighs by its share of the 359 images" in outcome.out
+    found = command(*words, "--json").json()
+    (stored,) = (place / "run" / "audit").glob("*.json")
+    assert "_40-images_" in stored.name
+    assert found == json.loads(stored.read_text()) | {"provenance": found["provenance"]}
+    assert found["data"]["fingerprint"] == sample.fingerprint
+    assert found["data"]["drawn_from"] == test.class_counts().tolist()
+    assert sample.drawn is not None
+    assert np.load(stored.with_suffix(".npz"))["index"].tolist() == sample.drawn.places.tolist()
+    correct, sizes = np.array(found["attacks"]["pgd-2"]["correct"]), test.class_counts().numpy()
+    assert np.isclose(found["attacks"]["pgd-2"]["summary"]["average"], (correct / 4 * sizes).sum() / sizes.sum())
+    assert command("compare", str(stored), "run").code == 0
+    page = (place / "run" / "report.html").read_text()
+    assert "40 of 359 images, as many of each class, drawn with seed 3" in page
+
+
+def test_a_plain_sample_needs_no_weights(place: Path, command: Command) -> None:
+    outcome = command("audit", "run", "--attacks", "clean", "--images", 50)
+    assert "50 of 359 images, drawn with seed 0\n" in outcome.out
+    assert "weighs" not in outcome.out
+
+
+def test_samples_of_other_seeds_are_not_compared(place: Path, command: Command) -> None:
+    for seed in (1, 2):
+        words = ["--attacks", "clean", "--images", 20, "--stratified", "--seed", seed, "--out", f"seed-{seed}"]
+        assert command("audit", "run", *words).code == 0
+    outcome = command("compare", "seed-1", "seed-2")
+    assert outcome.code == 2
+    assert "are not of the same images (20 and 20)" in outcome.err
+
+
+def test_a_sequential_audit_says_what_it_took_and_why_it_stopped(place: Path, command: Command) -> None:
+    words = ["audit", "run", "--attacks", "pgd-2", "--until", "worst.robust=±30%"]
+    outcome = command(*words)
+    assert outcome.code == 0
+    assert "round 1: " in outcome.err
+    (line,) = (line for line in outcome.out.splitlines() if line.startswith("until "))
+    assert line.startswith("until worst.robust=+-30: narrow enough at +-")
+    assert "of 359 images (0: 3" in line
+    (stored,) = (place / "run" / "audit").glob("*.json")
+    assert "_until-worst.robust=+-30_" in stored.name
+    about = json.loads(stored.read_text())["provenance"]["until"]
+    assert (about["asked"], about["stopped"]) == ("worst.robust=+-30", "narrow enough")
+    assert line in html.unescape((place / "run" / "report.html").read_text().replace("<wbr>", ""))
+    again = command("audit", str(stored), "--fail-under", "worst.robust=0.99")
+    assert again.code == 1
+    assert line in again.out
+    assert list((place / "run" / "audit").glob("unfinished*")) == []
+
+
+def test_a_sequential_audit_out_of_time_goes_on(place: Path, command: Command) -> None:
+    words = ["audit", "run", "--attacks", "pgd-2,cw-2", "--until", "worst.robust=+-30", "--json"]
+    cut = command(*words, "--max-minutes", "1e-9")
+    assert cut.code == 0
+    assert "minutes are over before worst.robust=+-30" in cut.err
+    assert cut.json()["provenance"]["until"]["stopped"] == "out of time"
+    assert len(list((place / "run" / "audit").glob("unfinished-*-round-1.safetensors"))) == 1
+    assert command(*words).json()["provenance"]["until"]["stopped"] == "narrow enough"
+    assert list((place / "run" / "audit").glob("unfinished*")) == []

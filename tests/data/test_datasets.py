@@ -478,3 +478,69 @@ def test_real_cifar10(tmp_path: Path) -> None:
             part.images[:, channel].sum(dtype=torch.int64).item() / (len(part) * 1024 * 255) for channel in range(3)
         ]
         assert channel_means == pytest.approx(means, abs=5e-5)
+
+
+# Samples
+
+
+def test_a_stratified_sample_holds_as_many_of_each_class() -> None:
+    data = make([0, 1, 2] * 20)
+    found = data.sample(31, stratified=True, seed=4)
+    assert found.class_counts().tolist() == [10, 10, 10]
+    assert found.drawn is not None
+    places = found.drawn.places
+    assert torch.equal(places, places.sort().values)
+    assert len(places.unique()) == 30
+    assert torch.equal(found.images, data.images[places])
+    assert torch.equal(found.labels, data.labels[places])
+    assert (found.drawn.of, found.drawn.class_counts) == (60, (20, 20, 20))
+    assert found.count_line("test") == (
+        "images, test part: 30 of 60 images of 3 classes (10 each), as many of each class, drawn with seed 4"
+    )
+    assert found.fingerprint == data.sample(31, stratified=True, seed=4).fingerprint != data.fingerprint
+    assert found.fingerprint != data.sample(31, stratified=True, seed=5).fingerprint
+
+
+def test_a_class_with_fewer_images_gives_all_of_them() -> None:
+    data = make([0] * 30 + [1] * 3 + [2] * 30, num_classes=4)
+    assert data.sample(24, stratified=True).class_counts().tolist() == [10, 3, 10, 0]
+    assert len(data.sample(63, stratified=True)) == 63
+
+
+def test_a_sample_is_drawn_from_all_images_alike_and_says_so() -> None:
+    data = make([0] * 90 + [1] * 10)
+    found = data.sample(50, seed=1)
+    assert found.drawn is not None
+    assert (len(found), found.drawn.class_counts) == (50, None)
+    assert found.drawn.words == "50 of 100 images, drawn with seed 1"
+    first = np.mean([int(data.sample(10, seed=seed).class_counts()[0]) for seed in range(200)])
+    assert first == pytest.approx(9, abs=0.25)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_a_larger_sample_holds_the_smaller_one(stratified: bool) -> None:
+    data = make([0, 1, 2, 2] * 20)
+    small, large = (data.sample(n, stratified=stratified, seed=2).drawn for n in (12, 40))
+    assert small is not None
+    assert large is not None
+    assert set(small.places.tolist()) < set(large.places.tolist())
+
+
+def test_places_follow_a_subset_and_a_sample_of_a_sample() -> None:
+    data = make([0, 1, 2] * 20)
+    found = data.sample(30, stratified=True)
+    assert found.drawn is not None
+    assert torch.equal(found.subset([3, 1]).drawn.places, found.drawn.places[[3, 1]])  # type: ignore[union-attr]
+    again = found.sample(6, stratified=True, seed=1).drawn
+    assert again is not None
+    assert set(again.places.tolist()) < set(found.drawn.places.tolist())
+    assert again.class_counts == (20, 20, 20)
+    assert data.subset([1]).drawn is None
+
+
+@pytest.mark.parametrize("images", [0, -1, 61, 2.5, True])
+def test_samples_that_cannot_be_drawn(images: int) -> None:
+    with pytest.raises(ConfigError, match="sample: images must be a whole number from 1 to 60, all there are, got"):
+        make([0, 1, 2] * 20).sample(images)
+    with pytest.raises(ConfigError, match="from 2, one of every class, to 9, all there are, got 1"):
+        make([0] * 5 + [2] * 4).sample(1, stratified=True)

@@ -15,9 +15,11 @@ from scipy.stats import binomtest
 from reference import metrics as reference
 from reference.audits import made_audit, random_audit
 from robustfair import metrics
+from robustfair.attacks.named import CROSS_ENTROPY
 from robustfair.errors import ConfigError, DataError, UnknownNameError
 from robustfair.evaluate.compare import check_comparable, compare, compare_many
 from robustfair.evaluate.diagnostics.base import paired_difference
+from robustfair.evaluate.diagnostics.results import diagnose
 from robustfair.evaluate.result import Audit, shortfall
 from robustfair.values import Threat
 
@@ -249,3 +251,48 @@ def test_a_tie_for_the_worst_is_said_in_json() -> None:
     assert (about["classes_before"], about["classes_after"]) == (["cat", "dog"], [])
     stored = before.to_dict()["attacks"]["clean"]["worst"]
     assert (stored["class_name"], stored["indices"], stored["others"]) == ("cat", [0, 1], "and 1 other")
+
+
+def of_a_sample(seed: int, keeps: float) -> Audit:
+    sizes = {"drawn_from": (400, 100, 20, 0), "provenance": {"sample": "60 of 520 images, by hand"}}
+    return random_audit(seed, keeps=keeps, **sizes)
+
+
+def test_the_average_of_a_sample_weighs_classes_by_their_share_of_the_data() -> None:
+    before, after = of_a_sample(1, 0.3), of_a_sample(2, 0.7)
+    found = compare(before, after)
+    entry = found.under("pgd-20")
+    tested = entry.average.difference
+    assert (tested.before, tested.after) == (before.average("pgd-20"), after.average("pgd-20"))
+    weights = [400 / 520, 100 / 520, 20 / 520]
+    change = sum(w * each.difference.change for w, each in zip(weights, entry.classes, strict=False))
+    assert tested.change == pytest.approx(change)
+    assert tested.lower < change < tested.upper
+    plain = compare(replace(before, drawn_from=None), replace(after, drawn_from=None)).under("pgd-20").average
+    assert (entry.average.lost, entry.average.won, entry.average.p) == (plain.lost, plain.won, plain.p)
+    assert plain.difference.before != tested.before
+    assert "of a sample: 60 of 520 images, by hand" in found.notes
+    assert "the average weighs every class by its share of all images; its test does not" in found.notes
+
+
+def test_samples_of_other_data_are_not_of_the_same_images() -> None:
+    before, after = of_a_sample(1, 0.3), replace(of_a_sample(2, 0.7), drawn_from=(100, 100, 20, 0))
+    with pytest.raises(DataError, match="are not of the same images"):
+        compare(before, after)
+
+
+def test_flattery_is_measured_in_the_shares_of_the_data() -> None:
+    labels = [label for label in range(3) for _ in range(200)]
+
+    def column(*right: int) -> list[int]:
+        return [label if place % 200 < right[label] else (label + 1) % 3 for place, label in enumerate(labels)]
+
+    columns = {"clean": column(200, 200, 200), "pgd-20": column(150, 150, 150), "cw-20": column(150, 150, 50)}
+    about = {"pgd-20": {"goal": CROSS_ENTROPY, "steps": 20}, "cw-20": {"goal": "margin", "steps": 20}}
+    audit = made_audit(labels, columns, settings=about)
+    (plain,) = (each for each in diagnose(audit) if each.code == "flattered-attack")
+    assert "pgd-20 reports 75.0 %, cw-20 58.3 %: 16.7 points" in plain.text
+    (weighed,) = (
+        each for each in diagnose(replace(audit, drawn_from=(200, 200, 4000))) if each.code == "flattered-attack"
+    )
+    assert "pgd-20 reports 75.0 %, cw-20 29.5 %: 45.5 points" in weighed.text

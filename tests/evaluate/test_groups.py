@@ -247,3 +247,24 @@ def test_groups_of_other_data_and_other_words_are_refused(written) -> None:
         regroup(random_audit(1), read_groups(path, pets()))
     with pytest.raises(ConfigError, match="class or group, got 'super'"):
         regroup(pets(), groups, within="super")
+
+
+def test_a_sample_is_grouped_by_its_places_in_the_data_and_only_with_equal_shares(written) -> None:
+    data = ImageDataset(
+        images=torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1),
+        labels=torch.arange(40) % 2,
+        class_names=("cat", "dog"),
+        name="pets",
+        groups=(0, 0),
+        group_names=("animals",),
+    )
+    sample = data.sample(10, stratified=True)
+    assert sample.drawn is not None
+    path = written("index,group", *(f"{place},{'low' if place < 20 else 'high'}" for place in sample.drawn.places))
+    found = read_groups(path, sample)
+    named = [found.names[member] for member in found.member]
+    assert named == ["low" if place < 20 else "high" for place in sample.drawn.places]
+    uneven = data.drawn_rows(torch.tensor([0, 1, 3]), "by hand")
+    with pytest.raises(DataError, match="pets: the sample holds another share of some classes than of others"):
+        read_groups("superclass", uneven)
+    assert read_groups("superclass", data.drawn_rows(torch.tensor([0, 1, 3]), "by hand", by_class=False)).names

@@ -27,19 +27,19 @@ QUICK = AuditRequest(attacks="clean,pgd-2", limit_per_class=3, device="cpu")
 
 def test_a_named_set_is_audited_on_its_test_part() -> None:
     test = load_dataset("digits").test
-    assert AuditRequest(attacks="clean", data="digits").images()[0].fingerprint == test.fingerprint
-    limited = AuditRequest(attacks="clean", data="digits", limit_per_class=4).images()[0]
+    assert AuditRequest(attacks="clean", data="digits").dataset()[0].fingerprint == test.fingerprint
+    limited = AuditRequest(attacks="clean", data="digits", limit_per_class=4).dataset()[0]
     assert limited.fingerprint == test.limit_per_class(4).fingerprint
-    assert AuditRequest(attacks="clean", data="digits", image_size=12).images()[0].images.shape[2:] == (12, 12)
+    assert AuditRequest(attacks="clean", data="digits", image_size=12).dataset()[0].images.shape[2:] == (12, 12)
 
 
 def test_a_source_without_parts_is_audited_whole(tmp_path: Path, run: Path) -> None:
     np.savez(tmp_path / "images.npz", images=pixels(6), labels=np.arange(6) % 3)
-    assert len(AuditRequest(attacks="clean", data=str(tmp_path / "images.npz")).images()[0]) == 6
+    assert len(AuditRequest(attacks="clean", data=str(tmp_path / "images.npz")).dataset()[0]) == 6
     for name in "ab":
         write_images(tmp_path / "folder" / "test", {name: pixels(2)})
         write_images(tmp_path / "folder" / "train", {name: pixels(3)})
-    assert len(AuditRequest(attacks="clean", data=str(tmp_path / "folder")).images()[0]) == 4
+    assert len(AuditRequest(attacks="clean", data=str(tmp_path / "folder")).dataset()[0]) == 4
 
 
 def test_the_data_of_the_run_stand_in_for_none() -> None:
@@ -48,10 +48,10 @@ def test_the_data_of_the_run_stand_in_for_none() -> None:
         "fingerprint": load_dataset("digits", image_size=12).train.fingerprint,
         "image_size": 12,
     }
-    assert AuditRequest(attacks="clean").images(default)[0].images.shape[2:] == (12, 12)
-    assert AuditRequest(attacks="clean", data="digits", image_size=16).images(default)[0].images.shape[2:] == (16, 16)
+    assert AuditRequest(attacks="clean").dataset(default)[0].images.shape[2:] == (12, 12)
+    assert AuditRequest(attacks="clean", data="digits", image_size=16).dataset(default)[0].images.shape[2:] == (16, 16)
     with pytest.raises(DataError, match="add --data"):
-        AuditRequest(attacks="clean").images({})
+        AuditRequest(attacks="clean").dataset({})
 
 
 def test_the_audit_of_a_run_is_that_of_its_model(run: Path) -> None:

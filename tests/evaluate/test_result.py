@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reference.audits import random_audit
+from reference.audits import made_audit, random_audit
 from robustfair import metrics
 from robustfair.errors import CheckpointError, DataError, UnknownNameError
 from robustfair.evaluate.compare import compare
+from robustfair.evaluate.gates import check, parse_gate
 from robustfair.evaluate.result import Audit, load_audit
+from robustfair.report.forms import audit_lines
 from robustfair.values import Threat
 
 
@@ -331,3 +333,82 @@ def test_to_html_writes_the_report(tmp_path: Path) -> None:
     path = by_hand().to_html(tmp_path / "report.html", title="Eight images by hand")
     assert path == tmp_path / "report.html"
     assert "Eight images by hand" in path.read_text(encoding="utf-8")
+
+
+# Samples
+
+
+def sampled() -> Audit:
+    """Ten images of each of three classes, drawn from 100, 10 and 890: clean 10, 9, 8 and robust 8, 4, 2 are right."""
+    labels = [label for label in range(3) for _ in range(10)]
+
+    def column(*right: int) -> list[int]:
+        return [label if place % 10 < right[label] else (label + 1) % 3 for place, label in enumerate(labels)]
+
+    columns = {"clean": column(10, 9, 8), "pgd-20": column(8, 4, 2)}
+    return made_audit(labels, columns, drawn_from=(100, 10, 890), provenance={"sample": "30 of 1,000 images, by hand"})
+
+
+def test_the_average_of_a_sample_weighs_classes_by_their_share_of_the_data() -> None:
+    audit = sampled()
+    assert audit.reweighted
+    assert audit.shares.tolist() == [0.1, 0.01, 0.89]
+    assert audit.average("clean") == pytest.approx(0.1 * 1 + 0.01 * 0.9 + 0.89 * 0.8)
+    assert audit.average("pgd-20") == audit.summary("pgd-20")["average"] == pytest.approx(0.08 + 0.004 + 0.178)
+    lower, upper = audit.average_interval("pgd-20")
+    assert (lower, upper) == metrics.stratified_wilson(
+        torch.tensor([8, 4, 2]), torch.tensor([10] * 3), torch.tensor([100, 10, 890])
+    )
+    assert lower < 0.262 < upper
+    assert audit.average_interval("pgd-20", level=0.99)[0] < lower
+
+
+def test_metrics_that_mix_classes_are_those_of_a_set_with_the_shares_of_the_data() -> None:
+    whole = [label for label, n in enumerate((100, 10, 890)) for _ in range(n)]
+    right = {"clean": (100, 9, 712), "pgd-20": (80, 4, 178)}
+    columns = {}
+    for name, correct in right.items():
+        left = list(correct)
+        columns[name] = []
+        for label in whole:
+            left[label] -= 1
+            columns[name].append(label if left[label] >= 0 else (label + 1) % 3)
+    expected, found = made_audit(whole, columns).summary("pgd-20"), sampled().summary("pgd-20")
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, nan_ok=True), key
+
+
+def test_a_sample_with_the_shares_of_the_data_has_the_usual_numbers() -> None:
+    audit = replace(sampled(), drawn_from=(70, 70, 70))
+    plain = replace(audit, drawn_from=None)
+    assert not audit.reweighted
+    assert audit.average_interval("pgd-20") == plain.average_interval("pgd-20")
+    assert audit.to_dict()["attacks"] == plain.to_dict()["attacks"]
+
+
+def test_the_average_is_not_known_where_a_class_of_the_data_has_no_image_in_the_sample() -> None:
+    audit = sampled()
+    audit = replace(audit, class_names=("cat", "dog", "car", "jet"), drawn_from=(100, 10, 890, 5))
+    assert math.isnan(audit.average("clean"))
+    assert all(math.isnan(end) for end in audit.average_interval("clean"))
+    (gate,) = check([parse_gate("average.pgd-20=0")], audit)
+    assert (gate.status, gate.line) == ("undecided", "undecided: average.pgd-20 has no images")
+    assert replace(audit, drawn_from=(100, 10, 890, 0)).average("clean") == pytest.approx(sampled().average("clean"))
+
+
+def test_a_sample_is_stored_as_one(tmp_path: Path) -> None:
+    audit = sampled()
+    audit = replace(audit, index=torch.arange(30) * 7)
+    json_path, *_ = audit.save(tmp_path, "sample")
+    assert json.loads(json_path.read_text())["data"]["drawn_from"] == [100, 10, 890]
+    read = load_audit(json_path)
+    assert read.to_dict() == audit.to_dict()
+    assert torch.equal(read.index, audit.index)
+    assert "drawn_from" not in by_hand().to_dict()["data"]
+
+
+def test_reports_say_that_it_is_a_sample() -> None:
+    lines = audit_lines(sampled())
+    assert "30 of 1,000 images, by hand" in lines
+    assert "average: every class weighs by its share of the 1,000 images" in lines
+    assert not any("weighs" in line for line in audit_lines(by_hand()))

@@ -153,3 +153,41 @@ def test_a_class_of_few_images_bounds_the_worst_class_although_it_measures_perfe
     alone, _ = metrics.wilson(2, 2)
     assert scarce.lower <= float(alone)
     assert ample.lower > 0.8
+
+
+def test_the_stratified_interval_is_wilsons_for_one_class_and_for_classes_alike():
+    lower, upper = metrics.wilson(37, 80)
+    close(metrics.stratified_wilson(np.array([37, 0]), np.array([80, 0]), np.array([5, 0])), (lower, upper))
+    lower, upper = metrics.wilson(0, 40)
+    close(metrics.stratified_wilson(np.array([0, 0]), np.array([20, 20]), np.array([3, 3])), (lower, upper))
+    absent = metrics.stratified_wilson(np.array([5, 0]), np.array([9, 0]), np.array([5, 5]))
+    assert np.isnan(absent).all()
+    for bad in ([3, 1], [3]):
+        with pytest.raises(ConfigError):
+            metrics.stratified_wilson(np.array(bad), np.array([2, 2]), np.array([1, 1]))
+
+
+@pytest.mark.parametrize("acc", [(0.9, 0.2, 0.5, 0.6), (0.02, 0.5, 0.01, 0.99), (0.5, 0.5, 0.5, 0.5)])
+@pytest.mark.parametrize("n", [(50, 50, 50, 50), (400, 60, 50, 30)])
+def test_coverage_of_the_stratified_intervals(acc, n):
+    """Of an average, and of its change between two models: the truth is inside in 93 of 100 samples at least."""
+    rng, sizes = np.random.default_rng(1), np.array([5000, 300, 700, 2000])
+    weight, n, acc = sizes / sizes.sum(), np.array(n), np.array(acc)
+    truth, held, changed, repeats = float(weight @ acc), 0, 0, 400
+    better = acc * 0.8 + 0.1
+    lost, won = acc * 0.2, better - acc * 0.8
+    for _ in range(repeats):
+        lower, upper = metrics.stratified_wilson(rng.binomial(n, acc), n, sizes)
+        held += lower <= truth <= upper
+        cells = np.array([rng.multinomial(m, (a, b, 1 - a - b)) for m, a, b in zip(n, lost, won, strict=True)])
+        lower, upper = metrics.stratified_paired_interval(cells[:, 0], cells[:, 1], n, sizes)
+        changed += lower <= float(weight @ (better - acc)) <= upper
+    assert held / repeats >= 0.93
+    assert changed / repeats >= 0.93
+
+
+def test_the_stratified_interval_of_a_change_is_the_paired_one_for_one_class():
+    lower, upper = metrics.paired_interval(4, 9, 60)
+    close(
+        metrics.stratified_paired_interval(np.array([4]), np.array([9]), np.array([60]), np.array([7])), (lower, upper)
+    )

@@ -24,6 +24,9 @@ def audit(
     eps: str | None = None,
     norm: str | None = None,
     step_size: Annotated[str | None, Parameter(name=["--step-size", "--alpha"])] = None,
+    images: int | None = None,
+    stratified: Switch = False,
+    until: str | None = None,
     precision: str = "auto",
     engine: str = "native",
     max_minutes: float | None = None,
@@ -56,6 +59,14 @@ def audit(
         linf or l2; a run's own if not given.
     step_size
         Length of an attack step; eps/4 under linf if not given.
+    images
+        Audit so many of the test images, drawn at random with --seed.
+    stratified
+        With --images: as many of each class. The average weighs every class by its share of all test images.
+    until
+        Stop as soon as a number is known so well: worst.robust=+-2 attacks images until the 95 % interval of the worst
+        class is at most 2 percentage points to either side, in the mean of the two. Rounds leave out classes that can
+        no longer be the worst. Also average.robust=+-1.5, class.cat.robust=+-3 and what --fail-under names but groups.
     precision
         In which attacks search: fp32, bf16, or auto, which is bf16 for the AutoAttack family where the hardware has
         it. Predictions are always the model's own.
@@ -93,15 +104,23 @@ def audit(
     from robustfair.evaluate.groups import read_groups
     from robustfair.evaluate.request import AuditRequest, audit_target
     from robustfair.evaluate.result import load_audit
+    from robustfair.evaluate.sequential import parse_until
     from robustfair.report.files import require_outputs, write_outputs
 
     gates = [parse_gate(text) for text in fail_under or ()]
+    if until is not None:
+        parse_until(until)
+        allowed = "left out beside --until, which attacks another share of some classes than of others"
+        require(group_by is None, "audit", "group-by", allowed=allowed, got=group_by)
     form = "json" if json_ else format_
     request = AuditRequest(
         attacks=attacks,
         eps=eps,
         norm=norm,
         step_size=step_size,
+        images=images,
+        stratified=stratified,
+        until=until,
         precision=precision,
         engine=engine,
         max_minutes=max_minutes,
@@ -120,19 +139,19 @@ def audit(
         stored = load_audit(target)
         rates, checked = _judged(stored, gates, read_groups(group_by, stored) if group_by else None)
         return _show(stored, form, rates, checked, baseline=before, report=report)
-    images = None if read_path(target).is_dir() else request.images()
-    found = flags.load(target, images)
+    loaded = None if read_path(target).is_dir() else request.dataset()
+    found = flags.load(target, loaded)
     require_outputs(found, out=out, report=report, points=points)
-    if images is None and (gates or group_by):
-        images = request.images(found.meta.get("data"))
-    groups = read_groups(group_by, images[0]) if group_by and images else None
-    if gates and images:
+    if loaded is None and (gates or group_by):
+        loaded = request.dataset(found.meta.get("data"))
+    groups = read_groups(group_by, loaded[0]) if group_by and loaded else None
+    if gates and loaded:
         names = [attack.name for attack in parse_attacks(attacks)]
         known = None if groups is None else groups.names
-        require_known(gates, attacks=names, classes=images[0].class_names, groups=known)
+        require_known(gates, attacks=names, classes=loaded[0].class_names, groups=known)
     with AuditProgress(quiet=quiet) as progress:
-        follow: dict[str, Any] = {"on_images": progress.images, "on_progress": progress}
-        result = audit_target(found, request, images=images, out=out, baseline=before, **follow)
+        follow: dict[str, Any] = {"on_images": progress.images, "on_progress": progress, "on_round": progress.say}
+        result = audit_target(found, request, images=loaded, out=out, baseline=before, **follow)
     rates, checked = _judged(result, gates, groups)
     page: dict[str, Any] = {"report": report, "rates": rates, "gates": checked}
     written = write_outputs(found, result, baseline=before, request=request, out=out, **page)

@@ -60,7 +60,7 @@ def corruptions(
     from robustfair.report.layout import render
 
     request = AuditRequest(attacks="clean", precision=precision, **flags.asked())
-    images = None if read_path(target).is_dir() else request.images()
+    images = None if read_path(target).is_dir() else request.dataset()
     found = flags.load(target, images)
     require_outputs(found, out=out, report=report)
     with AuditProgress(quiet=quiet) as progress:

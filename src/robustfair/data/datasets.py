@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,30 @@ from robustfair.data.load.parts import listed
 from robustfair.data.load.sources import Source, find_source, hold_out
 from robustfair.errors import ConfigError, DataError, RobustFairWarning
 from robustfair.grammar import read_path
+from robustfair.values import seeded_generator
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawn:
+    """Which images of a data set a sample of it holds.
+
+    Attributes:
+        places: (N,) int64 their rows in that data set, on the CPU.
+        of: how many images there are.
+        class_counts: (C,) images of each class there, where so many were drawn of each class; None where every image
+            was as likely to be drawn, so that the sample shows the shares of the classes itself.
+        how: in words, how they were drawn.
+    """
+
+    places: Tensor
+    of: int
+    class_counts: tuple[int, ...] | None
+    how: str
+
+    @property
+    def words(self) -> str:
+        """The sample in words: "1,000 of 10,000 images, drawn with seed 0"."""
+        return f"{len(self.places):,} of {self.of:,} images, {self.how}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +61,7 @@ class ImageDataset:
         augment: default augmentation, a key of `robustfair.data.augment.crops.AUGMENTATIONS`.
         groups: super-class index per class, as in CIFAR-100, or None.
         group_names: names of the super-classes, empty without groups.
+        drawn: of a sample, what it was drawn from, see `sample`; None of a data set as it is.
 
     Raises:
         DataError: a shape or type is wrong, or labels lie outside the range (the first of them is named).
@@ -53,6 +79,7 @@ class ImageDataset:
     augment: str = "none"
     groups: tuple[int, ...] | None = None
     group_names: tuple[str, ...] = ()
+    drawn: Drawn | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -101,7 +128,53 @@ class ImageDataset:
     def subset(self, index: Tensor | np.ndarray | Sequence[int]) -> ImageDataset:
         """The images at rows `index`, in that order; all classes keep their index."""
         rows = torch.as_tensor(index, dtype=torch.int64, device=self.device)
-        return replace(self, images=self.images[rows], labels=self.labels[rows])
+        drawn = self.drawn and replace(self.drawn, places=self.drawn.places[rows.cpu()])
+        return replace(self, images=self.images[rows], labels=self.labels[rows], drawn=drawn)
+
+    def sample(self, images: int, *, stratified: bool = False, seed: int = 0) -> ImageDataset:
+        """That many images, drawn at random without replacement and kept in data set order; `drawn` says which.
+
+        A larger sample of the same seed holds a smaller one.
+
+        Args:
+            images: how many.
+            stratified: draw as many of every class, all of a class that has fewer, and never more than `images` in all.
+            seed: of the draw.
+
+        Raises:
+            ConfigError: `images` is no whole number from 1, if stratified from the number of classes that have images,
+                to all.
+        """
+        counts = self.class_counts().cpu()
+        least = int((counts > 0).sum()) if stratified else 1
+        if isinstance(images, bool) or not isinstance(images, Integral) or not least <= images <= len(self):
+            first = f"{least:,}, one of every class," if stratified else "1"
+            allowed = f"a whole number from {first} to {len(self):,}, all there are"
+            raise ConfigError("sample", "images", allowed=allowed, got=images)
+        if stratified:
+            each = _each(counts.tolist(), int(images))
+            rows = torch.cat([order[:each] for order in self.class_orders(seed)])
+            return self.drawn_rows(rows.sort().values, f"as many of each class, drawn with seed {seed}")
+        rows = torch.randperm(len(self), generator=seeded_generator("cpu", seed, "sample"))[:images]
+        return self.drawn_rows(rows.sort().values, f"drawn with seed {seed}", by_class=False)
+
+    def class_orders(self, seed: int) -> list[Tensor]:
+        """For every class its rows in the order in which `sample` draws them, on the CPU."""
+        labels = self.labels.cpu()
+        found = []
+        for label in range(self.num_classes):
+            rows = (labels == label).nonzero().squeeze(1)
+            order = torch.randperm(len(rows), generator=seeded_generator("cpu", seed, "sample", label))
+            found.append(rows[order])
+        return found
+
+    def drawn_rows(self, rows: Tensor, how: str, *, by_class: bool = True) -> ImageDataset:
+        """The images at `rows` (N,) as a sample; `how` says how they were drawn, class by class or from all at once."""
+        part, counts = self.subset(rows), tuple(self.class_counts().tolist()) if by_class else None
+        if part.drawn is None:
+            return replace(part, drawn=Drawn(places=rows, of=len(self), class_counts=counts, how=how))
+        counts, how = part.drawn.class_counts or counts, f"{part.drawn.how}; {how}"
+        return replace(part, drawn=replace(part.drawn, class_counts=counts, how=how))
 
     def limit_per_class(self, n: int) -> ImageDataset:
         """The first `n` images of every class, in data set order.
@@ -145,7 +218,10 @@ class ImageDataset:
         without = f", none of {listed(absent)}" if absent else ""
         images = f"{len(self):,} image{'s' if len(self) != 1 else ''}"
         classes = f"{self.num_classes:,} class{'es' if self.num_classes != 1 else ''}"
-        return f"{self.name}, {part} part: {images} of {classes} ({each}){without}"
+        if self.drawn is not None:
+            images = f"{len(self):,} of {self.drawn.of:,} images"
+        how = f", {self.drawn.how}" if self.drawn else ""
+        return f"{self.name}, {part} part: {images} of {classes} ({each}){without}{how}"
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -335,6 +411,19 @@ def _read(path: Path, source: Source) -> tuple[ImageDataset, tuple[str, ...], tu
     except (DataError, KeyError, TypeError, ValueError):
         return None
     return (data, parts, notes) if data.fingerprint == header.get("fingerprint") else None
+
+
+def _each(counts: Sequence[int], n: int) -> int:
+    """The most images of every class, as far as it has them, that are at most `n` together.
+
+    >>> _each([100, 100, 4], 64), _each([5, 5], 10)
+    (30, 5)
+    """
+    low, high = 1, max(counts)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(min(count, middle) for count in counts) <= n else (low, middle - 1)
+    return low
 
 
 def _dtype(tensor: Tensor) -> str:

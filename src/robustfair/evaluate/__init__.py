@@ -15,6 +15,7 @@ from robustfair.evaluate.diagnostics.masking import diagnose_gradients
 from robustfair.evaluate.diagnostics.results import diagnose, diagnose_change
 from robustfair.evaluate.gates import GateResult, check, parse_gate
 from robustfair.evaluate.groups import GroupRates, read_groups, regroup
+from robustfair.evaluate.sequential import audit_until, parse_until
 
 __all__ = [
     "Audit",
@@ -24,6 +25,7 @@ __all__ = [
     "GroupRates",
     "WorstClass",
     "audit",
+    "audit_until",
     "check",
     "compare",
     "compare_many",
@@ -38,6 +40,7 @@ __all__ = [
     "diagnose_randomness",
     "load_audit",
     "parse_gate",
+    "parse_until",
     "read_groups",
     "regroup",
     "threat",

@@ -209,6 +209,10 @@ def compare(
     notes = [note for name in used for audit in (before, after) for note in _cut_short(audit, name)]
     if ROBUST in chosen and not before.attacks == after.attacks == tuple(shared):
         notes.append(f"{ROBUST} is over the attacks that both audits hold: {', '.join(shared)}")
+    if "sample" in after.provenance:
+        notes.append(f"of a sample: {after.provenance['sample']}")
+    if after.reweighted:
+        notes.append("the average weighs every class by its share of all images; its test does not")
     first, second = _of(before, shared), _of(after, shared)
     return Comparison(
         before=before.model,
@@ -243,7 +247,8 @@ def check_comparable(before: Audit, after: Audit) -> None:
             f"{models} are over different classes, {_few(before.class_names)} and {_few(after.class_names)}: "
             "audit both models on one data set"
         )
-    if not (torch.equal(before.index, after.index) and torch.equal(before.labels, after.labels)):
+    same = before.drawn_from == after.drawn_from and torch.equal(before.index, after.index)
+    if not (same and torch.equal(before.labels, after.labels)):
         raise DataError(
             f"{models} are not of the same images ({len(before.labels)} and {len(after.labels)}): "
             "audit both models on one data set"
@@ -268,12 +273,23 @@ def compare_under(before: Audit, after: Audit, attack: str, level: float = 0.95)
     return AttackComparison(
         attack=attack,
         classes=_tested(table, after.class_names, level),
-        average=_tested(table.sum(0, keepdim=True), (AVERAGE,), level)[0],
+        average=_average(table, before, after, attack, level),
         worst=worst,
         worst_before=before.worst(attack),
         worst_after=after.worst(attack),
         range=spread,
     )
+
+
+def _average(table: Tensor, before: Audit, after: Audit, attack: str, level: float) -> PairedTest:
+    """Over all images. Of a sample whose classes have other shares than the data, each class has its share there."""
+    pooled = _tested(table.sum(0, keepdim=True), (AVERAGE,), level)[0]
+    if not after.reweighted:
+        return pooled
+    n, lost, won = table.sum((1, 2)), table[:, 1, 0], table[:, 0, 1]
+    lower, upper = metrics.stratified_paired_interval(lost, won, n, after.shares, level)
+    change = Difference(before=before.average(attack), after=after.average(attack), lower=lower, upper=upper)
+    return replace(pooled, difference=change)
 
 
 def _tested(table: Tensor, names: Sequence[str], level: float) -> tuple[PairedTest, ...]:

@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from robustfair import metrics
 from robustfair.config import require
@@ -43,23 +43,44 @@ _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate:
-    """One demand on an audit; `parse_gate` builds it from its text.
+class Quantity:
+    """A number of an audit, as its name says: worst.robust; `read_quantity` reads one.
 
     Attributes:
-        text: as the user wrote it, without spaces around.
+        text: the words it is from, without spaces around.
         measure: what is measured, see `MEASURES`; any "worst-Qpct".
         subject: the class or group, "" unless the measure is of one.
         attack: an attack of the audit, or "robust".
-        end: "lower" or "upper" end of the 95 % interval, "" for the value itself.
-        at_least: whether the bound is a lower one.
-        bound: as a fraction.
     """
 
     text: str
     measure: str
     subject: str
     attack: str
+    kind: ClassVar[str] = "gate"
+
+    @property
+    def name(self) -> str:
+        """What is measured."""
+        what = f"{self.measure}.{self.subject}" if self.subject else self.measure
+        return f"{what}.{self.attack}"
+
+    @property
+    def of_groups(self) -> bool:
+        """Whether it takes groups to measure it."""
+        return self.measure in ("group", WORST_GROUP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Quantity):
+    """One demand on an audit; `parse_gate` builds it from its text.
+
+    Attributes:
+        end: "lower" or "upper" end of the 95 % interval, "" for the value itself.
+        at_least: whether the bound is a lower one.
+        bound: as a fraction.
+    """
+
     end: Literal["", "lower", "upper"]
     at_least: bool
     bound: float
@@ -67,13 +88,7 @@ class Gate:
     @property
     def name(self) -> str:
         """What is bounded."""
-        what = f"{self.measure}.{self.subject}" if self.subject else self.measure
-        return f"interval.{what}.{self.attack}.{self.end}" if self.end else f"{what}.{self.attack}"
-
-    @property
-    def of_groups(self) -> bool:
-        """Whether it takes groups to check it."""
-        return self.measure in ("group", WORST_GROUP)
+        return f"interval.{super().name}.{self.end}" if self.end else super().name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +138,32 @@ def parse_gate(text: str) -> Gate:
     if name.startswith("interval."):
         name, _, end = name.removeprefix("interval.").rpartition(".")
         require(end in ("lower", "upper"), text, "end", allowed="lower or upper, as the last word of the name", got=end)
+    of = read_quantity(name, text, like=EXAMPLE)
+    if of.measure == "range" and found["sign"] == "=":
+        raise ConfigError(
+            "gate", "sign", allowed="<= or >= for the range, where more is worse", got=text, hint="Put it in quotes"
+        )
+    return Gate(
+        **vars(of),
+        end=end,  # type: ignore[arg-type]
+        at_least=found["sign"] != "<=",
+        bound=_fraction(found["value"].strip(), text),
+    )
+
+
+def read_quantity(name: str, text: str, *, kind: str = Quantity.kind, like: str) -> Quantity:
+    """The quantity that `name` names, in the words `text` of a gate or another kind of demand, such as `like`.
+
+    >>> read_quantity("Class.cat.pgd-20", "class.cat.pgd-20=0.2", like=EXAMPLE).name
+    'class.cat.pgd-20'
+
+    Raises:
+        ConfigError: the name does not follow the grammar.
+        UnknownNameError: another measure.
+    """
     parts = _NAME.fullmatch(name)
     if not parts:
-        raise ConfigError("gate", "name", allowed=f"a measure and an attack, like {EXAMPLE}", got=found["name"])
+        raise ConfigError(kind, "name", allowed=f"a measure and an attack, like {like}", got=name)
     measure, _, subject = parts["what"].partition(".")
     share = _SHARE.fullmatch(parts["what"].lower().replace("_", "-"))
     if share:
@@ -134,27 +172,15 @@ def parse_gate(text: str) -> Gate:
     else:
         measure = measure.lower().replace("_", "-")
         if measure not in MEASURES:
-            raise UnknownNameError("measure of a gate", measure, MEASURES)
+            raise UnknownNameError(f"measure of a {kind}", measure, MEASURES)
     if bool(subject) != (measure in ONE):
         allowed = f"{measure}.NAME.ATTACK" if measure in ONE else f"{measure}.ATTACK"
-        raise ConfigError("gate", "name", allowed=allowed, got=found["name"])
-    if measure == "range" and found["sign"] == "=":
-        raise ConfigError(
-            "gate", "sign", allowed="<= or >= for the range, where more is worse", got=text, hint="Put it in quotes"
-        )
-    return Gate(
-        text=text,
-        measure=measure,
-        subject=subject,
-        attack=parts["attack"],
-        end=end,  # type: ignore[arg-type]
-        at_least=found["sign"] != "<=",
-        bound=_fraction(found["value"].strip(), text),
-    )
+        raise ConfigError(kind, "name", allowed=allowed, got=name)
+    return Quantity(text=text, measure=measure, subject=subject, attack=parts["attack"])
 
 
 def require_known(
-    gates: Iterable[Gate], *, attacks: Sequence[str], classes: Sequence[str], groups: Sequence[str] | None = None
+    gates: Iterable[Quantity], *, attacks: Sequence[str], classes: Sequence[str], groups: Sequence[str] | None = None
 ) -> None:
     """Refuse gates on what an audit will not hold, before it runs.
 
@@ -170,10 +196,10 @@ def require_known(
     for gate in gates:
         _attack(gate, attacks)
         if gate.of_groups and groups is None:
-            raise ConfigError("gate", gate.text, allowed="used with --group-by", got="no groups")
+            raise ConfigError(gate.kind, gate.text, allowed="used with --group-by", got="no groups")
         for measure, names in (("class", classes), ("group", groups or ())):
             if gate.measure == measure and gate.subject not in names:
-                raise UnknownNameError(f"{measure} in the gate {gate.text}", gate.subject, names)
+                raise UnknownNameError(f"{measure} in the {gate.kind} {gate.text}", gate.subject, names)
 
 
 def check(gates: Iterable[Gate], audit: Audit, groups: GroupRates | None = None) -> list[GateResult]:
@@ -217,18 +243,23 @@ def _check(gate: Gate, audit: Audit, rates: Audit | GroupRates) -> GateResult:
 
 def _measure(gate: Gate, attack: str, rates: Audit | GroupRates) -> tuple[float, str]:
     """The value that a gate bounds, and the class or group that it belongs to where the gate does not name one."""
-    measure = "worst" if gate.measure == WORST_GROUP else gate.measure
-    worst = rates.worst(attack) if measure == "worst" else None
-    if measure in ONE:
-        index = rates.class_names.index(gate.subject)
-        column = rates.interval(attack)[gate.end == "upper"] if gate.end else rates.rate(attack)
-        return float(column[index]), ""
-    if measure == "average":
-        return rates.average_interval(attack)[gate.end == "upper"] if gate.end else rates.average(attack), ""
-    if worst and not gate.end:
-        return worst.value, worst.words
+    value, lower, upper = measured(gate, attack, rates)
+    if gate.measure in ("worst", WORST_GROUP) and not gate.end:
+        return value, rates.worst(attack).words
+    return {"": value, "lower": lower, "upper": upper}[gate.end], ""
+
+
+def measured(quantity: Quantity, attack: str, rates: Audit | GroupRates) -> tuple[float, float, float]:
+    """A quantity under an attack, by its name in the audit, and its 95 % interval: (value, lower, upper)."""
+    if quantity.measure in ONE:
+        index = rates.class_names.index(quantity.subject)
+        lowest, highest = rates.interval(attack)
+        return float(rates.rate(attack)[index]), float(lowest[index]), float(highest[index])
+    if quantity.measure == "average":
+        return rates.average(attack), *rates.average_interval(attack)
+    measure = "worst" if quantity.measure == WORST_GROUP else quantity.measure
     found = metrics.bootstrap_statistic(rates.correct(attack), rates.count(), measure.replace("-", "_"))
-    return {"": found.estimate, "lower": found.lower, "upper": found.upper}[gate.end], ""
+    return found.estimate, found.lower, found.upper
 
 
 def _unattacked(audit: Audit, attack: str) -> str:
@@ -267,9 +298,9 @@ def _asked(audit: Audit) -> tuple[str, ...]:
     return (*audit.attacks, *audit.provenance.get("not_run", ()))
 
 
-def _attack(gate: Gate, attacks: Sequence[str]) -> str:
+def _attack(gate: Quantity, attacks: Sequence[str]) -> str:
     """The attack of a gate as the audit spells it. Clean and robust are part of every audit."""
-    return find_attack(gate.attack, dict.fromkeys((CLEAN, *attacks, ROBUST)), f"attack in the gate {gate.text}")
+    return find_attack(gate.attack, dict.fromkeys((CLEAN, *attacks, ROBUST)), f"attack in the {gate.kind} {gate.text}")
 
 
 def _fraction(word: str, text: str) -> float:

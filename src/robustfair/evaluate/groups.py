@@ -146,10 +146,12 @@ def regroup(audit: Audit, groups: Groups, *, within: Within = "class") -> GroupR
             bounds.
 
     Raises:
-        DataError: groups of another number of classes or images.
+        DataError: groups of another number of classes or images; a sample that holds another share of some classes
+            than of others, which a group would mix.
         ConfigError: `within="group"` with groups of images, or another word.
     """
     require(within in ("class", "group"), "groups", "within", allowed="class or group", got=within)
+    _require_even(audit)
     things, expected = ("classes", audit.num_classes) if groups.by == "class" else ("images", len(audit.labels))
     if len(groups.member) != expected:
         raise DataError(
@@ -185,8 +187,10 @@ def read_groups(by: str | Path, images: ImageDataset | Audit) -> Groups:
         images: the data set to audit, or an audit of it.
 
     Raises:
-        DataError: no super-classes, no such file, or a line that does not fit; with the file and the line.
+        DataError: no super-classes, no such file, or a line that does not fit; with the file and the line. A sample as
+            for `regroup`.
     """
+    _require_even(images)
     if canonical(str(by)).replace("-", "") == SUPERCLASS:
         return _superclasses(images)
     path = read_path(by)
@@ -222,9 +226,26 @@ def _superclasses(images: ImageDataset | Audit) -> Groups:
     return Groups(names=names, by="class", member=member, source=SUPERCLASS)
 
 
+def _require_even(images: ImageDataset | Audit) -> None:
+    if isinstance(images, ImageDataset):
+        name, own = images.name, images.class_counts().tolist()
+        of = None if images.drawn is None else images.drawn.class_counts
+    else:
+        name, own = f"the audit of {images.model}", images.count().tolist()
+        of = images.drawn_from
+    if of is not None and any(n * sum(of) != m * sum(own) for n, m in zip(own, of, strict=True)):
+        raise DataError(
+            f"{name}: the sample holds another share of some classes than of others, which groups would mix: audit all "
+            "images, or a sample that is not stratified"
+        )
+
+
 def _positions(images: ImageDataset | Audit) -> tuple[str, ...]:
-    index = range(len(images)) if isinstance(images, ImageDataset) else images.index.tolist()
-    return tuple(map(str, index))
+    if isinstance(images, ImageDataset):
+        places = range(len(images)) if images.drawn is None else images.drawn.places.tolist()
+    else:
+        places = images.index.tolist()
+    return tuple(map(str, places))
 
 
 def _slots(shown: Sequence[str], *, numbered: bool) -> dict[str, int]:

@@ -38,6 +38,7 @@ class AuditPlan:
         fingerprint, images: of the data set, and how many.
         checkpoint: of the run that the model is from.
         model: what reports call the model, where its files lie beside those of other models; else None.
+        until: when a sequential audit stops, in the words of its rule; None for one of all images.
     """
 
     attacks: tuple[str, ...]
@@ -51,6 +52,7 @@ class AuditPlan:
     images: int
     checkpoint: str | None = None
     model: str | None = None
+    until: str | None = None
 
     @staticmethod
     def of(audit: Audit, *, checkpoint: str | None = None, model: str | None = None) -> AuditPlan:
@@ -68,6 +70,7 @@ class AuditPlan:
             images=len(audit.labels),
             checkpoint=checkpoint,
             model=model,
+            until=about.get("until", {}).get("asked"),
         )
 
     @property
@@ -95,6 +98,7 @@ class AuditPlan:
             self.checkpoint,
             self.points,
             self.model,
+            *([] if self.until is None else [self.until]),
         ]
         return hashlib.sha256(repr(about).encode()).hexdigest()[:8]
 
@@ -130,6 +134,7 @@ class AuditPlan:
             f"{self.threat.norm}-{format_eps(self.threat.eps)}",
             self.checkpoint,
             f"{self.images}-images",
+            None if self.until is None else f"until-{self.until[:40]}",
             f"seed-{self.seed}" if self.seed else None,
             None if complete else "cut",
             self.key,

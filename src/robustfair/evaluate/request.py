@@ -6,19 +6,23 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from robustfair.config import require
 from robustfair.data import ImageDataset, load_dataset
 from robustfair.errors import DataError, RobustFairError, RobustFairWarning
 from robustfair.evaluate.compare import check_comparable
 from robustfair.evaluate.corruptions import CorruptionAudit, audit_corruptions
 from robustfair.evaluate.diagnostics.masking import diagnose_gradients, diagnostics_cut
+from robustfair.evaluate.journal import Journal
 from robustfair.evaluate.plan import AuditPlan, attack_names, threat
 from robustfair.evaluate.result import CLEAN, Audit
 from robustfair.evaluate.run import Progress, audit
+from robustfair.evaluate.sequential import NO_TIME, audit_until, parse_until, remove_round_journals
 from robustfair.grammar import parse_norm
 from robustfair.runs.load import Target
 from robustfair.values import Threat
@@ -31,6 +35,8 @@ class AuditRequest:
     Attributes:
         attacks: comma-separated names.
         data, image_size, limit_per_class: the images: test split of a named set, or all of a source without splits.
+        images, stratified: a sample of so many of them, as many of every class if stratified; drawn with `seed`.
+        until: stop as soon as a number is known so well, see `robustfair.evaluate.sequential`.
         norm, eps, step_size: the threat; 8/255 under linf if the run does not say.
         batch_size, seed, precision, engine, max_minutes, device: see `robustfair.evaluate.run.audit`.
         points: keep where the model fails under attacks of the AutoAttack family.
@@ -42,6 +48,9 @@ class AuditRequest:
     data: str | None = None
     image_size: int | None = None
     limit_per_class: int | None = None
+    images: int | None = None
+    stratified: bool = False
+    until: str | None = None
     norm: str | None = None
     eps: str | None = None
     step_size: str | None = None
@@ -54,12 +63,17 @@ class AuditRequest:
     checks: bool = False
     device: str = "auto"
 
-    def images(self, default: Mapping[str, Any] | None = None) -> tuple[ImageDataset, str]:
+    def dataset(self, default: Mapping[str, Any] | None = None) -> tuple[ImageDataset, str]:
         """The images to audit on and which part of the data they are; `default` is the run's own data.
 
         Raises:
             DataError: none is named, or the run's images changed since.
+            ConfigError: a sample that cannot be drawn.
         """
+        alone = self.images is None or self.limit_per_class is None
+        require(alone, "audit", "images", allowed="left out beside `limit_per_class`", got=self.images)
+        sampled = self.images is not None or not self.stratified
+        require(sampled, "audit", "stratified", allowed="given with `images`, how many to draw", got=self.stratified)
         known = default or {}
         name = known.get("name") if self.data is None else self.data
         if name is None:
@@ -71,6 +85,8 @@ class AuditRequest:
             raise DataError(f"audit: the images of {name} changed since the run: name others with --data")
         part = "test" if "test" in splits.parts else next(iter(splits.parts))
         data = splits.test if part == "test" else splits.only
+        if self.images is not None:
+            return data.sample(self.images, stratified=self.stratified, seed=self.seed), part
         return data if self.limit_per_class is None else data.limit_per_class(self.limit_per_class), part
 
 
@@ -83,6 +99,7 @@ def audit_target(
     baseline: Audit | None = None,
     on_images: Callable[[str], None] | None = None,
     on_progress: Progress | None = None,
+    on_round: Callable[[str], None] | None = None,
 ) -> Audit:
     """Audit a loaded model on the images and the threat it was made for, or the requested ones.
 
@@ -95,9 +112,11 @@ def audit_target(
         baseline: an audit that this one will be compared with; one of other images is refused before any attack.
         on_images: called with a line on the images, before the first attack.
         on_progress: see `robustfair.evaluate.run.audit`.
+        on_round: see `robustfair.evaluate.sequential.audit_until`.
 
     Raises:
         DataError: the images' classes are not those the model was trained on.
+        ConfigError: a baseline beside `until`.
     """
     began = time.monotonic()
     data, part = _images_for(target, request, images)
@@ -107,10 +126,13 @@ def audit_target(
     eps = usual if request.eps is None else request.eps
     limits = threat(norm, eps, request.step_size)
     if baseline is not None:
+        allowed = "left out beside `until`, where the model decides which images are attacked"
+        require(request.until is None, "audit", "baseline", allowed=allowed, got=baseline.model)
         _require_comparable(baseline, data, limits)
     if on_images is not None:
         on_images(data.count_line(part))
-    result = audit(
+    run = audit if request.until is None else partial(audit_until, until=request.until, on_round=on_round)
+    result = run(
         target.model,
         data,
         attacks=request.attacks,
@@ -160,7 +182,8 @@ def _require_comparable(baseline: Audit, data: ImageDataset, limits: Threat) -> 
         model="this model",
         data=data.name,
         class_names=data.class_names,
-        index=torch.arange(len(data)),
+        index=torch.arange(len(data)) if data.drawn is None else data.drawn.places,
+        drawn_from=None if data.drawn is None else data.drawn.class_counts,
         labels=labels,
         predictions={CLEAN: labels},
         broken_by={},
@@ -207,7 +230,7 @@ def _images_for(
     target: Target, request: AuditRequest, images: tuple[ImageDataset, str] | None
 ) -> tuple[ImageDataset, str]:
     """The images of an audit and their part, of the classes that the model was trained on."""
-    data, part = request.images(target.meta.get("data")) if images is None else images
+    data, part = request.dataset(target.meta.get("data")) if images is None else images
     if part == "train" and data.fingerprint == target.meta.get("data", {}).get("fingerprint"):
         text = f"{data.name} has no test part: this audits the images the model was trained on, which flatters it"
         warnings.warn(text, RobustFairWarning, stacklevel=3)
@@ -239,8 +262,22 @@ def journal_path(
         images=images,
         checkpoint=target.checkpoint,
         model=target.label if out is not None or target.folder is None else None,
+        until=None if request.until is None else parse_until(request.until).text,
     )
     return audits / plan.journal_name
+
+
+def remove_journal(target: Target, request: AuditRequest, result: Audit, out: Path | None) -> None:
+    """A finished audit is saved: what it knew until then goes; arguments as for `audit_target`."""
+    about = result.provenance.get("until")
+    if not result.complete or (about is not None and about["stopped"] == NO_TIME):
+        return
+    fingerprint, images = (result.fingerprint, len(result.labels)) if about is None else about["of"]
+    journal = journal_path(target, request, fingerprint, images, result.threat, out)
+    if journal is not None and about is None:
+        Journal(journal, {}).remove()
+    elif journal is not None:
+        remove_round_journals(journal)
 
 
 def audit_stem(target: Target, result: Audit, *, elsewhere: bool) -> str:

@@ -40,11 +40,14 @@ class Audit(ClassRates):
     to break the image, and else the first wrong prediction in the order of the attacks. Rates are fractions, nan for a
     class without images; tensors are on the CPU.
 
+    Of a sample in which the classes have other shares than in the data set, the average weighs every class by its share
+    there, so that it is an estimate of the whole's; so is what else depends on the shares.
+
     Attributes:
         model: what reports call the model.
         data: name of the data set.
         class_names: (C,).
-        index: (N,) positions of the images in the audited data set.
+        index: (N,) positions of the images in the audited data set; of a sample in what it was drawn from.
         labels: (N,) true classes.
         predictions: attack -> (N,) predicted classes, "clean" first; wrong when clean is wrong under all.
         settings: attack -> its settings as JSON values, see `NamedAttack.settings`.
@@ -54,6 +57,7 @@ class Audit(ClassRates):
         head_norms: (C,) row norms of the head; None if the model has no plain linear head.
         groups: (C,) super-class per class, or None.
         group_names: names of the super-classes, empty without groups.
+        drawn_from: (C,) of a sample that was drawn class by class, the images of each class in the data set; else None.
         broken_by: AutoAttack -> (N,) number of the member that broke the image, -1 where none did.
         points: AutoAttack -> image -> (C, H, W) where the model gives the prediction; kept only if asked for.
         provenance: versions, seed, precision, device, seconds per attack, date, what was found on the model, as JSON
@@ -76,6 +80,7 @@ class Audit(ClassRates):
     head_norms: list[float] | None = None
     groups: tuple[int, ...] | None = None
     group_names: tuple[str, ...] = ()
+    drawn_from: tuple[int, ...] | None = None
     broken_by: Mapping[str, Tensor] = field(default_factory=dict)
     points: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -95,6 +100,36 @@ class Audit(ClassRates):
         for name, column in self.predictions.items():
             if bool(((column == self.labels) & (self.predictions[CLEAN] != self.labels)).any()):
                 raise DataError(f"{owner}: {name} counts an image as right that is wrong when clean")
+
+    @property
+    def shares(self) -> Tensor:
+        """(C,) share of each class in the data set, float64."""
+        counts = self.count() if self.drawn_from is None else torch.tensor(self.drawn_from)
+        return counts.double() / int(counts.sum())
+
+    @property
+    def reweighted(self) -> bool:
+        """Whether the classes have other shares among the images than in the data set that these were drawn from."""
+        if self.drawn_from is None:
+            return False
+        counts, own = torch.tensor(self.drawn_from), self.count()
+        return not torch.equal(own * int(counts.sum()), counts * int(own.sum()))
+
+    def average(self, *cell: Any) -> float:
+        """Share of all images that are right; estimated where `reweighted`, nan where a class has none in the sample.
+
+        Raises:
+            UnknownNameError: the audit holds no such attack.
+        """
+        if not self.reweighted:
+            return super().average(*cell)
+        return float((self.shares * self.rate(*cell))[self.shares > 0].sum())
+
+    def average_interval(self, *cell: Any, level: float = 0.95) -> tuple[float, float]:
+        """Wilson interval of `average`, stratified where `reweighted`: see `metrics.stratified_wilson`."""
+        if not self.reweighted:
+            return super().average_interval(*cell, level=level)
+        return metrics.stratified_wilson(self.correct(*cell), self.count(), self.shares, level)
 
     @property
     def attacks(self) -> tuple[str, ...]:
@@ -144,15 +179,17 @@ class Audit(ClassRates):
         without head norms; `cfps`, `cfns`, `one_vs_rest_accuracy`, `natural_error` and `boundary_error` per class.
         """
         confusion, norms = self.confusion(attack), self.head_norms
+        mixed = self._in_shares(confusion)
         vectors = {
-            "cfps": metrics.cfps(confusion),
-            "cfns": metrics.cfns(confusion),
-            "one_vs_rest_accuracy": metrics.one_vs_rest_accuracy(confusion),
+            "cfps": metrics.cfps(mixed),
+            "cfns": metrics.cfns(mixed),
+            "one_vs_rest_accuracy": metrics.one_vs_rest_accuracy(mixed),
             "natural_error": metrics.natural_error(self.confusion(CLEAN)),
             "boundary_error": metrics.boundary_error(self.confusion(CLEAN), self.correct(attack)),
         }
         return {
             **metrics.summarise(confusion),
+            "average": self.average(attack),
             "head_norm_ratio": self.head_norm_ratio,
             "head_norm_correlation": (
                 math.nan if norms is None else metrics.head_norm_correlation(torch.tensor(norms), self.rate(attack))
@@ -179,6 +216,7 @@ class Audit(ClassRates):
                 "split": self.split,
                 "fingerprint": self.fingerprint,
                 "images": len(self.labels),
+                **({} if self.drawn_from is None else {"drawn_from": self.drawn_from}),
             },
             "class_names": self.class_names,
             "groups": self.groups,
@@ -256,6 +294,12 @@ class Audit(ClassRates):
             for number, member in enumerate(self.settings[name]["ran"])
         }
 
+    def _in_shares(self, counts_pred_true: Tensor) -> Tensor:
+        """Confusion counts (C, C) scaled so that the classes, the columns, have their shares in the data set."""
+        if not self.reweighted:
+            return counts_pred_true
+        return counts_pred_true * (self.shares * len(self.labels) / self.count().clamp(min=1))
+
     def _members(self, attack: str) -> dict[str, Any]:
         return {"fell_to": self.fell_to(attack)} if attack in self.broken_by else {}
 
@@ -331,6 +375,7 @@ def load_audit(path: Path | str) -> Audit:
             head_norms=about["head_norms"],
             groups=None if about["groups"] is None else tuple(about["groups"]),
             group_names=tuple(about.get("group_names", ())),
+            drawn_from=tuple(about["data"]["drawn_from"]) if "drawn_from" in about["data"] else None,
             broken_by={
                 name: columns[f"{name}{BROKEN_BY}"] for name in about["attacks"] if f"{name}{BROKEN_BY}" in columns
             },

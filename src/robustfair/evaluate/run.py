@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -104,10 +104,7 @@ def audit(
         CheckpointError: a journal of another audit.
     """
     began = time.monotonic()
-    for name in settings:
-        if name not in _keywords(plan_audit):
-            raise UnknownNameError("argument of audit", name, _keywords(plan_audit) + _keywords(audit))
-    plan = plan_audit(dataset, **settings)
+    plan = read_settings(dataset, settings)
     suite = plan.suite
     if max_minutes is not None:
         number = isinstance(max_minutes, Real) and not isinstance(max_minutes, bool)
@@ -153,12 +150,13 @@ def audit(
     owning = nullcontext() if kept is None else kept.owned()
     with owning, kept_memory(device), full_float32(), attacking(model, "eval"):
         found = runner.run(suite, kept, keep_journal=keep_journal)
+    drawn = dataset.drawn
     ran = {attack.name: attack.settings(plan.threat, data.num_classes) for attack in suite}
     result = Audit(
         model=label or type(unwrap(model)).__name__,
         data=dataset.name,
         class_names=dataset.class_names,
-        index=torch.arange(len(dataset)),
+        index=torch.arange(len(dataset)) if drawn is None else drawn.places,
         labels=dataset.labels.cpu(),
         predictions=found.predictions,
         settings={name: {**ran[name], **found.about(name)} for name in found.predictions},
@@ -168,6 +166,7 @@ def audit(
         head_norms=_head_norms(model, example),
         groups=dataset.groups,
         group_names=dataset.group_names,
+        drawn_from=None if drawn is None else drawn.class_counts,
         broken_by=found.broken_by,
         points=found.points,
         provenance={
@@ -185,6 +184,7 @@ def audit(
             "input_gradients": found.gradients,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "checks": [asdict(diagnostic) for diagnostic in suspected],
+            **({} if drawn is None else {"sample": drawn.words}),
         },
     )
     if not result.complete:
@@ -202,6 +202,18 @@ def _precisions(plan: AuditPlan, model: nn.Module, data: ImageDataset, journal: 
         return begun, None
     images = next(evaluation_batches(data, TIMED_IMAGES)).x
     return search_precisions(asked, model, images, timed=bool(_autoattacks(plan.suite)))
+
+
+def read_settings(dataset: ImageDataset, settings: Mapping[str, Any]) -> AuditPlan:
+    """What an audit is to do, from the `settings` of `audit`.
+
+    Raises:
+        UnknownNameError, ConfigError: a setting of another name, and as `plan_audit`.
+    """
+    for name in settings:
+        if name not in _keywords(plan_audit):
+            raise UnknownNameError("argument of audit", name, _keywords(plan_audit) + _keywords(audit))
+    return plan_audit(dataset, **settings)
 
 
 def _keywords(function: Callable[..., Any]) -> list[str]:

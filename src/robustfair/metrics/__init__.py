@@ -14,8 +14,15 @@ Paired tests: McNemar (1947) in its exact form, Holm (1979), Agresti and Min (20
 """
 
 from robustfair.metrics.counts import confusion_pred_true, correct_per_class
-from robustfair.metrics.intervals import FEW_IMAGES, Interval, bootstrap_statistic, wilson
-from robustfair.metrics.paired import bootstrap_difference, holm, mcnemar, paired_interval, paired_table
+from robustfair.metrics.intervals import FEW_IMAGES, Interval, bootstrap_statistic, stratified_wilson, wilson
+from robustfair.metrics.paired import (
+    bootstrap_difference,
+    holm,
+    mcnemar,
+    paired_interval,
+    paired_table,
+    stratified_paired_interval,
+)
 from robustfair.metrics.rates import (
     Thirds,
     accuracy_range,
@@ -75,6 +82,8 @@ __all__ = [
     "paired_table",
     "spectral_norm_confusion",
     "std",
+    "stratified_paired_interval",
+    "stratified_wilson",
     "summarise",
     "thirds",
     "wilson",

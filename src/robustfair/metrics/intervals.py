@@ -34,6 +34,45 @@ def wilson(correct: Array | int, n: Array | int, level: float = 0.95) -> tuple[T
     return wilson_at(correct, n, two_sided_z(level))
 
 
+def stratified_wilson(correct: Array, n: Array, sizes: Array, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the average of a sample that was drawn class by class: (lower, upper) of sum_c w_c correct_c / n_c.
+
+    w_c = sizes_c / sum(sizes), the share of class c in what was drawn from. The ends are the w-weighted means of the
+    ends of the classes' Wilson intervals, at a z smaller by sqrt(sum_c v_c) / sum_c sqrt(v_c), v_c = w_c^2 p_c (1 -
+    p_c) / n_c, since the errors of the classes are independent. Of one class it is `wilson`.
+
+    Source: Yan and Su (2010), "Stratified Wilson and Newcombe confidence intervals for multiple binomial proportions".
+    They take correct_c / n_c for p_c; here it is the centre of the Wilson interval, so that classes of rate 0 or 1
+    have a v too.
+
+    Args:
+        correct: (C,) hits per class.
+        n: (C,) images per class.
+        sizes: (C,) images of each class in what the n were drawn from.
+
+    Returns:
+        nan where a class with images has none in the sample.
+
+    Raises:
+        ConfigError: counts that do not fit, or level outside (0, 1).
+
+    >>> lower, upper = stratified_wilson(np.array([5, 1]), np.array([10, 10]), np.array([900, 100]))
+    >>> round(lower, 4), round(upper, 4)
+    (0.229, 0.7107)
+    """
+    z = two_sided_z(level)
+    hits, images = check_hits(correct, n)
+    check_pair(hits, images, owner="stratified interval")
+    share = torch.as_tensor(sizes).double()
+    check_pair(hits, share, owner="stratified interval")
+    kept = share > 0
+    k, m, w = hits[kept].double(), images[kept].double(), share[kept] / share.sum()
+    centre = (k + z * z / 2) / (m + z * z)
+    spread = w * (centre * (1 - centre) / m).sqrt()
+    lower, upper = wilson_at(hits[kept], images[kept], z * float(spread.norm() / spread.sum()))
+    return float((w * lower).sum()), float((w * upper).sum())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """A measured value with its error bar.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -98,6 +99,31 @@ def paired_interval(lost: Array | int, won: Array | int, n: Array | int, level: 
     half = z * (((differing + 1) / m - centre**2) / m).sqrt()
     lower, upper = (centre - half).clamp(min=-1), (centre + half).clamp(max=1)
     return torch.where(images == 0, NAN, lower), torch.where(images == 0, NAN, upper)
+
+
+def stratified_paired_interval(
+    lost: Array, won: Array, n: Array, sizes: Array, level: float = 0.95
+) -> tuple[float, float]:
+    """Interval of the change of the average of a sample that was drawn class by class: (lower, upper).
+
+    The change is sum_c w_c (won_c - lost_c) / n_c, w_c the share of class c in `sizes` (C,). The ends are w-weighted
+    means of those of `paired_interval`, at a smaller z, as in `stratified_wilson`; of one class they are its ends.
+
+    Returns:
+        nan where a class with images has none in the sample.
+
+    Raises:
+        ConfigError: counts that do not fit n, or level outside (0, 1).
+    """
+    losses, wins = _check_discordant(lost, won)
+    images, share = torch.as_tensor(n), torch.as_tensor(sizes).double()
+    kept = share > 0
+    losses, wins, images, w = losses[kept], wins[kept], images[kept], share[kept] / share.sum()
+    m = images.double() + 2
+    spread = w * (((losses + wins + 1) / m - ((wins - losses) / m) ** 2) / m).sqrt()
+    z = two_sided_z(level) * float(spread.norm() / spread.sum())
+    lower, upper = paired_interval(losses, wins, images, 2 * NormalDist().cdf(z) - 1)
+    return float((w * lower).sum()), float((w * upper).sum())
 
 
 def bootstrap_difference(

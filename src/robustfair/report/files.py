@@ -12,8 +12,7 @@ from robustfair.evaluate.compare import check_comparable
 from robustfair.evaluate.corruptions import CorruptionAudit
 from robustfair.evaluate.gates import GateResult
 from robustfair.evaluate.groups import GroupRates
-from robustfair.evaluate.journal import Journal
-from robustfair.evaluate.request import AuditRequest, audit_stem, journal_path
+from robustfair.evaluate.request import AuditRequest, audit_stem, remove_journal
 from robustfair.evaluate.result import Audit
 from robustfair.report.corruptions import write_corruption_report
 from robustfair.report.html import write_report
@@ -74,10 +73,8 @@ def write_outputs(
         recipe = read_recipe(str(folder.recipe), {}).values() if folder else None
         more: dict[str, Any] = {"history": history or None, "recipe": recipe, "rates": rates, "gates": gates}
         written.append(write_report(page, result, baseline=baseline, **more))
-    if request is not None and result.complete:
-        journal = journal_path(target, request, result.fingerprint, len(result.labels), result.threat, out)
-        if journal is not None:
-            Journal(journal, {}).remove()
+    if request is not None:
+        remove_journal(target, request, result, out)
     return written
 
 

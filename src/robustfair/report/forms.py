@@ -13,7 +13,7 @@ from robustfair.evaluate.groups import GroupRates
 from robustfair.evaluate.result import Audit
 from robustfair.report.console import ALL_ROWS, Screen
 from robustfair.report.layout import render
-from robustfair.report.rates import member_lines, summary_lines
+from robustfair.report.rates import image_lines, member_lines, summary_lines
 from robustfair.report.table import before_after_table, class_table, comparison_table, group_table, table_of
 from robustfair.report.text import latex, markdown
 
@@ -22,7 +22,7 @@ SEVERITY = {"warn": "warning", "note": "note"}
 
 def audit_lines(result: Audit, screen: Screen = ALL_ROWS) -> list[str]:
     """An audit in text: class table, a line per attack, diagnostics."""
-    lines = [*summary_lines(result), *member_lines(result), *_diagnostic_lines(diagnose(result))]
+    lines = [*summary_lines(result), *image_lines(result), *member_lines(result), *_diagnostic_lines(diagnose(result))]
     return [render(class_table(result), screen), *map(screen.fold, lines)]
 
 
@@ -58,6 +58,7 @@ def before_after_lines(before: Audit, after: Audit, screen: Screen = ALL_ROWS) -
     lines = [
         *(f"before  {line}" for line in summary_lines(before)),
         *(f"after   {line}" for line in summary_lines(after)),
+        *image_lines(after),
         *_diagnostic_lines([*diagnose(after), *diagnose_change(before, after)]),
     ]
     return [render(before_after_table(before, after), screen), *map(screen.fold, lines)]

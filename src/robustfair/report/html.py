@@ -29,7 +29,15 @@ from robustfair.grammar import read_path
 from robustfair.registry import REPORTS
 from robustfair.report import details, figures, panels
 from robustfair.report.figures import Bar
-from robustfair.report.rates import ClassRate, both_attacks, class_rates, shown_attacks, strongest, under_words
+from robustfair.report.rates import (
+    ClassRate,
+    both_attacks,
+    class_rates,
+    image_lines,
+    shown_attacks,
+    strongest,
+    under_words,
+)
 from robustfair.report.table import CHANGES, TESTED, Row, Table, class_table, table_of
 from robustfair.report.words import percent, span, threat_words
 
@@ -196,6 +204,7 @@ def _facts(audit: Audit, baseline: Audit | None) -> list[tuple[str, str]]:
     facts += [
         ("Data", f"{audit.data}{split}"),
         ("Images", f"{len(audit.labels):,} in {audit.num_classes} classes"),
+        *([("Sample", "; ".join(lines))] if (lines := image_lines(audit)) else []),
         ("Threat", threat_words(audit)),
         ("Attacks", ", ".join(audit.attacks)),
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from robustfair.evaluate.groups import GroupRates
 from robustfair.evaluate.result import CLEAN, ROBUST, Audit
+from robustfair.evaluate.sequential import until_line
 from robustfair.report.words import percent, printable, span
 
 Rates = Audit | GroupRates
@@ -74,6 +75,14 @@ def summary_lines(audit: Audit) -> list[str]:
         rows.append((attack, average, f"{lowest}, {printable(worst.words)}"))
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     return [f"{attack:<{first}}  {average:<{second}}  {worst}" for attack, average, worst in rows]
+
+
+def image_lines(audit: Audit) -> list[str]:
+    """Of an audit of a sample: how it was drawn, or when a sequential audit stopped; and what its average is."""
+    drawn = until_line(audit) or audit.provenance.get("sample", "")
+    of = sum(audit.drawn_from or ())
+    weighed = f"average: every class weighs by its share of the {of:,} images" if audit.reweighted else ""
+    return [printable(line) for line in (drawn, weighed) if line]
 
 
 def member_lines(audit: Audit) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def diagnose_gradients(
         ModelError: Square cannot attack the model either.
     """
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
-    sample = dataset.limit_per_class(max(1, SAMPLE // dataset.num_classes))
+    sample = replace(dataset.limit_per_class(max(1, SAMPLE // dataset.num_classes)), drawn=None)
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     found: list[Diagnostic] = []
     cut: dict[str, float] = {}

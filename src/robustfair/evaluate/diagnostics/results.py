@@ -17,6 +17,7 @@ from itertools import product
 import numpy as np
 import torch
 
+from robustfair import metrics
 from robustfair.attacks.named import CROSS_ENTROPY
 from robustfair.evaluate.compare import check_comparable
 from robustfair.evaluate.diagnostics.base import LEAST_SKILL, Diagnostic, paired_difference
@@ -104,7 +105,7 @@ def _flattered(audit: Audit) -> list[Diagnostic]:
         if not others:
             continue
         strongest = min(others, key=audit.average)
-        excess, lower, upper = paired_difference(audit.hits(name), audit.hits(strongest))
+        excess, lower, upper = _excess(audit, name, strongest)
         if excess < FLATTERY_NOTED or lower <= 0:
             continue
         text = (
@@ -123,6 +124,17 @@ def _flattered(audit: Audit) -> list[Diagnostic]:
             )
         )
     return found
+
+
+def _excess(audit: Audit, name: str, other: str) -> tuple[float, float, float]:
+    """Average accuracy under one attack less that under another, with its 95 % interval: (value, lower, upper)."""
+    more, less = audit.hits(name), audit.hits(other)
+    if not audit.reweighted:
+        return paired_difference(more, less)
+    table = metrics.paired_table(less, more, audit.labels, audit.num_classes)
+    n, lost, won = table.sum((1, 2)), table[:, 1, 0], table[:, 0, 1]
+    value = audit.average(name) - audit.average(other)
+    return value, *metrics.stratified_paired_interval(lost, won, n, audit.shares)
 
 
 def _masked(audit: Audit) -> list[Diagnostic]:
@@ -262,7 +274,7 @@ class _Gains:
     Attributes:
         measured: (C, 4), classes with images only.
         resampled: (draws, C, 4).
-        share: (C,) share of the images that each class has.
+        share: (C,) share that each class has of the data set.
     """
 
     measured: np.ndarray
@@ -279,7 +291,8 @@ class _Gains:
         n = table.sum(1)
         bits = np.array(list(product((0, 1), repeat=4)))
         draws = np.random.default_rng(0).multinomial(n, table / n[:, None], size=(_DRAWS, len(n)))
-        return _Gains(table @ bits / n[:, None], draws @ bits / n[:, None], n / n.sum())
+        present = (before.count() > 0).numpy()
+        return _Gains(table @ bits / n[:, None], draws @ bits / n[:, None], before.shares.numpy()[present])
 
     def judge(self, measure: str, name: str, other: str) -> list[Diagnostic]:
         """The diagnostic on one measure, if there is one."""
