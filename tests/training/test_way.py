@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,20 @@ def test_compile_auto_says_why_a_model_or_machine_cannot(
     assert not found.compile
     assert "it cannot be done here (fit: compile must be false on this machine" in found.why
     assert not engine.compiled
+
+
+def test_compile_auto_compiles_one_pass_and_compares(
+    tiny_net: Net, tiny_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(way, "COMPILING", 0.0)
+    found, engine = chosen(tiny_net, tiny_data(), compile="auto", steps=1)
+    told = r"compile auto is false: 1 steps take about \S+ s uncompiled, a pass \S+ s and compiled \S+ s, compiling it"
+    assert re.match(told, found.why)
+    assert not engine.compiled, "one step pays back no compiling"
+    found, engine = chosen(tiny_net, tiny_data(), compile="auto", steps=10**9)
+    assert engine.compiled == found.compile
+    pass_, compiled = (float(each) for each in re.findall(r"a pass (\S+) s and compiled (\S+) s", found.why)[0])
+    assert compiled <= pass_ if found.compile else compiled >= pass_
 
 
 # In a run
