@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustfair.errors import RobustFairError
+from robustfair.execution.device import has_bf16
 from robustfair.files import write_json
 from robustfair.runs.folder import environment
 
@@ -439,6 +440,7 @@ def run(
     if args.json is not None and not args.json.parent.is_dir():
         options.error(f"--json {args.json}: {args.json.parent} is no folder")
     check_device(options, args.device)
+    check_precision(options, args)
     torch.set_num_threads(args.threads)
     try:
         report = measure(args)
@@ -456,6 +458,18 @@ def check_device(options: argparse.ArgumentParser, name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         options.error(f"--device {name}: {str(error).splitlines()[0]}")
+
+
+def check_precision(options: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leave bf16 out where the device has no instructions for it; where nothing is left, end with exit code 2."""
+    asked = [args.precision] if isinstance(args.precision, str) else args.precision
+    if "bf16" not in asked or has_bf16(torch.device(args.device)):
+        return
+    left = [precision for precision in asked if precision != "bf16"]
+    if not left:
+        options.error(f"--precision bf16: {args.device} has no bf16 instructions here: give fp32")
+    say(f"--precision: bf16 is left out, {args.device} has no bf16 instructions here")
+    args.precision = left
 
 
 def say(text: str) -> None:

@@ -21,6 +21,8 @@ from robustfair.registry import canonical
 T = TypeVar("T")
 Norm = Literal["linf", "l2"]
 Precision = Literal["fp32", "bf16"]
+Auto = Literal["auto"]
+"""In place of a value: what is fastest on this machine, by a few timed passes."""
 Select = Literal["last", "average", "worst", "average+worst"]
 Curve = Literal["multistep", "cosine", "one-cycle", "constant"]
 FAST_SCHEDULE: Mapping[str, Any] = {
@@ -240,9 +242,12 @@ def require(condition: bool, owner: str, field: str, *, allowed: str, got: objec
         raise ConfigError(owner, field, allowed=allowed, got=got, hint=hint)
 
 
-def require_one_way(owner: str, *, compile: bool, deterministic: bool) -> None:
-    """Refuse to compile the run that asks for the reference path."""
+def require_one_way(owner: str, *, precision: Precision | Auto, compile: bool | Auto, deterministic: bool) -> None:
+    """Refuse to compile the run that asks for the reference path, or to choose its precision by the clock."""
     hint = "A deterministic run takes the reference path, uncompiled"
     require(
-        not (compile and deterministic), owner, "compile", allowed="false beside deterministic", got=True, hint=hint
+        not (compile and deterministic), owner, "compile", allowed="false beside deterministic", got=compile, hint=hint
     )
+    chosen = precision == "auto" and deterministic
+    hint = "What is fastest may differ from run to run"
+    require(not chosen, owner, "precision", allowed="'fp32' or 'bf16' beside deterministic", got=precision, hint=hint)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import time
@@ -214,6 +215,37 @@ def test_an_error_of_the_library_ends_with_one_line(capsys: pytest.CaptureFixtur
         measure.run(options(), fail, ["--threads", "1"])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.endswith("error: model: width must be at least 1, got 0\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["attack", "autoattack", "epoch", "equivalence", "memory", "objectives", "train_step", "tried"]
+)
+def test_every_script_refuses_bf16_without_its_instructions(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "has_bf16", lambda device: False)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"benchmarks.{name}").main(["--device", "cpu", "--precision", "bf16"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --precision bf16: cpu has no bf16 instructions here: give fp32\n")
+
+
+@pytest.mark.parametrize("given", [[], ["--precision", "bf16", "fp32"]], ids=["by default", "asked for"])
+@pytest.mark.parametrize("there", [True, False])
+def test_bf16_is_left_out_of_a_list_without_its_instructions(
+    given: list[str], there: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[list[str]] = []
+
+    def note(args: argparse.Namespace) -> Report:
+        measured.append(sorted(args.precision))
+        return some_report(args)
+
+    made = measure.parser("some", "What it does.", batch_size=8, precision=("fp32", "bf16"))
+    monkeypatch.setattr(measure, "has_bf16", lambda device: there)
+    measure.run(made, note, ["--device", "cpu", "--threads", "1", *given])
+    told = "--precision: bf16 is left out, cpu has no bf16 instructions here\n"
+    assert (measured, capsys.readouterr().err) == (([["bf16", "fp32"]], "") if there else ([["fp32"]], told))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the device that is missing")

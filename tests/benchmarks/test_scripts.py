@@ -21,6 +21,7 @@ from benchmarks.measure import ROOT, SCHEMA, Report
 from benchmarks.naive import EPS, STEP_SIZE
 from benchmarks.workload import build, one_batch, synthetic
 from robustfair.evaluate.run import audit
+from robustfair.execution.device import has_bf16
 from robustfair.files import read_json
 from robustfair.objectives import PGDAT
 from robustfair.values import Threat
@@ -348,4 +349,5 @@ def test_torch_numpy_safetensors_and_pillow_are_all_that_is_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "ours bf16" in done.stdout
+    assert "ours fp32" in done.stdout
+    assert ("ours bf16" in done.stdout) == has_bf16(torch.device("cpu"))

@@ -70,7 +70,7 @@ def sample(hint: Any) -> tuple[list[str], Any]:
     if typing.get_origin(hint) is tuple:
         word, value = sample(choices[0])
         return word, (value,)
-    if type(None) in choices:
+    if choices:
         return sample(choices[0])
     return {int: (["3"], 3), float: (["0.25"], 0.25), str: (["word"], "word"), bool: ([], True)}[hint]
 
@@ -87,6 +87,22 @@ def test_every_key_of_a_recipe_is_a_flag(key: str, hint: Any, spelling: Callable
     assert {name for name, found in given.items() if found is not None} == {key}
     meant = tuple(str(Path(word).resolve()) for word in value) if key == "plugin" else value
     assert getattr(read_recipe("trades", {"data": "digits", key: given[key]}), key) == meant
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--compile"], {"compile": True}),
+        (["--no-compile"], {"compile": False}),
+        (["--compile", "auto"], {"compile": "auto"}),
+        (["--compile", "--seed", "3"], {"compile": True, "seed": 3}),
+        (["--precision", "auto", "--compile=auto"], {"precision": "auto", "compile": "auto"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_precision_and_compilation_may_be_left_to_the_machine(words: list[str], meant: dict[str, Any]) -> None:
+    given = vars(bound(["train", "trades", "--out", "new", *words])["flags"])
+    assert {key: value for key, value in given.items() if value is not None} == meant
 
 
 def bound(argv: list[str]) -> dict[str, Any]:

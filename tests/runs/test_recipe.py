@@ -84,6 +84,21 @@ def test_the_reference_path_is_not_compiled() -> None:
         Recipe(train="pgd-at", data="digits", compile=True, deterministic=True)
 
 
+@pytest.mark.parametrize("asked", [{"compile": "auto"}, {"precision": "auto"}, {"compile": True, "precision": "auto"}])
+def test_what_is_fastest_may_be_left_to_the_machine(tmp_path: Path, asked: dict[str, Any]) -> None:
+    recipe = read_recipe("pgd-at", {"data": "digits", **asked})
+    assert {key: getattr(recipe, key) for key in asked} == asked
+    assert read_recipe(write(tmp_path, recipe.to_yaml()), {}) == recipe
+    with pytest.raises(ConfigError, match="beside deterministic"):
+        read_recipe("pgd-at", {"data": "digits", "deterministic": True, **asked})
+
+
+@pytest.mark.parametrize("asked", ["always", 1])
+def test_compile_is_true_false_or_auto(asked: object) -> None:
+    with pytest.raises(ConfigError, match=r"compile must be .*'auto'"):
+        read_recipe("pgd-at", {"data": "digits", "compile": asked})
+
+
 def test_data_may_come_with_the_flags(tmp_path: Path) -> None:
     path = write(tmp_path, "train: trades\n")
     assert read_recipe(path, {"data": "digits"}).data == "digits"
@@ -126,7 +141,7 @@ KEYS = {key: hint for key, hint in get_type_hints(Recipe).items() if key != "sta
 RECIPES = st.fixed_dictionaries({key: values_of(hint) for key, hint in KEYS.items()}).map(
     lambda values: Recipe(
         **values
-        | {"compile": values["compile"] and not values["deterministic"]}
+        | ({"compile": False, "precision": "fp32"} if values["deterministic"] else {})
         | {"schedule": values["schedule"].replace("fast", "cosine")}
     )
 )

@@ -37,7 +37,7 @@ def _recipe_flags() -> type:
             about += f" Default: {field.default}."
         names = ("--step-size", "--alpha") if field.name == "step_size" else None
         many = typing.get_origin(hint) is tuple and field.name != "plugin"  # a composition may follow a file
-        negative = None if hint is bool else ()
+        negative = None if hint is bool or bool in typing.get_args(hint) else ()
         flag = Parameter(name=names, help=about, negative=negative, consume_multiple=many)
         text_first = str if field.name in ("norm", "eps", "step_size") else hint
         fields.append((field.name, Annotated[text_first | None, flag], dataclasses.field(default=None)))

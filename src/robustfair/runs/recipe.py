@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
-from robustfair.config import FAST_SCHEDULE, Curve, Norm, Precision, Select, build, require, require_one_way
+from robustfair.config import FAST_SCHEDULE, Auto, Curve, Norm, Precision, Select, build, require, require_one_way
 from robustfair.errors import ConfigError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.grammar import canonical_key, format_value, read_path
 
@@ -133,8 +133,13 @@ class Recipe:
         "average+worst"
     )
     augment: Annotated[str | None, "By name, see 'list augmentations'; the data set's own if not given."] = None
-    precision: Annotated[Precision, "Of forward and backward passes: fp32 or bf16."] = "fp32"
-    compile: Annotated[bool, "Compile attack and training pass: faster after a minute's start."] = False
+    precision: Annotated[
+        Precision | Auto, "Of forward and backward passes: fp32, bf16, or auto, the faster by a few timed passes."
+    ] = "fp32"
+    compile: Annotated[
+        bool | Auto,
+        "Compile attack and training pass: faster after a minute's start; auto where timed passes say it pays back.",
+    ] = False
     deterministic: Annotated[bool, "The reference path: uncompiled, no TF32, every algorithm repeats exactly."] = False
     device: Annotated[str, "cpu, cuda, or auto."] = "auto"
     allow: Annotated[tuple[str, ...], "Claims that several methods may share, such as attack.eps."] = ()
@@ -154,7 +159,7 @@ class Recipe:
         require(self.start != PREVIOUS, "recipe", "start", allowed="previous in a stage only", got=PREVIOUS)
         hint = "read_recipe turns it into the keys it stands for"
         require(self.schedule != "fast", "recipe", "schedule", allowed="a curve", got=self.schedule, hint=hint)
-        require_one_way("recipe", compile=self.compile, deterministic=self.deterministic)
+        require_one_way("recipe", precision=self.precision, compile=self.compile, deterministic=self.deterministic)
         if self.limit_per_class is not None and self.limit_per_class < 1:
             raise ConfigError("recipe", "limit_per_class", allowed=">= 1", got=self.limit_per_class)
 

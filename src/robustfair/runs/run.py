@@ -35,6 +35,7 @@ from robustfair.training.fit import Fitted, fit
 from robustfair.training.schedule import Schedule
 from robustfair.training.selection import held_out, require_validation
 from robustfair.training.state import TrainState
+from robustfair.training.way import Way
 from robustfair.values import derive_seed
 
 
@@ -160,7 +161,7 @@ def prepare(recipe: Recipe) -> Prepared:
     names = {field.name for field in dataclasses.fields(Schedule)} - {"kind"}
     schedule = Schedule(kind=recipe.curve, **{name: getattr(recipe, name) for name in names})
     device = resolve_device(recipe.device)
-    if recipe.compile:
+    if recipe.compile is True:
         require_compiler(torch.device(device).type)
     splits, train, validation, held = training_images(recipe)
     if recipe.images is not None:
@@ -293,6 +294,10 @@ def _train(
         if on_epoch is not None:
             on_epoch(state)
 
+    def on_way(way: Way) -> None:
+        folder.update_manifest(way=dataclasses.asdict(way))
+
+    taken = folder.manifest().get("way", {})
     try:
         fitted = fit(
             ready.model,
@@ -304,12 +309,13 @@ def _train(
             validation=0 if ready.validation is None else ready.validation,
             select=recipe.select,
             augment=ready.augment,
-            precision=recipe.precision,
-            compile=recipe.compile,
+            precision=taken.get("precision", recipe.precision),
+            compile=taken.get("compile", recipe.compile),
             deterministic=recipe.deterministic,
             device=ready.device,
             allow=ready.plan.allow,
             resume=state,
+            on_way=None if taken else on_way,
             save=save,
             on_step=on_step,
         )

@@ -51,6 +51,7 @@ class Engine:
         self.model = model
         self.eager = InPrecision(model, precision, device.type, bundled=True if compile else None)
         self.batch_size = batch_size
+        self.compiled = compile
         self._compiled: Callable[[Model, Tensor], Tensor] | None = None
         self._ascent: Ascent = ascend
         if compile:

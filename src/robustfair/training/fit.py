@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import Precision, Select, require, require_one_way
+from robustfair.config import Auto, Precision, Select, require, require_one_way
 from robustfair.data import ImageDataset
 from robustfair.data.augment.crops import Augmentation, parse_augmentation
 from robustfair.data.load.parts import listed
@@ -41,6 +41,7 @@ from robustfair.training.selection import (
     with_validation,
 )
 from robustfair.training.state import ScoredWeights, TrainState
+from robustfair.training.way import Way, choose_way
 from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, derive_seed
 
 
@@ -75,12 +76,13 @@ def fit(
     validation: float | ImageDataset = 0.02,
     select: Select = "average+worst",
     augment: Augmentation | None = None,
-    precision: Precision = "fp32",
-    compile: bool = False,
+    precision: Precision | Auto = "fp32",
+    compile: bool | Auto = False,
     deterministic: bool = False,
     device: str | torch.device = "cpu",
     allow: frozenset[str] = frozenset(),
     resume: TrainState | None = None,
+    on_way: Callable[[Way], None] | None = None,
     save: Callable[[TrainState], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Fitted:
@@ -94,19 +96,24 @@ def fit(
             and epoch of best validation average, worst class, or their sum; robust accuracy, clean for `standard`. Of
             equal ones the better on clean images is taken, then the later epoch, see `better`.
         augment: None takes the data set's own.
-        precision: of forward and backward passes; weights and losses are float32 either way.
+        precision: of forward and backward passes; weights and losses are float32 either way. "auto" is bf16 where it
+            is clearly faster, by a few timed passes.
         compile: compile attack and training pass for batches of `schedule.batch_size`; the same mathematics with other
-            rounding, and other draws in layers such as dropout. The first steps take a minute longer.
+            rounding, and other draws in layers such as dropout. The first steps take a minute longer. "auto" compiles
+            where the steps ahead pay it back, by a few timed passes.
         deterministic: the reference path: uncompiled, no TF32, only algorithms that repeat bit for bit. On a CPU in
             float32 the default is the same path.
         allow: claims that several methods may share.
         resume: state of an earlier run with the same arguments; goes on from there.
+        on_way: called before the first step with the precision and the compilation that were chosen; a run that goes
+            on with `resume` takes these, as it cannot choose anew.
         save: called with the state after every epoch.
         on_step: called with (epoch, step) after every step; must not wait for the device.
 
     Raises:
         ConflictError: methods that cannot act together, before any step.
-        ConfigError: `resume` was left by other methods, or another objective, network or optimizer.
+        ConfigError: `resume` was left by other methods, or another objective, network or optimizer; or a run that goes
+            on shall choose its way.
         ModelError: the model's output does not fit the classes, in eval or in train mode; the gradient of the images
             cannot be taken, and an attack needs it; or it cannot be compiled, and shall be.
         DivergedError: a loss that is not finite; carries epoch, step and class state.
@@ -115,7 +122,11 @@ def fit(
     if not isinstance(objective, Objective):
         raise ConfigError("fit", "objective", allowed="an objective such as Trades()", got=objective)
     require(select in get_args(Select), "fit", "select", allowed=f"one of {', '.join(get_args(Select))}", got=select)
-    require_one_way("fit", compile=compile, deterministic=deterministic)
+    require_one_way("fit", precision=precision, compile=compile, deterministic=deterministic)
+    for field, asked in (("precision", precision), ("compile", compile)):
+        goes_on = resume is not None and asked == "auto"
+        hint = "Give what the run began with, as on_way was told"
+        require(not goes_on, "fit", field, allowed="a value of its own beside resume", got=asked, hint=hint)
     if len(train) == 0:
         raise DataError(f"{train.name}: no images to train on")
     absent = [name for name, count in zip(train.class_names, train.class_counts().tolist(), strict=True) if count == 0]
@@ -124,7 +135,8 @@ def fit(
         warnings.warn(text, RobustFairWarning, stacklevel=2)
     plan = compose(objective, methods, allow=allow, validation=validation != 0)
     device = torch.device(device)
-    warn_of_slow_bf16(precision, device)
+    if precision != "auto":
+        warn_of_slow_bf16(precision, device)
     if deterministic:
         allow_deterministic_products()
     require_validation(validation, select)
@@ -141,18 +153,30 @@ def fit(
     trained_only = schedule.trainable(model) if schedule.only else None
     examples = (next(evaluation_batches(train, size)).x for size in (2, schedule.batch_size))
     check_training_outputs(called, train.num_classes, examples, lambda called: _train_mode(called, trained_only))
-    if compile:
+    if compile is True:
         require_pure(called, first)
     elif isinstance(objective, AdversarialObjective):
         check_gradient(called, first)
     layout = torch.contiguous_format if isinstance(called, OnCopies) else None
     augmentation = parse_augmentation(train.augment) if augment is None else augment
+    loader = Loader(train, schedule.batch_size, augment=augmentation, seed=seed, memory_format=layout)
+
+    def engine(precision: Precision, compile: bool) -> Engine:
+        return Engine(called, precision=precision, device=device, compile=compile, batch_size=schedule.batch_size)
+
+    timed = next(evaluation_batches(train, schedule.batch_size, memory_format=layout))
+    steps = schedule.epochs * loader.steps_per_epoch
+    way, chosen_engine = choose_way(engine, timed, objective, precision=precision, compile=compile, steps=steps)
+    if way.why:
+        warnings.warn(way.why, RobustFairWarning, stacklevel=2)
+    if on_way is not None:
+        on_way(way)
     training = _Training(
         model=model,
-        engine=Engine(called, precision=precision, device=device, compile=compile, batch_size=schedule.batch_size),
+        engine=chosen_engine,
         plan=plan,
         schedule=schedule,
-        loader=Loader(train, schedule.batch_size, augment=augmentation, seed=seed, memory_format=layout),
+        loader=loader,
         held=held,
         select=select,
         seed=seed,
