@@ -233,3 +233,16 @@ def test_layers_of_torch_are_what_the_kernels_stand_for(at_hand: Kernels) -> Non
     layer = nn.Conv2d(at_hand.lanes, at_hand.lanes, 3, padding=1, bias=False)
     x = images(1, at_hand.lanes, 5, 5)
     assert_close(at_hand.convolve(x, at_hand.transformed(layer.weight)), layer.double()(x.double()).detach())
+
+
+def test_squares_are_corners_of_the_ball_inside_the_box(at_hand: Kernels) -> None:
+    x, point = (images(3, 2, 7, 9, seed=seed).sigmoid() for seed in (0, 1))
+    rows, top, left = torch.tensor([2, 0, 2, 1]), torch.tensor([0, 3, 6, 1]), torch.tensor([0, 5, 8, 2])
+    side, sign = torch.tensor([7, 4, 1, 0]), torch.tensor([[1.0, -1.0], [-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    found = at_hand.squares(point, x, rows, (top, left, side), sign, 0.3)
+    for m, row in enumerate(rows.tolist()):
+        wanted = point[row].clone()
+        down = slice(int(top[m]), int(top[m] + side[m]))
+        across = slice(int(left[m]), int(left[m] + side[m]))
+        wanted[:, down, across] = (x[row] + 0.3 * sign[m, :, None, None]).clamp(0, 1)[:, down, across]
+        assert torch.allclose(found[m], wanted, rtol=0, atol=1e-7)

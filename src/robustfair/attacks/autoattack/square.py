@@ -19,13 +19,12 @@ from torch import Tensor
 from robustfair.attacks.autoattack.base import SearchNetwork, SearchState, margins
 from robustfair.attacks.pgd import per_pixel
 from robustfair.config import Norm
+from robustfair.execution.kernels.library import is_plain, kernels
 from robustfair.values import seeded_generator
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries after which the share of changed pixels is halved."""
 TINY = 1e-12
-TABLE = 2**26
-"""Pixels of all windows up to which they are kept in a table."""
 MEMORY = 0.98
 """What counts of an iteration in the next one, for the share of candidates that are kept."""
 
@@ -176,30 +175,27 @@ class Square:
         rows = rows.repeat_interleave(ahead)
         judged = state["judged"][rows] + torch.arange(ahead, device=rows.device).repeat(len(state["y"]))
         query, started = (judged - 1).clamp(0, self.queries - 1), judged > 0
-        x, point = (state["x"], state["point"]) if ahead == 1 else (state["x"][rows], state["point"][rows])
+        draws = self._draws(state, rows, query)
+        x, point = state["x"], state["point"]
         if self.norm == "linf":
-            moved = self._square_of_signs(x, point, *self._squares(state, rows, query, started))
+            draws = draws._replace(side=draws.side * started)
+            if is_plain(x) and is_plain(point) and (at_hand := kernels()) is not None:
+                places = (draws.place[:, 0], draws.place[:, 1], draws.side)
+                return at_hand.squares(point, x, rows, places, draws.sign, self.eps)
+        if ahead > 1:
+            x, point = x[rows], point[rows]
+        if self.norm == "linf":
+            moved = self._square_of_signs(x, point, draws)
         else:
-            draws = self._draws(state, rows, query)
             moved = torch.where(per_pixel(started, x), self._moved_bump(x, point, draws), point)
         last = state["x"].is_contiguous(memory_format=torch.channels_last)
         return moved.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
-    def _square_of_signs(self, x: Tensor, point: Tensor, window: Tensor, sign: Tensor) -> Tensor:
-        """The best point, moved to a corner of the ball inside a window (M, 1, H, W), channel by channel (M, C)."""
-        corner = torch.add(x, sign[:, :, None, None], alpha=self.eps).clamp_(0, 1)
+    def _square_of_signs(self, x: Tensor, point: Tensor, draws: Query) -> Tensor:
+        """The best point, moved to a corner of the ball inside a window, channel by channel."""
+        window = _window(draws.place[:, 0], draws.place[:, 1], draws.side, x)
+        corner = torch.add(x, draws.sign[:, :, None, None], alpha=self.eps).clamp(0, 1)
         return torch.where(window, corner, point)
-
-    def _squares(self, state: SearchState, rows: Tensor, query: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
-        """Windows (M, 1, H, W) and signs (M, C) of queries (M,) of the searches `rows`; none where not started."""
-        x = state["x"]
-        height, width = x.shape[2:]
-        if "place" in state or self.restarts * self.queries * height * width > TABLE:
-            draws = self._draws(state, rows, query)
-            return _window(draws.place[:, 0], draws.place[:, 1], draws.side * started, x), draws.sign
-        windows, signs = _squares_of_all(self, *x.shape[1:], x.device, x.dtype)
-        at = torch.where(started, state["restart"][rows] * self.queries + query, len(signs) - 1)
-        return windows[at], signs[at]
 
     def _moved_bump(self, x: Tensor, point: Tensor, draws: Query) -> Tensor:
         """The displacement with the mass of a second window moved into a bump in the first."""
@@ -302,20 +298,6 @@ def _shared(square: Square, channels: int, height: int, width: int, device: torc
     drawn = Draws.of(square.restarts * square.queries, channels, rng)
     sides = torch.tensor([square.side(query, height, width) for query in range(square.queries)])
     return Draws(*(part.to(device) for part in drawn)), sides.to(device)
-
-
-@lru_cache(maxsize=2)
-def _squares_of_all(
-    square: Square, channels: int, height: int, width: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Windows (Q + 1, 1, H, W) and signs (Q + 1, C) of all queries that the examples share; the last has no pixel."""
-    drawn, sides = _shared(square, channels, height, width, device)
-    side = sides.repeat(square.restarts)
-    place = _places(drawn.place, side, height, width)
-    image = torch.empty(1, 1, height, width, device=device)
-    windows, none = _window(place[:, 0], place[:, 1], side, image), torch.zeros_like(image, dtype=torch.bool)
-    signs = torch.cat([drawn.sign, drawn.sign[:1]])
-    return torch.cat([windows, none]), signs.to(dtype)
 
 
 def _places(place: Tensor, side: Tensor, height: int, width: int) -> Tensor:

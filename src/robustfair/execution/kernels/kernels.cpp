@@ -1,5 +1,6 @@
 // Kernels in float32 for x86 processors with AVX2, on images that lie channels last, (N, H, W, C): a 3x3 convolution with
-// stride and padding one, any other convolution, and all that is done to each number by itself, also around the first two.
+// stride and padding one, any other convolution, all that is done to each number by itself, also around the first two, and
+// the squares of the attack of that name.
 // `robustfair.execution.kernels` compiles and calls them.
 //
 // The first convolution is Winograd's F(4x4, 3x3) (Lavin and Gray 2016): a tile of 4x4 results needs 36 products for each pair
@@ -437,6 +438,26 @@ void rf_pointwise(const float* x, float* y, const Bits* gate, const float* scale
                   Bits* keep, int64_t pixels, int64_t channels, int positive, int threads) {
   const Pointwise done{gate, scale, shift, add, positive != 0, keep};
   chosen<Doing, is_any>(done.parts())(done, x, y, pixels, channels, threads);
+}
+
+// y = the images `rows` of point, moved inside a square to a corner of the ball around those of x: clamp(x + eps sign).
+// point, x: (N, H, W, C); y: (M, H, W, C); rows, tops, lefts, sides: (M); signs: (M, C).
+void rf_squares(const float* point, const float* x, float* y, const int64_t* rows, const int64_t* tops,
+                const int64_t* lefts, const int64_t* sides, const float* signs, float eps, int64_t count, int64_t height,
+                int64_t width, int64_t channels, int threads) {
+  const int64_t size = height * width * channels;
+#pragma omp parallel for schedule(static) num_threads(threads) if (count * size > (1 << 16))
+  for (int64_t m = 0; m < count; ++m) {
+    const float* from = x + rows[m] * size;
+    const float* sign = signs + m * channels;
+    std::copy_n(point + rows[m] * size, size, y + m * size);
+    for (int64_t i = tops[m]; i < tops[m] + sides[m]; ++i)
+      for (int64_t j = lefts[m]; j < lefts[m] + sides[m]; ++j)
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t at = (i * width + j) * channels + c;
+          y[m * size + at] = std::min(std::max(from[at] + eps * sign[c], 0.0f), 1.0f);
+        }
+  }
 }
 
 }  // extern "C"

@@ -162,6 +162,29 @@ class Kernels:
         self.library.rf_pointwise(*map(_address, given), *sizes)
         return y
 
+    def squares(
+        self,
+        point: Tensor,
+        x: Tensor,
+        rows: Tensor,
+        places: tuple[Tensor, Tensor, Tensor],
+        sign: Tensor,
+        eps: float,
+    ) -> Tensor:
+        """(M, C, H, W) the images `rows` (M,) of `point`, inside a square each moved to clamp(x + eps sign, 0, 1).
+
+        Args:
+            point, x: (N, C, H, W).
+            places: top and left of the squares and their sides, (M,) integers each, all inside the image.
+            sign: (M, C), float32.
+        """
+        count, (channels, height, width) = len(rows), x.shape[1:]
+        y = torch.empty((count, channels, height, width), memory_format=torch.channels_last)
+        given = (point, x, y, *(part.contiguous() for part in (rows, *places, sign)))
+        sizes = (count, height, width, channels, torch.get_num_threads())
+        self.library.rf_squares(*map(_address, given), eps, *sizes)
+        return y
+
     def signs(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """Room for a bit a number of images of this shape, (N, H W C / 8)."""
         images, channels, height, width = shape
@@ -218,6 +241,11 @@ class Kernels:
         points, channels, out = weights.shape
         block = 2 * self.lanes if out % (2 * self.lanes) == 0 else self.lanes
         return weights.reshape(points, channels, out // block, block).transpose(1, 2).contiguous()
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the kernels take images: float32 on a CPU that lie channels last."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def kernels() -> Kernels | None:
@@ -302,6 +330,8 @@ def _load(path: Path) -> Kernels:
     library.rf_sum.argtypes = [pointer] * 12 + [number] * 2
     library.rf_pointwise.argtypes = [pointer] * 7 + [size] * 2 + [number] * 2
     library.rf_pointwise.restype = None
+    library.rf_squares.argtypes = [pointer] * 8 + [ctypes.c_float] + [size] * 4 + [number]
+    library.rf_squares.restype = None
     return Kernels(library, library.rf_lanes())
 
 
