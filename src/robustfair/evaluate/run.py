@@ -179,6 +179,7 @@ def audit(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "batch_size": size,
             "seconds": found.seconds,
+            "spent": found.spent,
             "not_run": found.not_run,
             "begun": found.begun,
             "input_gradients": found.gradients,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,7 @@ class SuiteResult:
         not_finite: attack -> attacked points at which the logits were no finite numbers: no image is right there.
         points: AutoAttack -> image -> (C, H, W) where the model gives the prediction.
         searches: AutoAttack -> how it searched on this machine, in words.
+        spent: AutoAttack -> member -> seconds, passes and images of them, where it ran here.
         gradients: of the images that are right when clean: how many have none that an attack can follow.
         not_run: attacks that the deadline left without predictions.
         begun: those of them that were begun, and the share of their work that was done and is kept for the next time.
@@ -101,6 +102,7 @@ class SuiteResult:
     not_finite: dict[str, int] = field(default_factory=dict)
     points: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     searches: dict[str, str] = field(default_factory=dict)
+    spent: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     gradients: dict[str, int] | None = None
     not_run: list[str] = field(default_factory=list)
     begun: dict[str, float] = field(default_factory=dict)
@@ -291,6 +293,7 @@ class AttackRunner:
         else:
             result, unfinished = run.run(self.engine, state)
             found.searches[name] = result.how
+            found.spent[name] = {member: asdict(spent) for member, spent in result.spent.items()}
         if unfinished is None:
             tell(1.0)
         else:

@@ -18,11 +18,12 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from robustfair.execution.kernels.library import Kernels, Pointwise
+from robustfair.execution.kernels.library import Kernels, Pointwise, Scheme
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 POSITIVE_PARTS = (F.relu, torch.relu, torch.relu_)
 WINOGRAD = ((3, 3), (1, 1), (1, 1), (1, 1))
+STRIDED = ((3, 3), (2, 2), (1, 1), (1, 1))
 """Kernel, stride, padding and dilation of the convolutions that `Kernels.convolve` takes."""
 Gradients = list[Tensor | None]
 """Of what a step reads, one each; None where it has none."""
@@ -213,7 +214,8 @@ class PointwiseStep:
 
 
 class WinogradStep:
-    """A 3x3 convolution, with a batch norm and ReLU before it, a sum after it, and a ReLU after that, where they are.
+    """A 3x3 convolution with stride one or two, by tiles, and what stands around it: a batch norm and ReLU before it, a
+    sum after it, a ReLU after that.
 
     It reads the image, and the other summand where there is one.
     """
@@ -227,8 +229,11 @@ class WinogradStep:
         if norm is not None:
             self.scale, self.shift = scale_and_shift(norm)
         self.bias = None if layer.bias is None else layer.bias.detach()
-        self.there = kernels.transformed(layer.weight)
-        self.back = kernels.transformed(layer.weight.transpose(0, 1).flip(2, 3))
+        self.scheme: Scheme = "strided" if _geometry(layer) == STRIDED else "plain"
+        self.way_back: Scheme = "spread" if self.scheme == "strided" else "plain"
+        self.there = kernels.transformed(layer.weight, self.scheme)
+        exchanged = layer.weight.transpose(0, 1)
+        self.back = kernels.transformed(exchanged if self.scheme == "strided" else exchanged.flip(2, 3), self.way_back)
 
     def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
         x, *others = map(_last, values)
@@ -238,13 +243,34 @@ class WinogradStep:
         then = self.kernels.signs(shape) if keep and self.positive else None
         before = Pointwise(scale=self.scale, shift=self.shift, positive=self.scale is not None, keep=first)
         after = Pointwise(shift=self.bias, add=others[0] if others else None, positive=self.positive, keep=then)
-        return self.kernels.convolve(x, self.there, before, after), (first, then)
+        return self.kernels.convolve(x, self.there, before, after, scheme=self.scheme), (x.shape[2:], first, then)
 
     def backward(self, kept: Any, gradient: Tensor, known: Gradients) -> Gradients:
-        (first, then), gradient = kept, _last(gradient)
-        after = Pointwise(gate=first, scale=self.scale, add=_or_last(known[0]))
-        to_x = self.kernels.convolve(gradient, self.back, Pointwise(gate=then), after)
+        (size, first, then), gradient = kept, _last(gradient)
+        before, after = Pointwise(gate=then), Pointwise(gate=first, scale=self.scale, add=_or_last(known[0]))
+        to_x = self.kernels.convolve(gradient, self.back, before, after, scheme=self.way_back, size=size)
         return [to_x, _of_summand(self.kernels, gradient, then, known[1])] if self.adds else [to_x]
+
+
+@dataclass(frozen=True)
+class EitherStep:
+    """A 3x3 convolution by tiles of 4x4 results, or as a sum where the results fill so little of their tiles that this
+    needs fewer products.
+    """
+
+    tiles: WinogradStep
+    sums: SumStep
+
+    def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
+        height, width = _shape_of(self.tiles.layer, values[0])[2:]
+        points = len(self.tiles.there) * -(-height // 4) * -(-width // 4)
+        step: Step = self.tiles if points < 9 * height * width else self.sums
+        result, kept = step.forward(values, keep)
+        return result, (step, kept)
+
+    def backward(self, kept: Any, gradient: Tensor, known: Gradients) -> Gradients:
+        step, kept = kept
+        return step.backward(kept, gradient, known)
 
 
 def program(network: fx.GraphModule, kernels: Kernels) -> Program:
@@ -321,9 +347,10 @@ class _Reader:
         last, positive = self._positive_part(end)
         about: dict[str, Any] = {"adds": other is not None, "positive": positive}
         image, before = node.args[0], None
-        if _geometry(layer) == WINOGRAD and layer.in_channels % self.kernels.lanes == 0:
+        if _geometry(layer) in (WINOGRAD, STRIDED) and layer.in_channels % self.kernels.lanes == 0:
             image, norm, before = self._norm_before(plan, image)
-            step: Step = WinogradStep(self.kernels, layer, norm=norm, **about)
+            tiles = WinogradStep(self.kernels, layer, norm=norm, **about)
+            step: Step = tiles if norm is not None else EitherStep(tiles, SumStep(self.kernels, layer, **about))
         else:
             step = SumStep(self.kernels, layer, **about)
         reads = (image,) if other is None else (image, other)

@@ -49,6 +49,25 @@ def test_a_3x3_convolution(at_hand: Kernels, size: tuple[int, int], channels: in
     assert_close(at_hand.convolve(x, at_hand.transformed(weight)), wanted)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (8, 8), (9, 15), (17, 6)])
+@pytest.mark.parametrize(("channels", "out"), [(1, 2), (2, 1)])
+def test_a_3x3_convolution_with_stride_two_and_its_way_back(
+    at_hand: Kernels, size: tuple[int, int], channels: int, out: int
+) -> None:
+    channels, out = channels * at_hand.lanes, out * at_hand.lanes
+    x, weight = images(3, channels, *size), images(out, channels, 3, 3, seed=1)
+    z = x.double().requires_grad_()
+    wanted = F.conv2d(z, weight.double(), stride=2, padding=1)
+    assert_close(at_hand.convolve(x, at_hand.transformed(weight, "strided"), scheme="strided"), wanted.detach())
+    g, other = images(*wanted.shape, seed=2), images(*x.shape, seed=3)
+    signs = at_hand.signs(g.shape)
+    at_hand.pointwise(images(*wanted.shape, seed=4), Pointwise(keep=signs))
+    (gradient,) = torch.autograd.grad(wanted, z, gated(at_hand, g, signs).double())
+    back = at_hand.transformed(weight.transpose(0, 1), "spread")
+    found = at_hand.convolve(g, back, Pointwise(gate=signs), Pointwise(add=other), scheme="spread", size=size)
+    assert_close(found, gradient + other)
+
+
 def test_many_tiles_and_large_weights(at_hand: Kernels) -> None:
     x, weight = images(40, 128, 8, 8), images(128, 128, 3, 3, seed=1)
     assert_close(at_hand.convolve(x, at_hand.transformed(weight)), F.conv2d(x.double(), weight.double(), padding=1))

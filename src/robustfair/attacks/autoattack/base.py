@@ -33,12 +33,21 @@ class SearchNetwork:
         tolerance: share of the largest logit by which its margins may differ from the exact model's.
         capacity: images that a pass may take; a search may use what the batch leaves of it.
         fixed: what a pass costs whatever its images, in images.
+
+    Attributes:
+        passes, images: so far: forward and backward passes, and the images of each of them.
     """
 
     def __init__(self, model: Model, tolerance: float = 0.0, capacity: int = 0, fixed: float = 0.0) -> None:
         self.model = model
         self.tolerance = tolerance
         self.capacity, self.fixed = capacity, fixed
+        self.passes = 0
+        self.images = 0
+
+    def _count(self, x: Tensor, passes: int) -> None:
+        self.passes += passes
+        self.images += passes * len(x)
 
     def suspects(self, logits: Tensor, margin: Tensor, tested: Tensor) -> Tensor:
         """(B,) where the exact model is to be asked: it may be wrong there, or the logits are no numbers.
@@ -52,6 +61,7 @@ class SearchNetwork:
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, K), without a graph."""
+        self._count(x, 1)
         with torch.no_grad():
             return self.model(x)
 
@@ -60,6 +70,7 @@ class SearchNetwork:
 
         Where the gradient is no finite number it is zero, so that no search carries it on.
         """
+        self._count(x, 2)
         z = x.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = self.model(z)
@@ -73,6 +84,7 @@ class SearchNetwork:
             logits = self.model(z)
             require_graph(logits)
             rows = [torch.autograd.grad(logits[:, k].sum(), z, retain_graph=True)[0] for k in range(logits.shape[1])]
+        self._count(x, 1 + len(rows))
         return logits.detach(), _finite(torch.stack(rows, 1))
 
 

@@ -11,6 +11,7 @@ or nearly so, are suspects that the exact model is asked about.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,15 @@ JOURNAL_KEYS = {"restart": "round", "iterations": "turns"}
 
 
 @dataclass
+class Spent:
+    """What a member took on this machine: seconds, and the passes of its network, and the images of each of them."""
+
+    seconds: float = 0.0
+    passes: int = 0
+    images: int = 0
+
+
+@dataclass
 class AttackResult:
     """What an ensemble did to each of n examples, on the CPU.
 
@@ -46,6 +56,7 @@ class AttackResult:
         not_finite: points at which the exact model's logits were no finite numbers.
         ran: member -> share of its work that was done when the run ended.
         how: how it ran on this machine, in words.
+        spent: member -> what it took, since the run was begun or went on.
     """
 
     prediction: Tensor
@@ -54,6 +65,7 @@ class AttackResult:
     not_finite: int = 0
     ran: dict[str, float] = field(default_factory=dict)
     how: str = ""
+    spent: dict[str, Spent] = field(default_factory=dict)
 
     @staticmethod
     def all_robust(labels: Tensor) -> AttackResult:
@@ -147,6 +159,7 @@ class Ensemble:
         self.member = 0
         self.queue: Queue | None = None
         self.active: SearchState = {}
+        self._spent = [Spent() for _ in self.searches]
         self._ranking: Tensor | None = None
 
     @property
@@ -170,6 +183,7 @@ class Ensemble:
                 break
         names = [search.name for search in self.searches]
         self.result.ran = dict(zip(names, self.ran(), strict=True))
+        self.result.spent = dict(zip(names, self._spent, strict=True))
         return self.result
 
     def ran(self) -> list[float]:
@@ -273,6 +287,7 @@ class Ensemble:
     def _iterate(self, search: Search) -> None:
         active = self.active
         network = self.distance_network if search.measures_distance else self.network
+        began, passes, images = time.perf_counter(), network.passes, network.images
         point, logits = search.iterate(active, network)
         margin = margins(logits, active["y"])
         suspect = network.suspects(logits, margin, active["tested"])
@@ -290,6 +305,10 @@ class Ensemble:
         stays = (~leaves).nonzero().squeeze(1)
         if len(stays) < len(leaves):
             self.active = {name: rows[stays] for name, rows in active.items()} if len(stays) else {}
+        spent = self._spent[self.member]
+        spent.seconds += time.perf_counter() - began
+        spent.passes += network.passes - passes
+        spent.images += network.images - images
 
     def _judge(self, rows: Tensor, restarts: Tensor, points: Tensor) -> None:
         """Ask the exact model about points (B, C, H, W) of the examples `rows`, and note what it breaks first."""

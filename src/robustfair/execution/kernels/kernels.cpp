@@ -1,11 +1,13 @@
 // Kernels in float32 for x86 processors with AVX2, on images that lie channels last, (N, H, W, C): a 3x3 convolution with
-// stride and padding one, any other convolution, all that is done to each number by itself, also around the first two, and
+// padding one and stride one or two, and the gradient of its images, any other convolution, all that is done to each number by itself, also around the first two, and
 // the squares of the attack of that name.
 // `robustfair.execution.kernels` compiles and calls them.
 //
-// The first convolution is Winograd's F(4x4, 3x3) (Lavin and Gray 2016): a tile of 4x4 results needs 36 products for each pair
-// of channels where the sums as they stand need 144. A thread takes some tiles at a time: it transforms their 6x6 inputs,
-// multiplies, for each of the 36 points, (tiles, C) by (C, K) weights, and transforms the products back.
+// The first convolutions are Winograd's F(4x4, 3x3) (Lavin and Gray 2016): a tile of 4x4 results needs 36 products for each
+// pair of channels where the sums as they stand need 144. With a stride of two the middle tap of a kernel reads other pixels
+// than the two beside it, so that a row of four results is a product for each by the middle tap, and F(4, 2) of the other
+// two with five: 81 products for 144. A thread takes some tiles at a time: it transforms what they read, multiplies, for
+// each of the points, (tiles, C) by (C, K) weights, and transforms the products back.
 //
 // Signs are kept as one bit a number, set where it is not at or below zero, so that what is no number counts as positive
 // and is handed on, as torch does.
@@ -42,7 +44,6 @@ inline Vector gated(Vector value, Bits bits) {
   return _mm256_and_ps(value, _mm256_castsi256_ps(set));
 }
 #endif
-constexpr int POINTS = 36;
 constexpr int NO_MEMORY = 1, UNKNOWN = 2;
 constexpr int64_t PAD = 16;            // between rows of a buffer, so that they do not meet in the same lines of a cache
 constexpr int64_t BUFFER = 128 << 10;  // bytes that a thread's tiles take, about what its cache holds beside weights
@@ -110,7 +111,8 @@ inline void store_some(float* to, Vector value, int64_t count) {
 }
 
 struct Shape {
-  int64_t images, height, width, in, out, stored;  // channels computed, and those that the result has
+  int64_t images, height, width, in;               // of the images read
+  int64_t out_height, out_width, out, stored;      // of those written: channels computed, and those that there are
   int64_t down, across;                            // tiles of an image
 
   int64_t tiles() const { return images * down * across; }
@@ -132,39 +134,97 @@ struct Place {
   }
 };
 
-// Six numbers to six, B^T d of the paper.
-inline void transform(const Vector* d, int step, Vector* to, int to_step) {
-  Vector a = d[4 * step] - 4.0f * d[2 * step], b = d[3 * step] - 4.0f * d[step];
-  Vector c = d[4 * step] - d[2 * step], e = 2.0f * (d[3 * step] - d[step]);
-  to[0] = 4.0f * d[0] - 5.0f * d[2 * step] + d[4 * step];
-  to[to_step] = a + b;
-  to[2 * to_step] = a - b;
-  to[3 * to_step] = c + e;
-  to[4 * to_step] = c - e;
-  to[5 * to_step] = 4.0f * d[step] - 5.0f * d[3 * step] + d[5 * step];
-}
+// A scheme says how a row of `OUT` results is made: of `IN` numbers, which begin `BEFORE` in front of `MOVE` times the
+// number of the tile, transformed to `POINTS`, whose products are transformed to the results.
 
-// Six numbers to four, A^T m of the paper.
-inline void transform_back(const Vector* m, int step, Vector* to, int to_step) {
-  Vector a = m[step] + m[2 * step], b = m[step] - m[2 * step];
-  Vector c = m[3 * step] + m[4 * step], d = m[3 * step] - m[4 * step];
-  to[0] = m[0] + a + c;
-  to[to_step] = b + 2.0f * d;
-  to[2 * to_step] = a + 4.0f * c;
-  to[3 * to_step] = b + 8.0f * d + m[5 * step];
-}
+// F(4, 3): matrices B^T and A^T of the paper.
+struct Plain {
+  static constexpr int IN = 6, POINTS = 6, OUT = 4, MOVE = 4, BEFORE = 1;
 
-// Pixels beside the image are zero, whatever `before` does to the others. Signs are kept of the middle 4x4, so that of two
-// tiles one keeps them.
-template <int PARTS, bool WITHIN>
+  static inline void transform(const Vector* d, int step, Vector* to, int to_step) {
+    Vector a = d[4 * step] - 4.0f * d[2 * step], b = d[3 * step] - 4.0f * d[step];
+    Vector c = d[4 * step] - d[2 * step], e = 2.0f * (d[3 * step] - d[step]);
+    to[0] = 4.0f * d[0] - 5.0f * d[2 * step] + d[4 * step];
+    to[to_step] = a + b;
+    to[2 * to_step] = a - b;
+    to[3 * to_step] = c + e;
+    to[4 * to_step] = c - e;
+    to[5 * to_step] = 4.0f * d[step] - 5.0f * d[3 * step] + d[5 * step];
+  }
+
+  static inline void transform_back(const Vector* m, int step, Vector* to, int to_step) {
+    Vector a = m[step] + m[2 * step], b = m[step] - m[2 * step];
+    Vector c = m[3 * step] + m[4 * step], d = m[3 * step] - m[4 * step];
+    to[0] = m[0] + a + c;
+    to[to_step] = b + 2.0f * d;
+    to[2 * to_step] = a + 4.0f * c;
+    to[3 * to_step] = b + 8.0f * d + m[5 * step];
+  }
+};
+
+// F(4, 2) at the points 0, 1, -1, 2 and infinity.
+struct Pair {
+  static inline void transform(const Vector* d, int step, Vector* to, int to_step) {
+    Vector a = d[3 * step] - d[step], b = d[3 * step] - d[2 * step];
+    to[0] = 2.0f * (d[0] - d[2 * step]) + a;
+    to[to_step] = b - 2.0f * d[step];
+    to[2 * to_step] = b - 2.0f * (d[2 * step] - d[step]);
+    to[3 * to_step] = a;
+    to[4 * to_step] = d[4 * step] - d[2 * step] - 2.0f * a;
+  }
+
+  static inline void transform_back(const Vector* m, int step, Vector* to, int to_step) {
+    Vector a = m[step] + m[2 * step], b = m[step] - m[2 * step];
+    to[0] = m[0] + a + m[3 * step];
+    to[to_step] = b + 2.0f * m[3 * step];
+    to[2 * to_step] = a + 4.0f * m[3 * step];
+    to[3 * to_step] = b + 8.0f * m[3 * step] + m[4 * step];
+  }
+};
+
+// Stride two: of nine numbers the first, third, ... meet the outer taps, the others the middle one.
+struct Strided {
+  static constexpr int IN = 9, POINTS = 9, OUT = 4, MOVE = 8, BEFORE = 1;
+
+  static inline void transform(const Vector* d, int step, Vector* to, int to_step) {
+    Pair::transform(d, 2 * step, to, to_step);
+    for (int i = 0; i < 4; ++i) to[(5 + i) * to_step] = d[(2 * i + 1) * step];
+  }
+
+  static inline void transform_back(const Vector* m, int step, Vector* to, int to_step) {
+    Pair::transform_back(m, step, to, to_step);
+    for (int i = 0; i < 4; ++i) to[i * to_step] += m[(5 + i) * step];
+  }
+};
+
+// The gradient of the images of that: the middle tap gives the first, third, ... of eight, the outer ones the others.
+struct Spread {
+  static constexpr int IN = 5, POINTS = 9, OUT = 8, MOVE = 4, BEFORE = 0;
+
+  static inline void transform(const Vector* d, int step, Vector* to, int to_step) {
+    Pair::transform(d, step, to, to_step);
+    for (int i = 0; i < 4; ++i) to[(5 + i) * to_step] = d[i * step];
+  }
+
+  static inline void transform_back(const Vector* m, int step, Vector* to, int to_step) {
+    Pair::transform_back(m, step, to + to_step, 2 * to_step);
+    for (int i = 0; i < 4; ++i) to[2 * i * to_step] = m[(5 + i) * step];
+  }
+};
+
+// Pixels beside the image are zero, whatever `before` does to the others. Of tiles that read the same pixel one keeps its
+// sign.
+template <class Scheme, int PARTS, bool WITHIN>
 inline void read_tile(const float* x, const Pointwise& before, const Shape& shape, const Place& place, float* to,
                       int64_t plane) {
-  const int64_t top = 4 * place.i - 1, left = 4 * place.j - 1, first = place.image * shape.height * shape.width;
+  constexpr int IN = Scheme::IN, POINTS = Scheme::POINTS, OWN = Scheme::BEFORE, END = OWN + Scheme::MOVE;
+  const int64_t top = Scheme::MOVE * place.i - OWN, left = Scheme::MOVE * place.j - OWN;
+  const int64_t first = place.image * shape.height * shape.width;
   for (int64_t c = 0; c < shape.in; c += LANES) {
-    Vector columns[POINTS];
-    for (int j = 0; j < 6; ++j) {
-      Vector pixels[6];
-      for (int i = 0; i < 6; ++i) {
+    Vector columns[POINTS * IN];
+    for (int j = 0; j < IN; ++j) {
+      Vector pixels[IN];
+      for (int i = 0; i < IN; ++i) {
         const int64_t row = top + i, column = left + j;
         if (!WITHIN && (row < 0 || row >= shape.height || column < 0 || column >= shape.width)) {
           pixels[i] = Vector{};
@@ -172,39 +232,40 @@ inline void read_tile(const float* x, const Pointwise& before, const Shape& shap
         }
         const int64_t at = (first + row * shape.width + column) * shape.in + c;
         pixels[i] = load(x + at);
-        if (i > 0 && i < 5 && j > 0 && j < 5)
+        if (i >= OWN && i < END && j >= OWN && j < END)
           before.run<PARTS>(pixels[i], at, c);
         else
           before.run<PARTS & ~KEEP>(pixels[i], at, c);
       }
-      transform(pixels, 1, columns + j, 6);
+      Scheme::transform(pixels, 1, columns + j, IN);
     }
-    for (int i = 0; i < 6; ++i) {
-      Vector found[6];
-      transform(columns + 6 * i, 1, found, 1);
-      for (int j = 0; j < 6; ++j) store(to + (6 * i + j) * plane + c, found[j]);
+    for (int i = 0; i < POINTS; ++i) {
+      Vector found[POINTS];
+      Scheme::transform(columns + IN * i, 1, found, 1);
+      for (int j = 0; j < POINTS; ++j) store(to + (POINTS * i + j) * plane + c, found[j]);
     }
   }
 }
 
-template <int PARTS, bool WITHIN>
+template <class Scheme, int PARTS, bool WITHIN>
 inline void write_tile(const float* products, int64_t plane, const Pointwise& after, const Shape& shape,
                        const Place& place, float* y) {
-  const int64_t top = 4 * place.i, left = 4 * place.j, first = place.image * shape.height * shape.width;
+  constexpr int POINTS = Scheme::POINTS, OUT = Scheme::OUT;
+  const int64_t top = OUT * place.i, left = OUT * place.j, first = place.image * shape.out_height * shape.out_width;
   for (int64_t k = 0; k < shape.out; k += LANES) {
-    Vector columns[24];
-    for (int j = 0; j < 6; ++j) {
-      Vector points[6];
-      for (int i = 0; i < 6; ++i) points[i] = load(products + (6 * i + j) * plane + k);
-      transform_back(points, 1, columns + j, 6);
+    Vector columns[OUT * POINTS];
+    for (int j = 0; j < POINTS; ++j) {
+      Vector points[POINTS];
+      for (int i = 0; i < POINTS; ++i) points[i] = load(products + (POINTS * i + j) * plane + k);
+      Scheme::transform_back(points, 1, columns + j, POINTS);
     }
-    for (int i = 0; i < 4; ++i) {
-      if (!WITHIN && top + i >= shape.height) break;
-      Vector found[4];
-      transform_back(columns + 6 * i, 1, found, 1);
-      for (int j = 0; j < 4; ++j) {
-        if (!WITHIN && left + j >= shape.width) break;
-        const int64_t pixel = first + (top + i) * shape.width + left + j;
+    for (int i = 0; i < OUT; ++i) {
+      if (!WITHIN && top + i >= shape.out_height) break;
+      Vector found[OUT];
+      Scheme::transform_back(columns + POINTS * i, 1, found, 1);
+      for (int j = 0; j < OUT; ++j) {
+        if (!WITHIN && left + j >= shape.out_width) break;
+        const int64_t pixel = first + (top + i) * shape.out_width + left + j;
         if (WITHIN || shape.stored == shape.out) {
           after.run<PARTS>(found[j], pixel * shape.out + k, k);
           store(y + pixel * shape.out + k, found[j]);
@@ -216,28 +277,34 @@ inline void write_tile(const float* products, int64_t plane, const Pointwise& af
   }
 }
 
-template <int PARTS>
-struct Reading {  // of `count` tiles
-  static void made(const float* x, const Pointwise& before, const Shape& shape, Place place, int64_t count, float* to,
-                   int64_t to_row, int64_t plane) {
-    for (; count > 0; --count, place.next(), to += to_row) {
-      const bool within =
-          place.i > 0 && place.j > 0 && 4 * place.i + 5 <= shape.height && 4 * place.j + 5 <= shape.width;
-      (within ? read_tile<PARTS, true> : read_tile<PARTS, false>)(x, before, shape, place, to, plane);
+template <class Scheme>
+struct Tiles {  // of `count` tiles
+  template <int PARTS>
+  struct Reading {
+    static void made(const float* x, const Pointwise& before, const Shape& shape, Place place, int64_t count, float* to,
+                     int64_t to_row, int64_t plane) {
+      constexpr int MOVE = Scheme::MOVE, LAST = Scheme::IN - Scheme::BEFORE;
+      for (; count > 0; --count, place.next(), to += to_row) {
+        const bool begins = Scheme::BEFORE == 0 || (place.i > 0 && place.j > 0);
+        const bool within = begins && MOVE * place.i + LAST <= shape.height && MOVE * place.j + LAST <= shape.width;
+        (within ? read_tile<Scheme, PARTS, true> : read_tile<Scheme, PARTS, false>)(x, before, shape, place, to, plane);
+      }
     }
-  }
-};
+  };
 
-template <int PARTS>
-struct Writing {
-  static void made(const float* products, int64_t row, int64_t plane, const Pointwise& after, const Shape& shape,
-                   Place place, int64_t count, float* y) {
-    for (; count > 0; --count, place.next(), products += row) {
-      const bool within =
-          4 * place.i + 4 <= shape.height && 4 * place.j + 4 <= shape.width && shape.stored == shape.out;
-      (within ? write_tile<PARTS, true> : write_tile<PARTS, false>)(products, plane, after, shape, place, y);
+  template <int PARTS>
+  struct Writing {
+    static void made(const float* products, int64_t row, int64_t plane, const Pointwise& after, const Shape& shape,
+                     Place place, int64_t count, float* y) {
+      constexpr int OUT = Scheme::OUT;
+      for (; count > 0; --count, place.next(), products += row) {
+        const bool within = OUT * (place.i + 1) <= shape.out_height && OUT * (place.j + 1) <= shape.out_width &&
+                            shape.stored == shape.out;
+        (within ? write_tile<Scheme, PARTS, true> : write_tile<Scheme, PARTS, false>)(products, plane, after, shape,
+                                                                                      place, y);
+      }
     }
-  }
+  };
 };
 
 // (rows, in) by (in, BLOCKS LANES): rows are a multiple of ROWS.
@@ -260,11 +327,55 @@ void multiply(const float* left, int64_t left_row, const float* weights, int64_t
 int64_t whole_blocks(int64_t tiles) { return (tiles + ROWS - 1) / ROWS * ROWS; }
 
 // How many tiles a thread takes at a time.
-int64_t tiles_at_a_time(const Shape& shape, int threads) {
-  int64_t each = POINTS * (shape.in + shape.out + 2 * PAD) * sizeof(float);
-  int64_t weights = POINTS * shape.in * shape.out * sizeof(float);
+int64_t tiles_at_a_time(const Shape& shape, int64_t points, int threads) {
+  int64_t each = points * (shape.in + shape.out + 2 * PAD) * sizeof(float);
+  int64_t weights = points * shape.in * shape.out * sizeof(float);
   int64_t most = std::max(BUFFER / each, weights > LARGE ? FEWEST_LARGE : FEWEST);
   return whole_blocks(std::min(most, (shape.tiles() + threads - 1) / threads));
+}
+
+template <class Scheme>
+int convolve(const float* x, const float* weights, float* y, const Pointwise& before, const Pointwise& after, Shape shape,
+             int threads) {
+  constexpr int64_t POINTS = Scheme::POINTS * Scheme::POINTS;
+  shape.down = (shape.out_height + Scheme::OUT - 1) / Scheme::OUT;
+  shape.across = (shape.out_width + Scheme::OUT - 1) / Scheme::OUT;
+  const int64_t in = shape.in, out = shape.out;
+  const int64_t most = tiles_at_a_time(shape, POINTS, threads), all = shape.tiles(), parts = (all + most - 1) / most;
+  const int64_t in_row = in + PAD, out_row = out + PAD, in_plane = most * in_row, out_plane = most * out_row;
+  const int64_t block = out % (2 * LANES) == 0 ? 2 * LANES : LANES;
+  const auto read = chosen<Tiles<Scheme>::template Reading, is_before>(before.parts());
+  const auto write = chosen<Tiles<Scheme>::template Writing, is_after>(after.parts());
+  if (!read || !write) return UNKNOWN;
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    const size_t bytes = POINTS * (in_plane + out_plane) * sizeof(float);
+    float* inputs = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    float* products = inputs + POINTS * in_plane;
+    failed |= inputs == nullptr;
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < parts; ++part) {
+      if (failed) continue;
+      const int64_t first = part * most, count = std::min(most, all - first), rows = whole_blocks(count);
+      const Place place(shape.down, shape.across, first);
+      read(x, before, shape, place, count, inputs, in_row, in_plane);
+      for (int64_t t = count; t < rows; ++t)
+        for (int p = 0; p < POINTS; ++p) std::fill_n(inputs + p * in_plane + t * in_row, in, 0.0f);
+      for (int p = 0; p < POINTS; ++p)
+        for (int64_t k = 0; k < out; k += block) {
+          const float* panel = weights + (p * out + k) * in;
+          float* to = products + p * out_plane + k;
+          if (block == LANES)
+            multiply<1>(inputs + p * in_plane, in_row, panel, in, to, out_row, rows);
+          else
+            multiply<2>(inputs + p * in_plane, in_row, panel, in, to, out_row, rows);
+        }
+      write(products, out_row, out_plane, after, shape, place, count, y);
+    }
+    std::free(inputs);
+  }
+  return failed ? NO_MEMORY : 0;
 }
 
 // What a convolution by sums reads and writes: the result at place (i, j) of a grid is made of the pixels
@@ -339,52 +450,20 @@ extern "C" {
 int rf_lanes() { return LANES; }
 
 // y = convolution of x by `weights`, with `in_...` done to x before and `out_...` to the sums after, see Pointwise. `add`
-// may be `y` itself.
+// may be `y` itself. Where fewer channels are stored than computed, nothing is done after.
 //
-// weights: (36, K / (b LANES), C, b LANES), transformed, where b is 2 if K is a multiple of 2 LANES, else 1.
+// scheme: 0 is Plain, 1 Strided, 2 Spread. sizes: those of Shape, in its order, without its tiles.
+// weights: (points, K / (b LANES), C, b LANES), transformed, where b is 2 if K is a multiple of 2 LANES, else 1.
 // Returns 0, NO_MEMORY, or UNKNOWN where no layer needs such parts.
 int rf_convolve(const float* x, const float* weights, float* y, const Bits* in_gate, const float* in_scale,
                 const float* in_shift, Bits* in_keep, const Bits* out_gate, const float* out_scale,
-                const float* out_shift, const float* out_add, Bits* out_keep, int64_t images, int64_t height,
-                int64_t width, int64_t in, int64_t out, int64_t stored, int in_positive, int out_positive, int threads) {
-  const Shape shape{images, height, width, in, out, stored, (height + 3) / 4, (width + 3) / 4};
+                const float* out_shift, const float* out_add, Bits* out_keep, const int64_t* sizes, int scheme,
+                int in_positive, int out_positive, int threads) {
+  const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], 0, 0};
   const Pointwise before{in_gate, in_scale, in_shift, nullptr, in_positive != 0, in_keep};
   const Pointwise after{out_gate, out_scale, out_shift, out_add, out_positive != 0, out_keep};
-  const int64_t most = tiles_at_a_time(shape, threads), all = shape.tiles(), parts = (all + most - 1) / most;
-  const int64_t in_row = in + PAD, out_row = out + PAD, in_plane = most * in_row, out_plane = most * out_row;
-  const int64_t block = out % (2 * LANES) == 0 ? 2 * LANES : LANES;
-  const auto read = chosen<Reading, is_before>(before.parts());
-  const auto write = chosen<Writing, is_after>(after.parts());
-  if (!read || !write) return UNKNOWN;
-  int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-  {
-    const size_t bytes = POINTS * (in_plane + out_plane) * sizeof(float);
-    float* inputs = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    float* products = inputs + POINTS * in_plane;
-    failed |= inputs == nullptr;
-#pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < parts; ++part) {
-      if (failed) continue;
-      const int64_t first = part * most, count = std::min(most, all - first), rows = whole_blocks(count);
-      const Place place(shape.down, shape.across, first);
-      read(x, before, shape, place, count, inputs, in_row, in_plane);
-      for (int64_t t = count; t < rows; ++t)
-        for (int p = 0; p < POINTS; ++p) std::fill_n(inputs + p * in_plane + t * in_row, in, 0.0f);
-      for (int p = 0; p < POINTS; ++p)
-        for (int64_t k = 0; k < out; k += block) {
-          const float* panel = weights + (p * out + k) * in;
-          float* to = products + p * out_plane + k;
-          if (block == LANES)
-            multiply<1>(inputs + p * in_plane, in_row, panel, in, to, out_row, rows);
-          else
-            multiply<2>(inputs + p * in_plane, in_row, panel, in, to, out_row, rows);
-        }
-      write(products, out_row, out_plane, after, shape, place, count, y);
-    }
-    std::free(inputs);
-  }
-  return failed ? NO_MEMORY : 0;
+  const auto run = scheme == 0 ? convolve<Plain> : scheme == 1 ? convolve<Strided> : convolve<Spread>;
+  return run(x, weights, y, before, after, shape, threads);
 }
 
 // y = convolution of x by `weights` as a sum over taps, at the places of a grid: sizes are those of Grid, in its order.

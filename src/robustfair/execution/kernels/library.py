@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -56,6 +56,22 @@ class Pointwise:
 
 
 NOTHING = Pointwise()
+Scheme = Literal["plain", "strided", "spread"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+"""In the order of their numbers in `kernels.cpp`."""
+
+
+def _points() -> dict[Scheme, Tensor]:
+    """Of each scheme the matrix (P, 3) that takes the three taps of a row to its points."""
+    plain = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24
+    pair = torch.tensor([[3, 0], [-3, -3], [-1, 1], [1, 2], [0, 6]]).double() / 6
+    outer = torch.tensor([[1, 0, 0], [0, 0, 1]]).double()
+    middle = torch.tensor([[0, 1, 0]]).double().expand(4, 3)
+    strided, spread = (torch.cat([pair @ taps, middle]) for taps in (outer, outer.flip(0)))
+    return {"plain": plain, "strided": strided, "spread": spread}
+
+
+POINTS_OF = _points()
 
 
 @dataclass(frozen=True)
@@ -100,26 +116,30 @@ class Kernels:
         before: Pointwise = NOTHING,
         after: Pointwise = NOTHING,
         *,
+        scheme: Scheme = "plain",
+        size: tuple[int, int] | None = None,
         channels: int | None = None,
-        into: Tensor | None = None,
     ) -> Tensor:
-        """A 3x3 convolution with stride and padding one, (N, C, H, W) -> (N, K, H, W).
+        """A 3x3 convolution with padding one, or what `scheme` says, (N, C, H, W) -> (N, K, H', W').
 
         Args:
-            weights: as `transformed` gives them.
+            weights: as `transformed` gives them for the scheme.
             before, after: done to `x` and to the sums; `before` adds no image.
+            scheme: "plain" with stride one, "strided" with stride two, "spread" the gradient of the images of that.
+            size: H' and W' of "spread", which two sizes of images come to.
             channels: K where it is no multiple of `lanes`; nothing is done after then.
-            into: where to write, may be `after.add`; None makes room.
         """
         images, read, height, width = x.shape
         out = weights.shape[1] * weights.shape[3]
         stored = out if channels is None else channels
-        shape = (images, stored, height, width)
-        y = torch.empty(shape, memory_format=torch.channels_last) if into is None else into
+        plain = (height, width) if scheme == "plain" else ((height + 1) // 2, (width + 1) // 2)
+        shape = (images, stored, *(plain if size is None else size))
+        y = torch.empty(shape, memory_format=torch.channels_last)
         first = (before.gate, before.scale, before.shift, before.keep)
         then = (after.gate, after.scale, after.shift, after.add, after.keep)
-        sizes = (images, height, width, read, out, stored, before.positive, after.positive, torch.get_num_threads())
-        _require(self.library.rf_convolve(*map(_address, (x, weights, y, *first, *then)), *sizes))
+        sizes = (ctypes.c_int64 * 8)(images, height, width, read, *shape[2:], out, stored)
+        numbers = (SCHEMES.index(scheme), before.positive, after.positive, torch.get_num_threads())
+        _require(self.library.rf_convolve(*map(_address, (x, weights, y, *first, *then)), sizes, *numbers))
         return y
 
     def sum(
@@ -190,12 +210,13 @@ class Kernels:
         images, channels, height, width = shape
         return torch.empty((images, height * width * channels // 8), dtype=torch.uint8)
 
-    def transformed(self, weight: Tensor) -> Tensor:
-        """Weights (K, C, 3, 3) as `convolve` takes them, (36, K / b, C, b): G g G^T of the paper, in blocks."""
-        corners = torch.tensor([[-1, -1, -1], [-1, 1, -1]], dtype=torch.float64) / 6
-        middle = torch.tensor([[1, 2, 4], [1, -2, 4]], dtype=torch.float64) / 24
-        ends = torch.tensor([[0.25, 0, 0], [0, 0, 1]], dtype=torch.float64)
-        g = torch.cat([ends[:1], corners, middle, ends[1:]])
+    def transformed(self, weight: Tensor, scheme: Scheme = "plain") -> Tensor:
+        """Weights (K, C, 3, 3) as `convolve` takes them, (P, K / b, C, b): G g G^T of the paper, in blocks.
+
+        For the gradient of images, "plain" takes the weights with their channels exchanged and the kernels turned,
+        "spread" with their channels exchanged.
+        """
+        g = POINTS_OF[scheme]
         points = torch.einsum("ai,kcij,bj->abck", g, weight.detach().double(), g).flatten(0, 1)
         return self._in_blocks(self._filled(points)).float()
 
@@ -326,7 +347,7 @@ def _identity(compiler: str, flags: tuple[str, ...]) -> str:
 def _load(path: Path) -> Kernels:
     library = ctypes.CDLL(str(path))
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.rf_convolve.argtypes = [pointer] * 12 + [size] * 6 + [number] * 3
+    library.rf_convolve.argtypes = [pointer] * 13 + [number] * 4
     library.rf_sum.argtypes = [pointer] * 12 + [number] * 2
     library.rf_pointwise.argtypes = [pointer] * 7 + [size] * 2 + [number] * 2
     library.rf_pointwise.restype = None
