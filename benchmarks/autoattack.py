@@ -2,8 +2,9 @@
 
 Parts:
 - agreement: both engines on models of several kinds, trained here; how many verdicts differ, and which way.
-- speed: seconds of a whole evaluation on one of the models, in turn, and how many verdicts agree. The reference runs as
-  its users run it, in a process of its own (`benchmarks.apart`).
+- speed: seconds of whole evaluations, in turn, of a small network, where overhead decides, and of convolutional ones of
+  two widths, where arithmetic does; how many verdicts agree; what each member of ours took. The reference runs as its
+  users run it, in a process of its own (`benchmarks.apart`).
 - memory: the most that an audit ever holds, at full width and with a batch size no machine could take.
 
 The two engines draw other random starts. How far that alone moves a verdict is shown by our engine with another seed.
@@ -15,6 +16,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from benchmarks import measure
@@ -39,11 +42,12 @@ from benchmarks.workload import build, initialised, synthetic
 from robustfair.attacks.autoattack.named import AUTOATTACK, AutoAttack
 from robustfair.attacks.named import parse_attacks
 from robustfair.data import ImageDataset, load_dataset
-from robustfair.errors import RobustFairError
+from robustfair.errors import ConfigError, RobustFairError
 from robustfair.evaluate.result import Audit
 from robustfair.evaluate.run import audit
-from robustfair.files import read_json, write_json
-from robustfair.objectives import PGDAT, Objective, Standard, Trades
+from robustfair.execution.device import has_bf16
+from robustfair.files import read_json, write_json, write_tensors
+from robustfair.objectives import FGSMAT, PGDAT, Objective, Standard, Trades
 from robustfair.training import Schedule, fit
 from robustfair.values import Threat
 
@@ -107,7 +111,20 @@ VICTIMS = {
         schedule=Schedule(epochs=8, lr=0.1, kind="one-cycle"),
     ),
 }
+FULL_WIDTH = "CIFAR-10, preact-resnet18 of full width, FGSM-AT"
+VICTIMS[FULL_WIDTH] = Victim(
+    data="cifar10",
+    model="preact-resnet18",
+    width=64,
+    objective=FGSMAT(),
+    images=3000,
+    schedule=Schedule(epochs=6, lr=0.1, kind="one-cycle"),
+)
 TIMED = "CIFAR-10, preact-resnet18, PGD-AT"
+TIMED_IMAGES = {"digits, small-cnn, PGD-AT": 360, TIMED: 200, FULL_WIDTH: 60}
+"""Victim of the part speed -> its first test images."""
+AGREEING = tuple(name for name in VICTIMS if name != FULL_WIDTH)
+"""Victims of the part agreement."""
 AGREEMENT = {
     "model": "{model}",
     "images": "{images}",
@@ -125,6 +142,13 @@ SPEED = {
     "images/s": "{images_per_second:,.1f}",
     "robust": "{robust:.2%}",
     "verdicts that agree": "{agree:.2%}",
+}
+SPENT = {
+    "member": "{member}",
+    "seconds": "{seconds:.1f}",
+    "passes": "{passes:,}",
+    "images a pass": "{size:.0f}",
+    "microseconds an image and pass": "{each:.0f}",
 }
 WHOLE = {
     "model": "{model}",
@@ -154,19 +178,22 @@ def options() -> argparse.ArgumentParser:
     )
     made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     made.add_argument("--attack", type=_strong, default=AUTOATTACK, help="or one of its members, with its settings")
-    made.add_argument("--victims", nargs="+", choices=tuple(VICTIMS), default=tuple(VICTIMS), help="for agreement")
+    made.add_argument("--victims", nargs="+", choices=tuple(VICTIMS), default=AGREEING, help="for agreement")
     made.add_argument("--images", type=int, default=500, help="test images of the part agreement, at most")
-    made.add_argument("--timed-images", type=int, default=200, help="test images of the part speed")
+    timed = tuple(TIMED_IMAGES)
+    made.add_argument("--timed", nargs="+", choices=timed, default=timed, metavar="VICTIM", help="for speed")
+    made.add_argument("--timed-images", type=int, help="test images of the part speed; usually as many as suits each")
+    made.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the trained victims there for the next time")
     return made
 
 
 def report(args: argparse.Namespace) -> Report:
     """A table per part."""
-    made = {"agreement": agreement, "speed": speed, "memory": memory}
-    tables = []
+    made = {"agreement": lambda args: [agreement(args)], "speed": speed, "memory": lambda args: [memory(args)]}
+    tables: list[Table] = []
     for part in args.parts:
         measure.say(part)
-        tables.append(made[part](args))
+        tables += made[part](args)
     settings = {"attack": args.attack.name, "device": args.device, "batch_size": args.batch_size}
     return Report("autoattack", {**settings, "precision": args.precision}, tables)
 
@@ -176,7 +203,7 @@ def agreement(args: argparse.Namespace) -> Table:
     rows = []
     for name in args.victims:
         victim = VICTIMS[name]
-        model, test = trained(name, args.device), images_of(victim, args.images)
+        model, test = trained(name, args.device, args.keep), images_of(victim, args.images)
         measure.say(f"{name}: reference")
         reference = Reference(model, test, victim.threat, args).attack() == test.labels
         for precision in args.precision:
@@ -205,22 +232,53 @@ def compared(found: Sequence[Audit], reference: Tensor) -> Row:
     }
 
 
-def speed(args: argparse.Namespace) -> Table:
-    """Seconds of whole evaluations in turn."""
-    victim = VICTIMS[TIMED]
-    model, test = trained(TIMED, args.device), images_of(victim, args.timed_images)
-    rows = side_by_side(model, test, victim.threat, args)
-    clean = attacked(model, test, victim.threat, "fp32", args, attacks="clean").average("clean")
-    title = f"{TIMED}, width {victim.width}, {len(test)} images of which {clean:.0%} are right when clean"
-    return Table(title, SPEED, rows, whole=True)
+def speed(args: argparse.Namespace) -> list[Table]:
+    """Seconds of whole evaluations in turn, and what our members took in the last of them; two tables a victim."""
+    tables = []
+    for name in args.timed:
+        victim = VICTIMS[name]
+        model = trained(name, args.device, args.keep)
+        test = images_of(victim, args.timed_images or TIMED_IMAGES[name])
+        spent: dict[str, list[Row]] = {}
+        rows = side_by_side(model, test, victim.threat, args, spent)
+        clean = attacked(model, test, victim.threat, "fp32", args, attacks="clean").average("clean")
+        title = f"{name}, width {victim.width}, {len(test)} images of which {clean:.0%} are right when clean"
+        tables.append(Table(title, SPEED, rows, whole=True))
+        tables += [Table(f"Members of {case}", SPENT, found) for case, found in spent.items()]
+    return tables
 
 
-def side_by_side(model: nn.Module, test: ImageDataset, threat: Threat, args: argparse.Namespace) -> list[Row]:
-    """Both engines in turn, each with a line of `SPEED`; the reference's is empty where it cannot be had."""
+def members(found: Audit, attack: str) -> list[Row]:
+    """What each member of an attack took."""
+    rows: list[Row] = []
+    for name, spent in found.provenance["spent"][attack].items():
+        seconds, passes, images = (spent[key] for key in ("seconds", "passes", "images"))
+        each = {} if not images else {"size": images / passes, "each": 1e6 * seconds / images}
+        rows.append({"member": name, "seconds": seconds, "passes": passes, **each})
+    return rows
+
+
+def side_by_side(
+    model: nn.Module,
+    test: ImageDataset,
+    threat: Threat,
+    args: argparse.Namespace,
+    spent: dict[str, list[Row]] | None = None,
+) -> list[Row]:
+    """Both engines in turn, each with a line of `SPEED`; the reference's is empty where it cannot be had.
+
+    Args:
+        spent: takes what the members of ours took.
+    """
     right: dict[str, Tensor] = {}
 
     def ours(name: str, precision: str) -> None:
-        right[name] = attacked(model, test, threat, precision, args).hits(args.attack.name)
+        found = attacked(model, test, threat, precision, args)
+        right[name] = found.hits(args.attack.name)
+        for line in found.provenance["searches"].values():
+            measure.say(f"{name}: {line}")
+        if spent is not None:
+            spent[name] = members(found, args.attack.name)
 
     cases: dict[str, Callable[[], float]] = {}
     rows: list[Row] = []
@@ -333,16 +391,44 @@ def memory_child() -> None:
     print(json.dumps({"images": len(data), "asked": asked, "taken": taken, "peak": in_use("cpu")["peak"]}))
 
 
+def trained(name: str, device: str, keep: Path | None = None) -> nn.Module:
+    """The model of one of `VICTIMS`, in eval mode; trained once a process, or once for a folder that keeps it."""
+    path = None if keep is None else keep / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
+    if path is None or not path.exists():
+        model = _trained(name, device)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, model.state_dict(), {"victim": repr(VICTIMS[name])})
+        return model
+    measure.say(f"{name}: as it was trained for {keep}")
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("victim") != repr(VICTIMS[name]):
+            raise ConfigError("benchmark", "--keep", allowed="a folder of this version", got=str(keep))
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    model = _initialised(name)
+    model.load_state_dict(weights)
+    return model.to(device).eval()
+
+
 @cache
-def trained(name: str, device: str) -> nn.Module:
-    """The model of one of `VICTIMS`, in eval mode; trained once a process."""
+def _trained(name: str, device: str) -> nn.Module:
     victim = VICTIMS[name]
     measure.say(f"training {victim.model} on {victim.data}")
+    precision = "bf16" if has_bf16(torch.device(device)) else "fp32"
+    options: dict[str, Any] = {"validation": 0, "select": "last", "precision": precision, "device": device}
+    data = _training_images(name)
+    return fit(_initialised(name), data, victim.objective, schedule=victim.schedule, **options).model.eval()
+
+
+def _initialised(name: str) -> nn.Module:
+    victim = VICTIMS[name]
+    return initialised(victim.model, victim.width, _training_images(name), seed=0)
+
+
+def _training_images(name: str) -> ImageDataset:
+    victim = VICTIMS[name]
     data = load_dataset(victim.data).train
-    data = data.subset(torch.arange(min(victim.images, len(data))))
-    model = initialised(victim.model, victim.width, data, seed=0)
-    options: dict[str, Any] = {"validation": 0, "select": "last", "precision": "bf16", "device": device}
-    return fit(model, data, victim.objective, schedule=victim.schedule, **options).model.eval()
+    return data.subset(torch.arange(min(victim.images, len(data))))
 
 
 def images_of(victim: Victim, count: int) -> ImageDataset:
@@ -356,7 +442,7 @@ def attacked(
 ) -> Audit:
     """Our audit, without the looks at the model that the reference does not take; `more` goes to `audit` as it is."""
     given: dict[str, Any] = {"attacks": args.attack.name, "norm": threat.norm, "eps": threat.eps}
-    given |= {"precision": precision, "batch_size": args.batch_size, "device": args.device, "checks": False}
+    given |= {"precision": precision, "device": args.device, "checks": False}
     return audit(model, test, **given | more)
 
 

@@ -20,6 +20,7 @@ from benchmarks.external import external_attackers
 from benchmarks.measure import ROOT, SCHEMA, Report
 from benchmarks.naive import EPS, STEP_SIZE
 from benchmarks.workload import build, one_batch, synthetic
+from robustfair.errors import ConfigError
 from robustfair.evaluate.run import audit
 from robustfair.execution.device import has_bf16
 from robustfair.files import read_json
@@ -279,16 +280,32 @@ def test_both_engines_give_the_same_verdicts(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_the_reference_its_cells_are_empty_and_the_table_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    monkeypatch.setattr(autoattack, "trained", lambda name, device: build("small-cnn", 2).eval())
+    monkeypatch.setattr(autoattack, "trained", lambda name, device, keep: build("small-cnn", 2).eval())
     monkeypatch.setattr(autoattack, "images_of", lambda victim, count: synthetic(count))
     argv = ["--parts", "speed", "--attack", "apgd-ce(steps=1)", "--timed-images", "9", "--precision", "fp32", "bf16"]
-    (table,) = autoattack.main([*TINY, *argv]).tables
+    table, *members = autoattack.main([*TINY, *argv, "--timed", autoattack.TIMED]).tables
+    assert [one.title for one in members] == ["Members of ours fp32", "Members of ours bf16"]
     theirs, *ours = table.rows
     assert theirs == {"case": "reference (pyautoattack not installed)"}
     assert [row["case"] for row in ours] == ["ours fp32", "ours bf16"]
     assert all(row["ratio"] is None and row["agree"] is None and row["median"] > 0 for row in ours)
     assert "| times as fast |" in table.markdown()
     assert table.markdown().splitlines()[2].count(" - |") == len(table.columns) - 1
+
+
+def test_victims_are_kept_for_the_next_time_and_told_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = replace(autoattack.VICTIMS["digits, small-cnn, PGD-AT"], width=2, images=64)
+    quick = replace(quick, schedule=replace(quick.schedule, epochs=1))
+    monkeypatch.setitem(autoattack.VICTIMS, "digits", quick)
+    first = autoattack.trained("digits", "cpu", tmp_path)
+    again = autoattack.trained("digits", "cpu", tmp_path)
+    assert "as it was trained" in capsys.readouterr().err
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in first.state_dict().items())
+    monkeypatch.setitem(autoattack.VICTIMS, "digits", replace(quick, images=65))
+    with pytest.raises(ConfigError, match="a folder of this version"):
+        autoattack.trained("digits", "cpu", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ class Ensemble:
         self.member = 0
         self.queue: Queue | None = None
         self.active: SearchState = {}
-        self._spent = [Spent() for _ in self.searches]
+        self._spent: dict[int, Spent] = {}
         self._ranking: Tensor | None = None
 
     @property
@@ -183,7 +183,7 @@ class Ensemble:
                 break
         names = [search.name for search in self.searches]
         self.result.ran = dict(zip(names, self.ran(), strict=True))
-        self.result.spent = dict(zip(names, self._spent, strict=True))
+        self.result.spent = {names[number]: spent for number, spent in self._spent.items()}
         return self.result
 
     def ran(self) -> list[float]:
@@ -305,7 +305,7 @@ class Ensemble:
         stays = (~leaves).nonzero().squeeze(1)
         if len(stays) < len(leaves):
             self.active = {name: rows[stays] for name, rows in active.items()} if len(stays) else {}
-        spent = self._spent[self.member]
+        spent = self._spent.setdefault(self.member, Spent())
         spent.seconds += time.perf_counter() - began
         spent.passes += network.passes - passes
         spent.images += network.images - images
