@@ -395,7 +395,7 @@ def trained(name: str, device: str, keep: Path | None = None) -> nn.Module:
     """The model of one of `VICTIMS`, in eval mode; trained once a process, or once for a folder that keeps it."""
     path = None if keep is None else keep / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
     if path is None or not path.exists():
-        model = _trained(name, device)
+        model = _trained(name, repr(VICTIMS[name]), device)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, model.state_dict(), {"victim": repr(VICTIMS[name])})
@@ -411,7 +411,8 @@ def trained(name: str, device: str, keep: Path | None = None) -> nn.Module:
 
 
 @cache
-def _trained(name: str, device: str) -> nn.Module:
+def _trained(name: str, about: str, device: str) -> nn.Module:
+    """The victim of a name, which is `about` it in words, once a process."""
     victim = VICTIMS[name]
     measure.say(f"training {victim.model} on {victim.data}")
     precision = "bf16" if has_bf16(torch.device(device)) else "fp32"
