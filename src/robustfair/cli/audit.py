@@ -69,7 +69,7 @@ def audit(
         no longer be the worst. Also average.robust=+-1.5, class.cat.robust=+-3 and what --fail-under names but groups.
     precision
         In which attacks search: fp32, bf16, or auto, which is bf16 for the AutoAttack family where the hardware has
-        it. Predictions are always the model's own.
+        it and a few timed passes are faster so. Predictions are always the model's own.
     engine
         Of the AutoAttack family: native, or reference for pyautoattack.
     max_minutes
