@@ -30,6 +30,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 WITHOUT_AVX512 = "-mno-avx512f"
 COMPILERS = ("c++", "g++", "clang++")
+POINTS = 36
 NO_MEMORY = 1
 LONGEST = 120.0
 """Seconds that compiling may take; it takes one."""
@@ -167,14 +168,23 @@ class Kernels:
         images, channels, height, width = shape
         return torch.empty((images, height * width * channels // 8), dtype=torch.uint8)
 
-    def transformed(self, weight: Tensor) -> Tensor:
-        """Weights (K, C, 3, 3) as `convolve` takes them, (36, K / b, C, b): G g G^T of the paper, in blocks."""
-        corners = torch.tensor([[-1, -1, -1], [-1, 1, -1]], dtype=torch.float64) / 6
-        middle = torch.tensor([[1, 2, 4], [1, -2, 4]], dtype=torch.float64) / 24
-        ends = torch.tensor([[0.25, 0, 0], [0, 0, 1]], dtype=torch.float64)
-        g = torch.cat([ends[:1], corners, middle, ends[1:]])
-        points = torch.einsum("ai,kcij,bj->abck", g, weight.detach().double(), g).flatten(0, 1)
-        return self._in_blocks(self._filled(points)).float()
+    def transformed(self, weight: Tensor, *, flipped: bool = False, into: Tensor | None = None) -> Tensor:
+        """Weights (K, C, 3, 3) as `convolve` takes them, (36, K / b, C, b): G g G^T of the paper, in blocks.
+
+        Args:
+            flipped: of kernels whose rows and columns are taken in reverse.
+            into: where to write; None makes room.
+        """
+        weight = weight.detach()
+        out, channels = weight.shape[:2]
+        registers = -(-out // self.lanes)
+        block = self.lanes * (2 if registers % 2 == 0 else 1)
+        shape = (POINTS, registers * self.lanes // block, channels, block)
+        to = torch.empty(shape) if into is None else into
+        strides = (ctypes.c_int64 * 4)(*weight.stride())
+        sizes = (out, channels, strides, flipped, torch.get_num_threads())
+        self.library.rf_transform(weight.data_ptr(), to.data_ptr(), *sizes)
+        return to
 
     def taps_of(self, weight: Tensor, *, step: int, padding: tuple[int, int], dilation: int) -> Taps:
         """A convolution with weights (K, C, h, w) as the sum over its taps.
@@ -300,6 +310,8 @@ def _load(path: Path) -> Kernels:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.rf_convolve.argtypes = [pointer] * 12 + [size] * 6 + [number] * 3
     library.rf_sum.argtypes = [pointer] * 12 + [number] * 2
+    library.rf_transform.argtypes = [pointer] * 2 + [size] * 2 + [pointer] + [number] * 2
+    library.rf_transform.restype = None
     library.rf_pointwise.argtypes = [pointer] * 7 + [size] * 2 + [number] * 2
     library.rf_pointwise.restype = None
     return Kernels(library, library.rf_lanes())
