@@ -31,6 +31,10 @@ Gradients = list[Tensor | None]
 class Step(Protocol):
     """One step of a program."""
 
+    def refresh(self) -> None:
+        """Read the weights of its layers as they are now."""
+        ...
+
     def forward(self, values: Sequence[Any], keep: bool) -> tuple[Any, Any]:
         """What the step makes of `values`, and, if it is to `keep` that, what its way back needs."""
         ...
@@ -41,7 +45,9 @@ class Step(Protocol):
 
 
 class Program(nn.Module):
-    """A network with frozen weights, (B, C, H, W) -> logits (B, K), differentiable in its images, once.
+    """A network in eval mode, (B, C, H, W) -> logits (B, K), differentiable in its images, once.
+
+    Its weights are those that its layers had when it was made, or when `refresh` was called last.
 
     Args:
         steps: in order.
@@ -60,6 +66,12 @@ class Program(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return _Run.apply(x, self)
         return self.run(x, keep=False)[0]
+
+    def refresh(self) -> None:
+        """Take the weights and statistics that the layers have now, which takes as long as reading them a few times."""
+        with torch.no_grad():
+            for step in self.steps:
+                step.refresh()
 
     def run(self, x: Tensor, *, keep: bool) -> tuple[Tensor, list[Any]]:
         """Logits, and what `back` needs."""
@@ -113,6 +125,9 @@ class TorchStep:
 
     call: Callable[..., Any]
 
+    def refresh(self) -> None:
+        """Nothing: a call reads what it needs."""
+
     def forward(self, values: Sequence[Any], keep: bool) -> tuple[Any, Any]:
         if not keep:
             return self.call(*values), None
@@ -136,24 +151,46 @@ class TorchStep:
         return known
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution and the batch norm that alone reads it, where there is one, as one convolution."""
+
+    layer: nn.Conv2d
+    norm: nn.BatchNorm2d | None
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """Its weights (K, C, h, w), and what is added to its sums, (K,) or nothing."""
+        weight, bias = self.layer.weight.detach(), self.layer.bias
+        if self.norm is None:
+            return weight, None if bias is None else bias.detach()
+        scale, shift = scale_and_shift(self.norm)
+        return weight * scale.view(-1, 1, 1, 1), shift if bias is None else shift + scale * bias.detach()
+
+
 class SumStep:
     """Any convolution without groups, what is added to it, and a ReLU after that, where they are.
 
     It reads the image, and the other summand where there is one.
     """
 
-    def __init__(self, kernels: Kernels, layer: nn.Conv2d, *, adds: bool, positive: bool) -> None:
-        self.kernels, self.layer, self.adds, self.positive = kernels, layer, adds, positive
-        self.bias = None if layer.bias is None else layer.bias.detach()
-        step, padding = layer.stride[0], tuple(map(int, layer.padding))
-        geometry: dict[str, Any] = {"step": step, "padding": padding, "dilation": layer.dilation[0]}
-        self.there = kernels.taps_of(layer.weight, **geometry)
-        self.back = kernels.taps_back(layer.weight, **geometry)
-        self.covers = len(self.back) == step**2
-        self.fills = layer.in_channels % kernels.lanes == 0
-        self.winograd = None
-        if not self.fills and _geometry(layer) == WINOGRAD:
-            self.winograd = kernels.transformed(layer.weight.transpose(0, 1).flip(2, 3))
+    def __init__(self, kernels: Kernels, convolution: Convolution, *, adds: bool, positive: bool) -> None:
+        self.kernels, self.convolution, self.adds, self.positive = kernels, convolution, adds, positive
+        self.layer = convolution.layer
+        self.fills = self.layer.in_channels % kernels.lanes == 0
+        self.winograd: Tensor | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        step, padding = self.layer.stride[0], tuple(map(int, self.layer.padding))
+        geometry: dict[str, Any] = {"step": step, "padding": padding, "dilation": self.layer.dilation[0]}
+        self.weight, self.bias = self.convolution.read()
+        if self.fills:
+            self.there = self.kernels.taps_of(self.weight, **geometry)
+        if not self.fills and _geometry(self.layer) == WINOGRAD:
+            self.winograd = self.kernels.transformed(self.weight.transpose(0, 1), flipped=True)
+        else:
+            self.back = self.kernels.taps_back(self.weight, **geometry)
+            self.covers = len(self.back) == step**2
 
     def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
         x, *others = map(_last, values)
@@ -164,7 +201,7 @@ class SumStep:
         after = Pointwise(shift=self.bias, add=others[0] if others else None, positive=self.positive, keep=signs)
         if self.fills:
             return self.kernels.sum(x, self.there, shape, after=after), (x.shape, signs)
-        sums = _last(F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation))
+        sums = _last(F.conv2d(x, self.weight, None, layer.stride, layer.padding, layer.dilation))
         return self.kernels.pointwise(sums, after, into=sums), (x.shape, signs)  # with few channels torch is faster
 
     def backward(self, kept: Any, gradient: Tensor, known: Gradients) -> Gradients:
@@ -198,8 +235,11 @@ class PointwiseStep:
     """Batch norm in eval mode and a ReLU, or one of them."""
 
     def __init__(self, kernels: Kernels, norm: nn.BatchNorm2d, *, positive: bool) -> None:
-        self.kernels, self.positive = kernels, positive
-        self.scale, self.shift = scale_and_shift(norm)
+        self.kernels, self.norm, self.positive = kernels, norm, positive
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.scale, self.shift = scale_and_shift(self.norm)
 
     def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
         (x,) = map(_last, values)
@@ -219,16 +259,20 @@ class WinogradStep:
     """
 
     def __init__(
-        self, kernels: Kernels, layer: nn.Conv2d, *, norm: nn.BatchNorm2d | None, adds: bool, positive: bool
+        self, kernels: Kernels, convolution: Convolution, *, norm: nn.BatchNorm2d | None, adds: bool, positive: bool
     ) -> None:
-        self.kernels, self.layer, self.adds, self.positive = kernels, layer, adds, positive
+        self.kernels, self.convolution, self.norm = kernels, convolution, norm
+        self.layer, self.adds, self.positive = convolution.layer, adds, positive
         self.scale: Tensor | None = None
         self.shift: Tensor | None = None
-        if norm is not None:
-            self.scale, self.shift = scale_and_shift(norm)
-        self.bias = None if layer.bias is None else layer.bias.detach()
-        self.there = kernels.transformed(layer.weight)
-        self.back = kernels.transformed(layer.weight.transpose(0, 1).flip(2, 3))
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self.norm is not None:
+            self.scale, self.shift = scale_and_shift(self.norm)
+        weight, self.bias = self.convolution.read()
+        self.there = self.kernels.transformed(weight)
+        self.back = self.kernels.transformed(weight.transpose(0, 1), flipped=True)
 
     def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
         x, *others = map(_last, values)
@@ -248,7 +292,9 @@ class WinogradStep:
 
 
 def program(network: fx.GraphModule, kernels: Kernels) -> Program:
-    """The steps of a network in eval mode whose weights stand still, on the kernels where those can take them.
+    """The steps of a network in eval mode, on the kernels where those can take them.
+
+    The weights that torch's own steps read are the network's, which must not change between two passes.
 
     Raises:
         ValueError: its graph does more than from images to logits.
@@ -303,7 +349,7 @@ class _Reader:
         plan: dict[fx.Node, Any] = {}
         for node in nodes:
             layer = self._layer(node)
-            if layer is None:
+            if layer is None or node in plan:
                 continue
             if self._is_convolution(layer):
                 self._plan_convolution(plan, node, layer)
@@ -315,19 +361,26 @@ class _Reader:
 
     def _plan_convolution(self, plan: dict[fx.Node, Any], node: fx.Node, layer: nn.Conv2d) -> None:
         """A step for a convolution, with what stands around it."""
-        total = _only_reader(node)
-        other = None if total is None or total in plan else _other_summand(total, node)
-        end = node if total is None or other is None else total
+        sums = self._norm_after(node)
+        convolution = Convolution(layer, None if sums is node else self._layer(sums))
+        total = _only_reader(sums)
+        other = None if total is None or total in plan else _other_summand(total, sums)
+        end = sums if total is None or other is None else total
         last, positive = self._positive_part(end)
         about: dict[str, Any] = {"adds": other is not None, "positive": positive}
         image, before = node.args[0], None
         if _geometry(layer) == WINOGRAD and layer.in_channels % self.kernels.lanes == 0:
             image, norm, before = self._norm_before(plan, image)
-            step: Step = WinogradStep(self.kernels, layer, norm=norm, **about)
+            step: Step = WinogradStep(self.kernels, convolution, norm=norm, **about)
         else:
-            step = SumStep(self.kernels, layer, **about)
+            step = SumStep(self.kernels, convolution, **about)
         reads = (image,) if other is None else (image, other)
-        self._cover(plan, (*(before or ()), node, end, last), step, reads)
+        self._cover(plan, (*(before or ()), node, sums, end, last), step, reads)
+
+    def _norm_after(self, node: fx.Node) -> fx.Node:
+        """The batch norm that alone reads a node, or the node."""
+        reader = _only_reader(node)
+        return node if reader is None or not self._is_norm(self._layer(reader)) else reader
 
     def _norm_before(self, plan: dict[fx.Node, Any], image: Any) -> tuple[Any, nn.BatchNorm2d | None, Any]:
         """Of batch norm and ReLU that one layer reads: what they are made of, the norm, their nodes."""
@@ -345,10 +398,7 @@ class _Reader:
     def _torch(self, node: fx.Node) -> tuple[Step, Sequence[fx.Node]]:
         inputs = list(node.all_input_nodes)
         if node.op == "get_attr":
-            value: Any = self.network
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            return TorchStep(lambda: value), inputs
+            return TorchStep(lambda: operator.attrgetter(str(node.target))(self.network)), inputs
 
         def call(*values: Any) -> Any:
             known = dict(zip(inputs, values, strict=True))
@@ -388,7 +438,7 @@ class _Reader:
         alike = all(len(set(pair)) == 1 for pair in (layer.stride, layer.dilation))
         return alike and layer.out_channels % self.kernels.lanes == 0
 
-    def _is_norm(self, layer: nn.Module) -> bool:
+    def _is_norm(self, layer: Any) -> bool:
         if type(layer) is not nn.BatchNorm2d or layer.training or layer.running_mean is None:
             return False
         return _is_plain(layer.running_mean) and layer.num_features % self.kernels.lanes == 0

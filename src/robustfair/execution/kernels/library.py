@@ -168,19 +168,17 @@ class Kernels:
         images, channels, height, width = shape
         return torch.empty((images, height * width * channels // 8), dtype=torch.uint8)
 
-    def transformed(self, weight: Tensor, *, flipped: bool = False, into: Tensor | None = None) -> Tensor:
+    def transformed(self, weight: Tensor, *, flipped: bool = False) -> Tensor:
         """Weights (K, C, 3, 3) as `convolve` takes them, (36, K / b, C, b): G g G^T of the paper, in blocks.
 
         Args:
             flipped: of kernels whose rows and columns are taken in reverse.
-            into: where to write; None makes room.
         """
         weight = weight.detach()
         out, channels = weight.shape[:2]
         registers = -(-out // self.lanes)
         block = self.lanes * (2 if registers % 2 == 0 else 1)
-        shape = (POINTS, registers * self.lanes // block, channels, block)
-        to = torch.empty(shape) if into is None else into
+        to = torch.empty(POINTS, registers * self.lanes // block, channels, block)
         strides = (ctypes.c_int64 * 4)(*weight.stride())
         sizes = (out, channels, strides, flipped, torch.get_num_threads())
         self.library.rf_transform(weight.data_ptr(), to.data_ptr(), *sizes)
