@@ -35,7 +35,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds, float], list[
     def set_to(seconds: Seconds, compiling: float = 1.0, *, bf16: bool = True) -> list[str]:
         made: list[str] = []
 
-        def timed(engine: Engine, batch: Batch) -> float:
+        def timed(engine: Engine, batch: Batch, mode: str) -> float:
             made.append(f"{'bf16' if engine.eager.bf16 else 'fp32'}{' compiled' * engine.compiled}")
             return seconds["bf16" if engine.eager.bf16 else "fp32", engine.compiled]
 
@@ -228,7 +228,7 @@ def test_a_resumed_run_goes_the_way_that_its_manifest_tells(
         precision="auto",
     )
 
-    def half(make: way.MakeEngine, batch: Batch) -> tuple[str, str]:
+    def half(make: way.MakeEngine, batch: Batch, attack_steps: int) -> tuple[str, str]:
         return "bf16", "of a test"
 
     monkeypatch.setattr(way, "_faster_precision", half)
@@ -237,7 +237,7 @@ def test_a_resumed_run_goes_the_way_that_its_manifest_tells(
         train(recipe, tmp_path / "run", on_step=stop)
     told = json.loads((tmp_path / "run" / "manifest.json").read_text())["way"]
     assert (told["precision"], told["compile"]) == ("bf16", False)
-    monkeypatch.setattr(way, "_faster_precision", lambda make, batch: pytest.fail("chose anew"))
+    monkeypatch.setattr(way, "_faster_precision", lambda *args: pytest.fail("chose anew"))
     monkeypatch.setattr(way, "_worth_compiling", lambda *args: pytest.fail("chose anew"))
     made = Engine.__init__
 
@@ -256,4 +256,4 @@ def test_the_manifest_tells_the_way_of_every_run(tmp_path: Path) -> None:
     keys = {"data": "digits", "limit_per_class": 4, "model": "small-cnn", "width": 2, "epochs": 1, "validation": 0.25}
     train(Recipe(train="standard", **keys), tmp_path)  # type: ignore[arg-type]
     told = json.loads((tmp_path / "manifest.json").read_text())["way"]
-    assert told == {"precision": "fp32", "compile": False, "why": ""}
+    assert told == {"precision": "fp32", "compile": False, "why": "", "kernels": False}

@@ -1,4 +1,4 @@
-"""A model that trains, as a program for the attacks on it: layers on kernels of our own, with the weights of the moment.
+"""A model that trains, as a program for the attacks on it: on kernels of our own, with the weights of the moment.
 
 It computes what the model does in eval mode with frozen weights, with other roundings, and asks for no gradient of a
 weight. The transformed weights take eight times the memory of the model's.

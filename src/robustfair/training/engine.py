@@ -1,7 +1,8 @@
 """How a training run executes its model: precision, compilation, and attacks on our kernels or as one CUDA graph.
 
 Nothing here changes what is computed, only how: `compile=False` in float32 without kernels is the reference path, and
-every other one is tested against it. What was tried, what it should have brought and what it brought is in benchmarks/NOTES.md.
+every other one is tested against it. What was tried, what it should have brought and what it brought is in
+benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
