@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ def others_on(model: nn.Module, device: str) -> dict[str, Case]:
 
 
 def ours_on(model: nn.Module, args: argparse.Namespace) -> dict[str, Case]:
-    """Our attack on a copy of `model` of its own for each way; uncompiled in float32 on kernels, where `fit` has them."""
+    """Our attack on a copy of `model` of its own for each way; on kernels in float32 where it is not compiled."""
     found = {}
     for name, (precision, compile) in ways(args.precision, compiled=args.compile).items():
         copied = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
