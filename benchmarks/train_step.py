@@ -1,8 +1,8 @@
 """Seconds of one step of adversarial training with PGD-10: the naive loop, and ours in each precision.
 
 All cases start from the same weights, images and starting points and take turns. The naive loop has a process of its
-own (`benchmarks.apart`); ours keeps freed memory, as in `fit`. Each turn of a case opens with one training pass that is
-not measured.
+own (`benchmarks.apart`); ours keeps freed memory and attacks on our kernels where they can be had, as in `fit`. Each
+turn of a case opens with one training pass that is not measured.
 
 First losses are compared twice: on the images that the naive loop attacked, and each on its own. Where the network
 rounds otherwise (another memory layout is enough), a gradient near zero changes its sign, and ten steps carry that to a

@@ -175,7 +175,7 @@ def fit(
     timed = next(evaluation_batches(train, schedule.batch_size, memory_format=layout))
     steps = schedule.epochs * loader.steps_per_epoch
     way, chosen_engine = choose_way(engine, timed, objective, precision=precision, compile=compile, steps=steps)
-    if lacks:
+    if lacks and way.precision == "fp32":
         way = replace(way, why="; ".join(filter(None, [way.why, f"attacks run without kernels: {lacks}"])))
     if way.why:
         warnings.warn(way.why, RobustFairWarning, stacklevel=2)
