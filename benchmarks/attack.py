@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from benchmarks.naive import EPS, STEP_SIZE, naive_attack
 from benchmarks.workload import SYNTHETIC, as_in_fit, as_usual, build, default_data, load, one_batch, ways
 from robustfair.data import evaluation_batches
 from robustfair.data.datasets import ImageDataset
+from robustfair.execution.live import live_program
 from robustfair.losses import MaximiseCE
 from robustfair.models.modes import attacking
 from robustfair.objectives import PGDAT
@@ -122,11 +124,14 @@ def others_on(model: nn.Module, device: str) -> dict[str, Case]:
 
 
 def ours_on(model: nn.Module, args: argparse.Namespace) -> dict[str, Case]:
-    """Our attack on a copy of `model` of its own for each way."""
+    """Our attack on a copy of `model` of its own for each way; on kernels in float32 where it is not compiled."""
     found = {}
     for name, (precision, compile) in ways(args.precision, compiled=args.compile).items():
         copied = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        engine = Engine(copied, precision=precision, device=args.device, compile=compile, batch_size=args.batch_size)
+        on_kernels = precision == "fp32" and not compile and torch.device(args.device).type == "cpu"
+        given: dict[str, Any] = {"precision": precision, "compile": compile}
+        given["program"] = live_program(copied, one_batch(2, args.device).x)[0] if on_kernels else None
+        engine = Engine(copied, device=args.device, batch_size=args.batch_size, **given)
         found[name] = Case(partial(_ours, engine), ours=True, peak=precision)
     return found
 

@@ -23,6 +23,7 @@ from robustfair.training.schedule import Schedule
 
 WAYS: dict[str, dict[str, Any]] = {
     "reference: fp32 eager": {"deterministic": True},
+    "fp32 on kernels": {},
     "fp32 compiled": {"compile": True},
     "bf16 eager": {"precision": "bf16"},
     "bf16 compiled": {"precision": "bf16", "compile": True},

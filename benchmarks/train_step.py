@@ -1,8 +1,8 @@
 """Seconds of one step of adversarial training with PGD-10: the naive loop, and ours in each precision.
 
 All cases start from the same weights, images and starting points and take turns. The naive loop has a process of its
-own (`benchmarks.apart`); ours keeps freed memory, as in `fit`. Each turn of a case opens with one training pass that is
-not measured.
+own (`benchmarks.apart`); ours keeps freed memory and attacks on our kernels where they can be had, as in `fit`. Each
+turn of a case opens with one training pass that is not measured.
 
 First losses are compared twice: on the images that the naive loop attacked, and each on its own. Where the network
 rounds otherwise (another memory layout is enough), a gradient near zero changes its sign, and ten steps carry that to a
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
     """Run the benchmark from the command line."""
     options = measure.parser("train_step", __doc__, batch_size=(64, 128), precision=("fp32", "bf16"))
     measure.add_compile(options)
+    options.add_argument(
+        "--no-kernels", dest="kernels", action="store_false", help="attack on torch's layers, not on our kernels"
+    )
     return measure.run(options, report, argv)
 
 
@@ -58,7 +62,7 @@ def report(args: argparse.Namespace) -> Report:
     check = check_in_float64(model, min(CHECK_IMAGES, *args.batch_size), args.device)
     return Report(
         name="train_step",
-        settings={**measure.settings(args, peaks), "attack": f"pgd-{STEPS}"},
+        settings={**measure.settings(args, peaks), "attack": f"pgd-{STEPS}", "kernels": args.kernels},
         tables=[*tables, Table("First loss in float64, each on its own attacked images", CHECK_COLUMNS, check)],
         notes=[
             "TFLOP/s and MFU count 23 forward passes a step, 2 for each of the 10 attack steps and 3 for the update, "
@@ -72,7 +76,7 @@ def compare(model: nn.Module, batch: Batch, peaks: Mapping[str, float], args: ar
     torch.compiler.reset()
     size = len(batch.y)
     ours = ways(args.precision, compiled=args.compile)
-    steps = {name: _step(model, size, args.device, *way) for name, way in ours.items()}
+    steps = {name: _step(model, size, args.device, *way, kernels=args.kernels) for name, way in ours.items()}
     with Apart(naive_calls, args.model, args.width, size, args.device) as naive:
         attacked = replace(batch, x_adv=_as_format_of(batch.x, naive("attack").to(args.device)))
         same: dict[str, float | None] = {name: _loss_before(step, attacked) for name, step in steps.items()}
@@ -138,8 +142,11 @@ def starting_noise(batch: Batch) -> Tensor:
     return (STARTS[attack.start](batch.x, attack, batch.rng("attack")) - batch.x).contiguous()
 
 
-def _step(model: nn.Module, size: int, device: str, precision: Precision, compile: bool) -> Step:
-    return Step(model, OBJECTIVE, precision=precision, compile=compile, device=device, batch_size=size)
+def _step(
+    model: nn.Module, size: int, device: str, precision: Precision, compile: bool, *, kernels: bool = True
+) -> Step:
+    given: dict[str, Any] = {"precision": precision, "compile": compile, "kernels": kernels}
+    return Step(model, OBJECTIVE, device=device, batch_size=size, **given)
 
 
 def _training_pass(step: Step, attacked: Batch) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustfair.config import Precision
 from robustfair.data import ImageDataset, evaluation_batches, load_dataset
+from robustfair.execution.live import live_program
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import numerics
 from robustfair.models.build import create_model
@@ -96,6 +98,7 @@ class Step:
 
     Args:
         model: copied; the copy is trained.
+        kernels: attack on our kernels where they can be had, as `fit` does.
     """
 
     def __init__(
@@ -107,11 +110,15 @@ class Step:
         compile: bool,
         device: torch.device | str,
         batch_size: int,
+        kernels: bool = True,
     ) -> None:
         self.model = deepcopy(model)
-        called = laid_out(self.model, one_batch(2, device).x).train()
+        x = one_batch(2, device).x
+        called = laid_out(self.model, x).train()
+        program = live_program(called, x)[0] if kernels and precision == "fp32" and x.device.type == "cpu" else None
         self.objective = objective
-        self.engine = Engine(called, precision=precision, device=device, compile=compile, batch_size=batch_size)
+        given: dict[str, Any] = {"precision": precision, "compile": compile, "program": program}
+        self.engine = Engine(called, device=device, batch_size=batch_size, **given)
         self.optimizer = Schedule(lr=LR).build_optimizer(self.model.parameters())
 
     def __call__(self, batch: Batch) -> Tensor:

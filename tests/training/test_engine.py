@@ -10,14 +10,19 @@ from torch import Tensor, nn
 
 from robustfair.attacks.pgd import FreezeFooled, ascend, eager_step, functional_step, pgd
 from robustfair.data import ImageDataset
-from robustfair.errors import ConfigError, ModelError
+from robustfair.errors import ConfigError, ModelError, RobustFairWarning
+from robustfair.execution.kernels import library
+from robustfair.execution.kernels.library import kernels, missing
+from robustfair.execution.live import live_program
 from robustfair.losses import MaximiseMargin, MinimiseCE
 from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
-from robustfair.models import OnCopies
+from robustfair.models import OnCopies, create_model
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.training import Schedule, engine, fit
 from robustfair.training.capture import replayable
 from robustfair.training.engine import Engine
+from robustfair.training.state import TrainState
+from robustfair.training.way import Way
 from robustfair.values import Attack, Batch, Goal
 
 Net = Callable[..., nn.Module]
@@ -270,6 +275,149 @@ def test_full_batches_are_compiled_and_others_are_not(tiny_net: Net) -> None:
     assert model.passes == 0
     compiled(compiled.attack(rest, PGDAT(steps=2).attack(rest)))
     assert model.passes == 3
+
+
+# Attacks on kernels
+
+on_kernels = pytest.mark.skipif(kernels() is None, reason=f"the kernels cannot be had: {missing()}")
+
+
+def colour_batch(count: int = 6, seed: int = 0) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.rand(count, 3, 16, 16, generator=rng).contiguous(memory_format=torch.channels_last)
+    return Batch(x=x, y=torch.randint(0, 10, (count,), generator=rng), index=torch.arange(count), seed=seed)
+
+
+def trained_on_kernels(name: str) -> tuple[Engine, Engine]:
+    """Two engines of one network that learned after they were made: on torch's layers, and on kernels."""
+    torch.manual_seed(0)
+    model = create_model(name, width=16).train()
+    program, lacks = live_program(model, colour_batch(2).x)
+    assert program is not None, lacks
+    engines = Engine(model), Engine(model, program=program)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for seed in range(4):
+        batch = colour_batch(seed=seed)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(engines[0](batch.x), batch.y).backward()
+        optimizer.step()
+    return engines
+
+
+@on_kernels
+@pytest.mark.parametrize("name", ["preact-resnet18", "resnet18", "small-cnn"])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_an_attack_on_kernels_ends_where_one_on_torchs_layers_does(name: str, objective: AdversarialObjective) -> None:
+    plain, fast = trained_on_kernels(name)
+    for count in (6, 5):
+        batch = colour_batch(count, seed=9)
+        attack = replace(objective.attack(batch), steps=1)
+        x_adv, found = plain.attack(batch, attack), fast.attack(batch, attack)
+        assert ((x_adv - batch.x).abs() > 0.01).float().mean() > 0.1
+        # A gradient near zero may round to the other sign, which further steps would carry to other pixels.
+        assert ((found - x_adv).abs() > 1e-4).float().mean() < 0.002
+
+
+@on_kernels
+def test_kernels_take_attacks_in_eval_mode_while_nothing_hooks_in() -> None:
+    _, fast = trained_on_kernels("small-cnn")
+    batch = colour_batch()
+    attack = PGDAT(steps=1).attack(batch)
+    called = fast.model.forward
+    passes: list[Tensor] = []
+
+    def noted(x: Tensor) -> Tensor:
+        passes.append(x)
+        return called(x)
+
+    fast.model.forward = noted  # type: ignore[method-assign]
+    fast.attack(batch, attack)
+    assert len(passes) == 0
+    fast.attack(batch, replace(attack, mode="train_frozen"))
+    assert len(passes) == 1
+    with counted_passes(fast.model) as seen:
+        fast.attack(batch, attack)
+    assert len(passes) == len(seen) + 1 == 2
+    assert all(parameter.requires_grad for parameter in fast.model.parameters())
+    assert all(module.training for module in fast.model.modules())
+
+
+@on_kernels
+def test_bf16_leaves_kernels_alone() -> None:
+    _, fast = trained_on_kernels("small-cnn")
+    assert Engine(fast.model, precision="bf16", program=fast.program).program is None
+
+
+@on_kernels
+def test_a_compiled_engine_attacks_on_kernels() -> None:
+    plain, fast = trained_on_kernels("small-cnn")
+    batch = colour_batch()
+    attack = PGDAT(norm="l2", eps=0.5, steps=3).attack(batch)
+    compiled = Engine(fast.model, compile=True, batch_size=6, program=fast.program)
+    torch.testing.assert_close(compiled.attack(batch, attack), plain.attack(batch, attack), rtol=0, atol=1e-4)
+    assert torch.equal(compiled.attack(batch, attack), fast.attack(batch, attack))
+
+
+class Inverted(nn.Module):
+    """A network whose values nobody can follow, since it asks for one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return self.head((h if h.sum() > 0 else -h).mean((2, 3)))
+
+
+def fitted_to_colours(tiny_data: Data, **asked: object) -> tuple[dict[str, Tensor], TrainState, Way]:
+    """Weights, state and way of a run of a network that has layers for the kernels."""
+    torch.manual_seed(0)
+    model, told = asked.pop("model", None) or create_model("small-cnn", num_classes=3, width=16), []
+    given: dict[str, object] = {"schedule": Schedule(epochs=2, batch_size=7, lr=0.05), "select": "last"}
+    given |= {"on_way": told.append, "validation": 0} | asked
+    data = tiny_data((10, 8, 6), channels=3, size=8)
+    found = fit(model, data, Trades(norm="l2", eps=0.5, steps=2), **given)  # type: ignore[arg-type]
+    return dict(found.state.weights), found.state, told[0]
+
+
+@on_kernels
+def test_a_run_on_kernels_equals_the_reference_up_to_rounding(tiny_data: Data) -> None:
+    reference, _, way = fitted_to_colours(tiny_data, kernels=False)
+    assert (way.kernels, way.why) == (False, "")
+    exact, _, way = fitted_to_colours(tiny_data, deterministic=True)
+    assert (way.kernels, way.why) == (False, "")
+    assert all(torch.equal(exact[name], tensor) for name, tensor in reference.items())
+    weights, _, way = fitted_to_colours(tiny_data)
+    assert (way.kernels, way.why) == (True, "")
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in reference.items())
+    for name, tensor in reference.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@on_kernels
+def test_a_run_on_kernels_goes_on_exactly(tiny_data: Data) -> None:
+    states: list[TrainState] = []
+    whole, _, _ = fitted_to_colours(tiny_data, save=states.append)
+    torch.manual_seed(1)
+    resumed, _, _ = fitted_to_colours(tiny_data, resume=states[0])
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+@on_kernels
+def test_a_model_that_kernels_cannot_take_trains_on_torchs_layers_and_that_is_said(tiny_data: Data) -> None:
+    with pytest.warns(RobustFairWarning, match="^attacks run without kernels: the order of the model's layers cannot"):
+        _, _, way = fitted_to_colours(tiny_data, model=Inverted())
+    assert not way.kernels
+
+
+def test_a_run_without_kernels_on_the_machine_says_why(tiny_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_loaded", lambda: (None, "no C++ compiler such as g++ was found"))
+    with pytest.warns(RobustFairWarning, match="^attacks run without kernels: no C"):
+        weights, _, way = fitted_to_colours(tiny_data)
+    assert (way.kernels, way.why) == (False, "attacks run without kernels: no C++ compiler such as g++ was found")
+    reference, _, _ = fitted_to_colours(tiny_data, kernels=False)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in reference.items())
 
 
 # Clean logits that attack and loss share

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from robustfair.data import ImageDataset
 from robustfair.data.loader import evaluation_batches
 from robustfair.errors import ConfigError, RobustFairWarning
+from robustfair.execution.kernels.library import kernels, missing
+from robustfair.execution.program import Program
 from robustfair.objectives import PGDAT, Standard
-from robustfair.runs.recipe import Recipe
+from robustfair.runs.recipe import Recipe, read_recipe
 from robustfair.runs.run import train
 from robustfair.training import Schedule, fit, way
 from robustfair.training.engine import Engine
@@ -24,8 +26,8 @@ from robustfair.values import Batch
 
 Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]
-Seconds = dict[tuple[str, bool], float]
-"""Of a pass, by (precision, compile)."""
+Seconds = dict[tuple[str | bool, ...], float]
+"""Of a pass, by (precision, compile), or by these and the mode of its batch norm where that makes a difference."""
 
 
 @pytest.fixture
@@ -35,9 +37,10 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds, float], list[
     def set_to(seconds: Seconds, compiling: float = 1.0, *, bf16: bool = True) -> list[str]:
         made: list[str] = []
 
-        def timed(engine: Engine, batch: Batch) -> float:
+        def timed(engine: Engine, batch: Batch, mode: str) -> float:
             made.append(f"{'bf16' if engine.eager.bf16 else 'fp32'}{' compiled' * engine.compiled}")
-            return seconds["bf16" if engine.eager.bf16 else "fp32", engine.compiled]
+            about = "bf16" if engine.eager.bf16 else "fp32", engine.compiled
+            return seconds[(*about, mode) if (*about, mode) in seconds else about]
 
         clock = iter(range(1000))
         monkeypatch.setattr(way, "_pass", timed)
@@ -48,12 +51,14 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds, float], list[
     return set_to
 
 
-def chosen(tiny_net: Net, data: ImageDataset, *, steps: int = 10, **asked: object) -> tuple[Way, Engine]:
+def chosen(
+    tiny_net: Net, data: ImageDataset, *, steps: int = 10, program: Program | None = None, **asked: object
+) -> tuple[Way, Engine]:
     model = tiny_net()
     batch = next(evaluation_batches(data, 7))
 
     def make(precision: str, compile: bool) -> Engine:
-        return Engine(model, precision=precision, compile=compile, batch_size=7)  # type: ignore[arg-type]
+        return Engine(model, precision=precision, compile=compile, batch_size=7, program=program)  # type: ignore[arg-type]
 
     given = {"precision": "fp32", "compile": False, **asked}
     return choose_way(make, batch, PGDAT(steps=8), steps=steps, **given)  # type: ignore[arg-type]
@@ -115,6 +120,33 @@ def test_compile_auto_takes_the_precision_that_was_chosen_and_says_both(
     assert (found.precision, found.compile) == ("bf16", True)
     assert found.why.count("; ") == 1
     assert (engine.eager.bf16, engine.compiled) == (True, True)
+
+
+def test_precision_auto_weighs_attacks_on_kernels_against_training_passes_on_torchs_layers(
+    tiny_net: Net, tiny_data: Data, clocked: Callable[..., list[str]]
+) -> None:
+    clocked({("fp32", False, "eval"): 0.1, ("fp32", False, "train_frozen"): 0.3, ("bf16", False): 0.1})
+    found, engine = chosen(tiny_net, tiny_data(), precision="auto", program=Program([], []))
+    told = "a pass over 7 images takes 0.132 s in fp32, 0.1 s in bf16"  # 8 of 0.1 and 1.5 of 0.3
+    assert found == Way("bf16", False, f"precision auto is bf16: {told}", kernels=False)
+    clocked({("fp32", False, "eval"): 0.1, ("fp32", False, "train_frozen"): 0.3, ("bf16", False): 0.125})
+    found, engine = chosen(tiny_net, tiny_data(), precision="auto", program=Program([], []))
+    assert (found.precision, found.kernels, engine.program is None) == ("fp32", True, False)
+
+
+def test_compile_auto_counts_what_is_compiled_where_attacks_run_on_kernels(
+    tiny_net: Net, tiny_data: Data, clocked: Callable[..., list[str]]
+) -> None:
+    seconds = {("fp32", False, "eval"): 0.1, ("fp32", False, "train_frozen"): 0.2, ("fp32", True): 0.15}
+    clocked(seconds)
+    found, _ = chosen(tiny_net, tiny_data(), compile="auto", steps=1000, program=Program([], []))  # 15 % of 300 s
+    why = "compile auto is false: 1000 steps take about 1.1e+03 s uncompiled, too few to pay back compiling"
+    assert found == Way("fp32", False, why, kernels=True)
+    for compiling, wanted in ((149.0, True), (151.0, False)):
+        clocked(seconds, compiling)
+        found, engine = chosen(tiny_net, tiny_data(), compile="auto", steps=2000, program=Program([], []))
+        assert (found.compile, found.kernels, engine.compiled) == (wanted, True, wanted)
+        assert "2000 steps take about 2.2e+03 s uncompiled, a pass 0.2 s and compiled 0.15 s" in found.why
 
 
 def test_compile_auto_says_why_a_model_or_machine_cannot(
@@ -228,7 +260,7 @@ def test_a_resumed_run_goes_the_way_that_its_manifest_tells(
         precision="auto",
     )
 
-    def half(make: way.MakeEngine, batch: Batch) -> tuple[str, str]:
+    def half(make: way.MakeEngine, batch: Batch, attack_steps: int) -> tuple[str, str]:
         return "bf16", "of a test"
 
     monkeypatch.setattr(way, "_faster_precision", half)
@@ -237,7 +269,7 @@ def test_a_resumed_run_goes_the_way_that_its_manifest_tells(
         train(recipe, tmp_path / "run", on_step=stop)
     told = json.loads((tmp_path / "run" / "manifest.json").read_text())["way"]
     assert (told["precision"], told["compile"]) == ("bf16", False)
-    monkeypatch.setattr(way, "_faster_precision", lambda make, batch: pytest.fail("chose anew"))
+    monkeypatch.setattr(way, "_faster_precision", lambda *args: pytest.fail("chose anew"))
     monkeypatch.setattr(way, "_worth_compiling", lambda *args: pytest.fail("chose anew"))
     made = Engine.__init__
 
@@ -252,8 +284,61 @@ def test_a_resumed_run_goes_the_way_that_its_manifest_tells(
     assert (manifest["status"], manifest["way"]) == ("complete", told)
 
 
+KEYS = {
+    "data": "digits",
+    "limit_per_class": 8,
+    "model": "small-cnn",
+    "width": 16,
+    "epochs": 2,
+    "batch_size": 20,
+    "validation": 0.25,
+}
+
+
+def stopped(out: Path, **keys: object) -> dict[str, object]:
+    """The way in the manifest of a run that stopped in its second epoch."""
+
+    def stop(epoch: int, step: int) -> None:
+        if (epoch, step) == (1, 1):
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(Recipe(train="pgd-at(eps=0.1, steps=2)", **KEYS | keys), out, on_step=stop)  # type: ignore[arg-type]
+    return dict(json.loads((out / "manifest.json").read_text())["way"])
+
+
+def resumed(out: Path) -> dict[str, Tensor]:
+    return dict(train(read_recipe(str(out / "recipe.yaml"), {}), out, resume=True).state.weights)
+
+
+@pytest.mark.skipif(kernels() is None, reason=f"the kernels cannot be had: {missing()}")
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_resumed_run_takes_kernels_where_it_took_them(tmp_path: Path, asked: bool) -> None:
+    told = stopped(tmp_path / "run", kernels=asked)
+    assert told["kernels"] is asked
+    whole = train(Recipe(train="pgd-at(eps=0.1, steps=2)", kernels=asked, **KEYS), tmp_path / "whole")  # type: ignore[arg-type]
+    found = resumed(tmp_path / "run")
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.state.weights.items())
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["way"] == told
+
+
+@pytest.mark.parametrize("way_is_told", [True, False])
+def test_a_run_that_an_earlier_version_began_goes_on_without_kernels(tmp_path: Path, way_is_told: bool) -> None:
+    told = stopped(tmp_path / "run", kernels=False)
+    del told["kernels"]
+    manifest, recipe = tmp_path / "run" / "manifest.json", tmp_path / "run" / "recipe.yaml"
+    values = json.loads(manifest.read_text())
+    del values["way"]
+    manifest.write_text(json.dumps(values | ({"way": told} if way_is_told else {})))
+    recipe.write_text(recipe.read_text().replace("kernels: false\n", ""))
+    assert read_recipe(str(recipe), {}).kernels
+    whole = train(Recipe(train="pgd-at(eps=0.1, steps=2)", kernels=False, **KEYS), tmp_path / "whole")  # type: ignore[arg-type]
+    found = resumed(tmp_path / "run")
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.state.weights.items())
+
+
 def test_the_manifest_tells_the_way_of_every_run(tmp_path: Path) -> None:
     keys = {"data": "digits", "limit_per_class": 4, "model": "small-cnn", "width": 2, "epochs": 1, "validation": 0.25}
     train(Recipe(train="standard", **keys), tmp_path)  # type: ignore[arg-type]
     told = json.loads((tmp_path / "manifest.json").read_text())["way"]
-    assert told == {"precision": "fp32", "compile": False, "why": ""}
+    assert told == {"precision": "fp32", "compile": False, "why": "", "kernels": False}

@@ -56,10 +56,10 @@ def folded(model: nn.Module) -> fx.GraphModule:
         Exception: no graph of the model can be read.
     """
     copy = deepcopy(model)
-    return fuse(fx.GraphModule(copy, _Layers().trace(copy)), no_trace=True)  # type: ignore[return-value]
+    return fuse(fx.GraphModule(copy, Layers().trace(copy)), no_trace=True)  # type: ignore[return-value]
 
 
-class _Layers(fx.Tracer):
+class Layers(fx.Tracer):
     """Looks into everything but torch's own layers and the normalisation of the input, which looks at shapes."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -69,7 +69,7 @@ class _Layers(fx.Tracer):
 def _folded(model: nn.Module, example: Tensor) -> fx.GraphModule | None:
     """The folded copy where it gives the logits of the model."""
     network = folded(model)
-    return network if _gives_the_logits(network, model, example) else None
+    return network if gives_the_logits(network, model, example) else None
 
 
 def _on_kernels(model: nn.Module, example: Tensor) -> nn.Module | None:
@@ -78,10 +78,11 @@ def _on_kernels(model: nn.Module, example: Tensor) -> nn.Module | None:
     if at_hand is None:
         return None
     network = program(folded(model).requires_grad_(False), at_hand)
-    return network if _gives_the_logits(network, model, example) else None
+    return network if gives_the_logits(network, model, example) else None
 
 
-def _gives_the_logits(network: nn.Module, model: nn.Module, example: Tensor) -> bool:
+def gives_the_logits(network: nn.Module, model: nn.Module, example: Tensor) -> bool:
+    """Whether a network gives the logits of the model, by `SAME`."""
     with torch.no_grad():
         wanted, found = model(example), network(example)
     return wanted.shape == found.shape and bool(((found - wanted).abs() <= SAME * wanted.abs().amax()).all())

@@ -32,6 +32,10 @@ Gradients = list[Tensor | None]
 class Step(Protocol):
     """One step of a program."""
 
+    def refresh(self) -> None:
+        """Read the weights of its layers as they are now."""
+        ...
+
     def forward(self, values: Sequence[Any], keep: bool) -> tuple[Any, Any]:
         """What the step makes of `values`, and, if it is to `keep` that, what its way back needs."""
         ...
@@ -42,7 +46,9 @@ class Step(Protocol):
 
 
 class Program(nn.Module):
-    """A network with frozen weights, (B, C, H, W) -> logits (B, K), differentiable in its images, once.
+    """A network in eval mode, (B, C, H, W) -> logits (B, K), differentiable in its images, once.
+
+    Its weights are those that its layers had when it was made, or when `refresh` was called last.
 
     Args:
         steps: in order.
@@ -61,6 +67,12 @@ class Program(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return _Run.apply(x, self)
         return self.run(x, keep=False)[0]
+
+    def refresh(self) -> None:
+        """Take the weights and statistics that the layers have now, which takes as long as reading them a few times."""
+        with torch.no_grad():
+            for step in self.steps:
+                step.refresh()
 
     def run(self, x: Tensor, *, keep: bool) -> tuple[Tensor, list[Any]]:
         """Logits, and what `back` needs."""
@@ -114,6 +126,9 @@ class TorchStep:
 
     call: Callable[..., Any]
 
+    def refresh(self) -> None:
+        """Nothing: a call reads what it needs."""
+
     def forward(self, values: Sequence[Any], keep: bool) -> tuple[Any, Any]:
         if not keep:
             return self.call(*values), None
@@ -137,24 +152,46 @@ class TorchStep:
         return known
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution and the batch norm that alone reads it, where there is one, as one convolution."""
+
+    layer: nn.Conv2d
+    norm: nn.BatchNorm2d | None
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """Its weights (K, C, h, w), and what is added to its sums, (K,) or nothing."""
+        weight, bias = self.layer.weight.detach(), self.layer.bias
+        if self.norm is None:
+            return weight, None if bias is None else bias.detach()
+        scale, shift = scale_and_shift(self.norm)
+        return weight * scale.view(-1, 1, 1, 1), shift if bias is None else shift + scale * bias.detach()
+
+
 class SumStep:
     """Any convolution without groups, what is added to it, and a ReLU after that, where they are.
 
     It reads the image, and the other summand where there is one.
     """
 
-    def __init__(self, kernels: Kernels, layer: nn.Conv2d, *, adds: bool, positive: bool) -> None:
-        self.kernels, self.layer, self.adds, self.positive = kernels, layer, adds, positive
-        self.bias = None if layer.bias is None else layer.bias.detach()
-        step, padding = layer.stride[0], tuple(map(int, layer.padding))
-        geometry: dict[str, Any] = {"step": step, "padding": padding, "dilation": layer.dilation[0]}
-        self.there = kernels.taps_of(layer.weight, **geometry)
-        self.back = kernels.taps_back(layer.weight, **geometry)
-        self.covers = len(self.back) == step**2
-        self.fills = layer.in_channels % kernels.lanes == 0
-        self.winograd = None
-        if not self.fills and _geometry(layer) == WINOGRAD:
-            self.winograd = kernels.transformed(layer.weight.transpose(0, 1).flip(2, 3))
+    def __init__(self, kernels: Kernels, convolution: Convolution, *, adds: bool, positive: bool) -> None:
+        self.kernels, self.convolution, self.adds, self.positive = kernels, convolution, adds, positive
+        self.layer = convolution.layer
+        self.fills = self.layer.in_channels % kernels.lanes == 0
+        self.winograd: Tensor | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        step, padding = self.layer.stride[0], tuple(map(int, self.layer.padding))
+        geometry: dict[str, Any] = {"step": step, "padding": padding, "dilation": self.layer.dilation[0]}
+        self.weight, self.bias = self.convolution.read()
+        if self.fills:
+            self.there = self.kernels.taps_of(self.weight, **geometry)
+        if not self.fills and _geometry(self.layer) == WINOGRAD:
+            self.winograd = self.kernels.transformed(self.weight.transpose(0, 1), flipped=True)
+        else:
+            self.back = self.kernels.taps_back(self.weight, **geometry)
+            self.covers = len(self.back) == step**2
 
     def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
         x, *others = map(_last, values)
@@ -165,7 +202,7 @@ class SumStep:
         after = Pointwise(shift=self.bias, add=others[0] if others else None, positive=self.positive, keep=signs)
         if self.fills:
             return self.kernels.sum(x, self.there, shape, after=after), (x.shape, signs)
-        sums = _last(F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation))
+        sums = _last(F.conv2d(x, self.weight, None, layer.stride, layer.padding, layer.dilation))
         return self.kernels.pointwise(sums, after, into=sums), (x.shape, signs)  # with few channels torch is faster
 
     def backward(self, kept: Any, gradient: Tensor, known: Gradients) -> Gradients:
@@ -199,8 +236,11 @@ class PointwiseStep:
     """Batch norm in eval mode and a ReLU, or one of them."""
 
     def __init__(self, kernels: Kernels, norm: nn.BatchNorm2d, *, positive: bool) -> None:
-        self.kernels, self.positive = kernels, positive
-        self.scale, self.shift = scale_and_shift(norm)
+        self.kernels, self.norm, self.positive = kernels, norm, positive
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.scale, self.shift = scale_and_shift(self.norm)
 
     def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
         (x,) = map(_last, values)
@@ -221,19 +261,21 @@ class WinogradStep:
     """
 
     def __init__(
-        self, kernels: Kernels, layer: nn.Conv2d, *, norm: nn.BatchNorm2d | None, adds: bool, positive: bool
+        self, kernels: Kernels, convolution: Convolution, *, norm: nn.BatchNorm2d | None, adds: bool, positive: bool
     ) -> None:
-        self.kernels, self.layer, self.adds, self.positive = kernels, layer, adds, positive
+        self.kernels, self.convolution, self.norm = kernels, convolution, norm
+        self.layer, self.adds, self.positive = convolution.layer, adds, positive
         self.scale: Tensor | None = None
         self.shift: Tensor | None = None
-        if norm is not None:
-            self.scale, self.shift = scale_and_shift(norm)
-        self.bias = None if layer.bias is None else layer.bias.detach()
-        self.scheme: Scheme = "strided" if _geometry(layer) == STRIDED else "plain"
-        self.way_back: Scheme = "spread" if self.scheme == "strided" else "plain"
-        self.there = kernels.transformed(layer.weight, self.scheme)
-        exchanged = layer.weight.transpose(0, 1)
-        self.back = kernels.transformed(exchanged if self.scheme == "strided" else exchanged.flip(2, 3), self.way_back)
+        self.strided = _geometry(self.layer) == STRIDED
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self.norm is not None:
+            self.scale, self.shift = scale_and_shift(self.norm)
+        weight, self.bias = self.convolution.read()
+        self.there = self.kernels.transformed(weight, strided=self.strided)
+        self.back = self.kernels.transformed(weight.transpose(0, 1), strided=self.strided, flipped=True)
 
     def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
         x, *others = map(_last, values)
@@ -243,28 +285,36 @@ class WinogradStep:
         then = self.kernels.signs(shape) if keep and self.positive else None
         before = Pointwise(scale=self.scale, shift=self.shift, positive=self.scale is not None, keep=first)
         after = Pointwise(shift=self.bias, add=others[0] if others else None, positive=self.positive, keep=then)
-        return self.kernels.convolve(x, self.there, before, after, scheme=self.scheme), (x.shape[2:], first, then)
+        scheme: Scheme = "strided" if self.strided else "plain"
+        return self.kernels.convolve(x, self.there, before, after, scheme=scheme), (x.shape[2:], first, then)
 
     def backward(self, kept: Any, gradient: Tensor, known: Gradients) -> Gradients:
         (size, first, then), gradient = kept, _last(gradient)
         before, after = Pointwise(gate=then), Pointwise(gate=first, scale=self.scale, add=_or_last(known[0]))
-        to_x = self.kernels.convolve(gradient, self.back, before, after, scheme=self.way_back, size=size)
+        scheme: Scheme = "spread" if self.strided else "plain"
+        to_x = self.kernels.convolve(gradient, self.back, before, after, scheme=scheme, size=size)
         return [to_x, _of_summand(self.kernels, gradient, then, known[1])] if self.adds else [to_x]
 
 
-@dataclass(frozen=True)
 class EitherStep:
     """A 3x3 convolution by tiles of 4x4 results, or as a sum where the results fill so little of their tiles that this
     needs fewer products.
     """
 
-    tiles: WinogradStep
-    sums: SumStep
+    def __init__(self, tiles: WinogradStep, sums: SumStep) -> None:
+        self.tiles, self.sums = tiles, sums
+        self.stale: set[Step] = set()
+
+    def refresh(self) -> None:
+        self.stale = {self.tiles, self.sums}
 
     def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
         height, width = _shape_of(self.tiles.layer, values[0])[2:]
         points = len(self.tiles.there) * -(-height // 4) * -(-width // 4)
         step: Step = self.tiles if points < 9 * height * width else self.sums
+        if step in self.stale:
+            step.refresh()
+            self.stale.discard(step)
         result, kept = step.forward(values, keep)
         return result, (step, kept)
 
@@ -274,7 +324,9 @@ class EitherStep:
 
 
 def program(network: fx.GraphModule, kernels: Kernels) -> Program:
-    """The steps of a network in eval mode whose weights stand still, on the kernels where those can take them.
+    """The steps of a network in eval mode, on the kernels where those can take them.
+
+    The weights that torch's own steps read are the network's, which must not change between two passes.
 
     Raises:
         ValueError: its graph does more than from images to logits.
@@ -329,7 +381,7 @@ class _Reader:
         plan: dict[fx.Node, Any] = {}
         for node in nodes:
             layer = self._layer(node)
-            if layer is None:
+            if layer is None or node in plan:
                 continue
             if self._is_convolution(layer):
                 self._plan_convolution(plan, node, layer)
@@ -341,20 +393,28 @@ class _Reader:
 
     def _plan_convolution(self, plan: dict[fx.Node, Any], node: fx.Node, layer: nn.Conv2d) -> None:
         """A step for a convolution, with what stands around it."""
-        total = _only_reader(node)
-        other = None if total is None or total in plan else _other_summand(total, node)
-        end = node if total is None or other is None else total
+        sums = self._norm_after(node)
+        convolution = Convolution(layer, None if sums is node else self._layer(sums))
+        total = _only_reader(sums)
+        other = None if total is None or total in plan else _other_summand(total, sums)
+        end = sums if total is None or other is None else total
         last, positive = self._positive_part(end)
         about: dict[str, Any] = {"adds": other is not None, "positive": positive}
         image, before = node.args[0], None
         if _geometry(layer) in (WINOGRAD, STRIDED) and layer.in_channels % self.kernels.lanes == 0:
             image, norm, before = self._norm_before(plan, image)
-            tiles = WinogradStep(self.kernels, layer, norm=norm, **about)
-            step: Step = tiles if norm is not None else EitherStep(tiles, SumStep(self.kernels, layer, **about))
+            tiles = WinogradStep(self.kernels, convolution, norm=norm, **about)
+            either = norm is None
+            step: Step = EitherStep(tiles, SumStep(self.kernels, convolution, **about)) if either else tiles
         else:
-            step = SumStep(self.kernels, layer, **about)
+            step = SumStep(self.kernels, convolution, **about)
         reads = (image,) if other is None else (image, other)
-        self._cover(plan, (*(before or ()), node, end, last), step, reads)
+        self._cover(plan, (*(before or ()), node, sums, end, last), step, reads)
+
+    def _norm_after(self, node: fx.Node) -> fx.Node:
+        """The batch norm that alone reads a node, or the node."""
+        reader = _only_reader(node)
+        return node if reader is None or not self._is_norm(self._layer(reader)) else reader
 
     def _norm_before(self, plan: dict[fx.Node, Any], image: Any) -> tuple[Any, nn.BatchNorm2d | None, Any]:
         """Of batch norm and ReLU that one layer reads: what they are made of, the norm, their nodes."""
@@ -372,10 +432,7 @@ class _Reader:
     def _torch(self, node: fx.Node) -> tuple[Step, Sequence[fx.Node]]:
         inputs = list(node.all_input_nodes)
         if node.op == "get_attr":
-            value: Any = self.network
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            return TorchStep(lambda: value), inputs
+            return TorchStep(lambda: operator.attrgetter(str(node.target))(self.network)), inputs
 
         def call(*values: Any) -> Any:
             known = dict(zip(inputs, values, strict=True))
@@ -415,7 +472,7 @@ class _Reader:
         alike = all(len(set(pair)) == 1 for pair in (layer.stride, layer.dilation))
         return alike and layer.out_channels % self.kernels.lanes == 0
 
-    def _is_norm(self, layer: nn.Module) -> bool:
+    def _is_norm(self, layer: Any) -> bool:
         if type(layer) is not nn.BatchNorm2d or layer.training or layer.running_mean is None:
             return False
         return _is_plain(layer.running_mean) and layer.num_features % self.kernels.lanes == 0

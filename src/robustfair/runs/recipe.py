@@ -140,7 +140,12 @@ class Recipe:
         bool | Auto,
         "Compile attack and training pass: faster after a minute's start; auto where timed passes say it pays back.",
     ] = False
-    deterministic: Annotated[bool, "The reference path: uncompiled, no TF32, every algorithm repeats exactly."] = False
+    kernels: Annotated[
+        bool, "Attack on kernels of our own where they can be had: float32 on a CPU, batch norm in eval mode."
+    ] = True
+    deterministic: Annotated[
+        bool, "The reference path: uncompiled, no kernels of our own, no TF32, every algorithm repeats exactly."
+    ] = False
     device: Annotated[str, "cpu, cuda, or auto."] = "auto"
     allow: Annotated[tuple[str, ...], "Claims that several methods may share, such as attack.eps."] = ()
     start: Annotated[str, "Weights to begin with: scratch, a run folder, or a weight file."] = SCRATCH

@@ -298,6 +298,8 @@ def _train(
         folder.update_manifest(way=dataclasses.asdict(way))
 
     taken = folder.manifest().get("way", {})
+    if taken or state is not None:
+        taken = {"kernels": False} | taken  # a run that an earlier version began took none
     try:
         fitted = fit(
             ready.model,
@@ -311,6 +313,7 @@ def _train(
             augment=ready.augment,
             precision=taken.get("precision", recipe.precision),
             compile=taken.get("compile", recipe.compile),
+            kernels=taken.get("kernels", recipe.kernels),
             deterministic=recipe.deterministic,
             device=ready.device,
             allow=ready.plan.allow,

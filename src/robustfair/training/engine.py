@@ -1,7 +1,8 @@
-"""How a training run executes its model: precision, compilation, and attacks as one CUDA graph.
+"""How a training run executes its model: precision, compilation, and attacks on our kernels or as one CUDA graph.
 
-Nothing here changes what is computed, only how: `compile=False` in float32 is the reference path, and every other one
-is tested against it. What was tried, what it should have brought and what it brought is in benchmarks/NOTES.md.
+Nothing here changes what is computed, only how: `compile=False` in float32 without kernels is the reference path, and
+every other one is tested against it. What was tried, what it should have brought and what it brought is in
+benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from robustfair.attacks.pgd import Ascent, StepInputs, ascend, functional_step, pgd, require_input_gradient
 from robustfair.config import Precision
 from robustfair.errors import ConfigError, ModelError
+from robustfair.execution.live import hooked
 from robustfair.execution.precision import InPrecision
+from robustfair.execution.program import Program
 from robustfair.losses import MaximiseCE
 from robustfair.models.modes import attacking
 from robustfair.training.capture import CapturedAscent
@@ -32,6 +35,8 @@ class Engine:
         precision: of forward and backward passes.
         device: where the model and its images are.
         compile: compile the training pass, and the attack step as one function.
+        program: the model for attacks in eval mode, as `live_program` made it of this one; unused where the precision
+            is not "fp32". None attacks the model itself.
         graphs: record all steps of an attack as one CUDA graph and replay it; None does so on CUDA where compiled.
         batch_size: what to compile for; batches of another size, such as the last of an epoch, run uncompiled. None
             compiles for every size that comes, up to torch's limit of recompilations.
@@ -44,6 +49,7 @@ class Engine:
         precision: Precision = "fp32",
         device: torch.device | str = "cpu",
         compile: bool = False,
+        program: Program | None = None,
         graphs: bool | None = None,
         batch_size: int | None = None,
     ) -> None:
@@ -52,6 +58,7 @@ class Engine:
         self.eager = InPrecision(model, precision, device.type, bundled=True if compile else None)
         self.batch_size = batch_size
         self.compiled = compile
+        self.program = program if precision == "fp32" else None
         self._compiled: Callable[[Model, Tensor], Tensor] | None = None
         self._ascent: Ascent = ascend
         if compile:
@@ -82,10 +89,20 @@ class Engine:
             clean: logits of this engine at `batch.x`, where `shares_clean_pass` and the caller has them.
             stream: name of the random stream of the batch that it draws from.
         """
+        program = self._program_for(batch.x, attack)
+        if program is not None:
+            with attacking(self.eager, "eval"):
+                program.refresh()
+                return pgd(program, batch.x, batch.y, attack, batch.rng(stream))
         pure = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
         ascent = self._ascent if pure else ascend
         known = None if clean is None else clean.detach()
         return pgd(self.eager, batch.x, batch.y, attack, batch.rng(stream), clean=known, ascent=ascent)
+
+    def _program_for(self, x: Tensor, attack: Attack) -> Program | None:
+        """The program where it may stand for the model: in eval mode, in float32, and while nothing hooks into it."""
+        stands = attack.mode == "eval" and x.dtype == torch.float32
+        return self.program if stands and not hooked(self.model) else None
 
     def _fits(self, x: Tensor) -> bool:
         return self.batch_size is None or x.shape[0] == self.batch_size

@@ -24,6 +24,7 @@ from robustfair.data.load.parts import listed
 from robustfair.data.loader import Loader, evaluation_batches
 from robustfair.errors import ConfigError, DataError, DivergedError, ModelError, RobustFairWarning
 from robustfair.execution.device import warn_of_slow_bf16
+from robustfair.execution.live import live_program
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import allow_deterministic_products, numerics
 from robustfair.methods.base import Method
@@ -78,6 +79,7 @@ def fit(
     augment: Augmentation | None = None,
     precision: Precision | Auto = "fp32",
     compile: bool | Auto = False,
+    kernels: bool = True,
     deterministic: bool = False,
     device: str | torch.device = "cpu",
     allow: frozenset[str] = frozenset(),
@@ -101,12 +103,14 @@ def fit(
         compile: compile attack and training pass for batches of `schedule.batch_size`; the same mathematics with other
             rounding, and other draws in layers such as dropout. The first steps take a minute longer. "auto" compiles
             where the steps ahead pay it back, by a few timed passes.
-        deterministic: the reference path: uncompiled, no TF32, only algorithms that repeat bit for bit. On a CPU in
-            float32 the default is the same path.
+        kernels: run the passes of attacks on kernels of our own where they can be had: in float32 on a CPU, with batch
+            norm in eval mode, see `live_program`; the same mathematics with other rounding, twice as fast.
+        deterministic: the reference path: uncompiled, no kernels of our own, no TF32, only algorithms that repeat bit
+            for bit. On a CPU in float32 it is the path without `kernels`.
         allow: claims that several methods may share.
         resume: state of an earlier run with the same arguments; goes on from there.
-        on_way: called before the first step with the precision and the compilation that were chosen; a run that goes
-            on with `resume` takes these, as it cannot choose anew.
+        on_way: called before the first step with the precision and the compilation that were chosen, and whether
+            attacks run on kernels; a run that goes on with `resume` takes these, as it cannot choose anew.
         save: called with the state after every epoch.
         on_step: called with (epoch, step) after every step; must not wait for the device.
 
@@ -160,13 +164,19 @@ def fit(
     layout = torch.contiguous_format if isinstance(called, OnCopies) else None
     augmentation = parse_augmentation(train.augment) if augment is None else augment
     loader = Loader(train, schedule.batch_size, augment=augmentation, seed=seed, memory_format=layout)
+    program, lacks = None, ""
+    if kernels and not deterministic and precision != "bf16" and device.type == "cpu" and _attacks_in_eval(objective):
+        program, lacks = live_program(called, first)
 
     def engine(precision: Precision, compile: bool) -> Engine:
-        return Engine(called, precision=precision, device=device, compile=compile, batch_size=schedule.batch_size)
+        given: dict[str, Any] = {"precision": precision, "compile": compile, "program": program}
+        return Engine(called, device=device, batch_size=schedule.batch_size, **given)
 
     timed = next(evaluation_batches(train, schedule.batch_size, memory_format=layout))
     steps = schedule.epochs * loader.steps_per_epoch
     way, chosen_engine = choose_way(engine, timed, objective, precision=precision, compile=compile, steps=steps)
+    if lacks and way.precision == "fp32":
+        way = replace(way, why="; ".join(filter(None, [way.why, f"attacks run without kernels: {lacks}"])))
     if way.why:
         warnings.warn(way.why, RobustFairWarning, stacklevel=2)
     if on_way is not None:
@@ -471,6 +481,10 @@ def _train_mode(model: nn.Module, trained_only: Mapping[str, nn.Parameter] | Non
         trained = {id(parameter) for parameter in trained_only.values()}
         for module in model.modules():
             module.training = any(id(parameter) in trained for parameter in module.parameters())
+
+
+def _attacks_in_eval(objective: Objective) -> bool:
+    return isinstance(objective, AdversarialObjective) and objective.attack_mode == "eval"
 
 
 def _trains(network: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """In which precision a run executes and whether it is compiled: as it was asked, or by a few timed passes.
 
-A pass is the forward pass and the gradient of the images in eval mode: an attack makes one a step, and a training pass
-is taken for one and a half. Timing reads no random stream of the run and leaves its model as it was.
+A pass is the forward pass and the gradient of the images: an attack makes one a step, and a training pass is taken for
+one and a half. Where attacks run on kernels of our own, passes on torch's layers are timed beside theirs. Timing reads
+no random stream of the run and leaves its model as it was.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from robustfair.execution.precision import numerics
 from robustfair.objectives.at import PGDAT
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine, require_compiler, require_pure
-from robustfair.values import Batch
+from robustfair.values import Batch, Mode
 
 TIMED_SECONDS = 0.3
 """For how long passes of a kind are timed; one at least, after one that is not."""
@@ -42,12 +43,15 @@ class Way:
     Attributes:
         precision: of forward and backward passes.
         compile: whether attack and training pass are compiled.
-        why: one line on what was chosen and the seconds that were measured; empty where nothing was left to choose.
+        why: one line on what was chosen and the seconds that were measured, and on what cannot be had here; empty where
+            nothing was left to choose.
+        kernels: whether attacks in eval mode run on kernels of our own.
     """
 
     precision: Precision
     compile: bool
     why: str = ""
+    kernels: bool = False
 
 
 def choose_way(
@@ -74,36 +78,47 @@ def choose_way(
     """
     device = batch.x.device
     said = []
+    attack_steps = objective.steps if isinstance(objective, AdversarialObjective) else 0
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         kept_memory(device),
         numerics(deterministic=False),
     ):
         if precision == "auto":
-            precision, why = _faster_precision(make, batch)
+            precision, why = _faster_precision(make, batch, attack_steps)
             said.append(f"precision auto is {precision}: {why}")
-        if compile != "auto":
-            return Way(precision, compile, "; ".join(said)), make(precision, compile)
-        attack_steps = objective.steps if isinstance(objective, AdversarialObjective) else 0
-        engine, why = _worth_compiling(partial(make, precision), batch, steps, attack_steps + TRAINING_PASS)
-        said.append(f"compile auto is {str(engine.compiled).lower()}: {why}")
-        return Way(precision, engine.compiled, "; ".join(said)), engine
+        if compile == "auto":
+            engine, why = _worth_compiling(partial(make, precision), batch, steps, attack_steps)
+            said.append(f"compile auto is {str(engine.compiled).lower()}: {why}")
+        else:
+            engine = make(precision, compile)
+        return Way(precision, engine.compiled, "; ".join(said), engine.program is not None), engine
 
 
-def _faster_precision(make: MakeEngine, batch: Batch) -> tuple[Precision, str]:
-    """fp32 or bf16, and why."""
+def _faster_precision(make: MakeEngine, batch: Batch, attack_steps: int) -> tuple[Precision, str]:
+    """fp32 or bf16, and why; a pass is the mean over those of a step."""
     if not has_bf16(batch.x.device):
         return "fp32", "no bf16 instructions here"
-    full, half = _seconds([make("fp32", False), make("bf16", False)], batch)
+    engines = [make("fp32", False), make("bf16", False)]
+    full, half = _seconds(engines, batch)
+    if engines[0].program is not None:
+        share = attack_steps / (attack_steps + TRAINING_PASS)
+        others = _seconds(engines, batch, "train_frozen")
+        full, half = (share * one + (1 - share) * other for one, other in zip((full, half), others, strict=True))
     chosen: Precision = "bf16" if half < WORTH_ROUNDING * full else "fp32"
     return chosen, f"a pass over {len(batch.y)} images takes {full:.3g} s in fp32, {half:.3g} s in bf16"
 
 
-def _worth_compiling(make: Callable[[bool], Engine], batch: Batch, steps: int, passes: float) -> tuple[Engine, str]:
-    """The engine that ends a run of so many steps, each of `passes`, earlier, and why."""
+def _worth_compiling(make: Callable[[bool], Engine], batch: Batch, steps: int, attack_steps: int) -> tuple[Engine, str]:
+    """The engine that ends a run of so many steps earlier, and why. What runs on kernels of our own is not compiled."""
     plain = make(False)
-    (before,) = _seconds([plain], batch)
-    ahead = f"{steps} steps take about {steps * passes * before:.3g} s uncompiled"
+    passes, on_kernels = attack_steps + TRAINING_PASS, 0.0
+    mode: Mode = "eval"
+    if plain.program is not None:
+        passes, on_kernels = TRAINING_PASS, attack_steps * _seconds([plain], batch)[0]
+        mode = "train_frozen"
+    (before,) = _seconds([plain], batch, mode)
+    ahead = f"{steps} steps take about {steps * passes * before + steps * on_kernels:.3g} s uncompiled"
     if steps * passes * before * SAVED < COMPILING:
         return plain, f"{ahead}, too few to pay back compiling"
     try:
@@ -111,9 +126,9 @@ def _worth_compiling(make: Callable[[bool], Engine], batch: Batch, steps: int, p
         require_pure(plain.model, batch.x[:2])
         compiled = make(True)
         started = time.perf_counter()
-        _pass(compiled, batch)
+        _pass(compiled, batch, mode)
         compiling = time.perf_counter() - started
-        before, after = _seconds([plain, compiled], batch)
+        before, after = _seconds([plain, compiled], batch, mode)
     except Exception as error:  # a compiler may raise anything
         reason = str(error).strip().split("\n")[0]
         return plain, f"it cannot be done here ({reason})"
@@ -122,20 +137,20 @@ def _worth_compiling(make: Callable[[bool], Engine], batch: Batch, steps: int, p
     return (compiled if pays else plain), told
 
 
-def _seconds(engines: Sequence[Engine], batch: Batch) -> list[float]:
+def _seconds(engines: Sequence[Engine], batch: Batch, mode: Mode = "eval") -> list[float]:
     """Seconds of the fastest pass of every engine; they take turns."""
     for engine in engines:
-        _pass(engine, batch)
-    found = [[_pass(engine, batch)] for engine in engines]
+        _pass(engine, batch, mode)
+    found = [[_pass(engine, batch, mode)] for engine in engines]
     while sum(map(sum, found)) < TIMED_SECONDS * len(engines):
         for engine, taken in zip(engines, found, strict=True):
-            taken.append(_pass(engine, batch))
+            taken.append(_pass(engine, batch, mode))
     return [min(taken) for taken in found]
 
 
-def _pass(engine: Engine, batch: Batch) -> float:
-    """Seconds of one pass."""
-    attack = replace(PGDAT(steps=1).attack(batch), mode="eval")
+def _pass(engine: Engine, batch: Batch, mode: Mode) -> float:
+    """Seconds of one pass. One on kernels reads the weights anew, which a run does once an attack."""
+    attack = replace(PGDAT(steps=1).attack(batch), mode=mode)
     started = time.perf_counter()
     engine.attack(batch, attack, stream="timing").sum().item()  # waits for the device
     return time.perf_counter() - started

@@ -49,6 +49,7 @@ constexpr int64_t PAD = 16;            // between rows of a buffer, so that they
 constexpr int64_t BUFFER = 128 << 10;  // bytes that a thread's tiles take, about what its cache holds beside weights
 constexpr int64_t LARGE = 1 << 20;     // bytes of weights from which on more tiles have to share a reading of them
 constexpr int64_t FEWEST = 12, FEWEST_LARGE = 96;  // tiles at a time, or pixels
+constexpr int64_t CHUNK = 8;  // channels whose weights are transformed at a time
 
 // What is done to each number x of a channel, in this order, where it is given: gate, scale and shift, add, positive part;
 // then its sign is kept.
@@ -160,6 +161,17 @@ struct Plain {
     to[2 * to_step] = a + 4.0f * c;
     to[3 * to_step] = b + 8.0f * d + m[5 * step];
   }
+
+  static inline void transform_weights(const Vector* g, int step, Vector* to, int to_step) {  // G g of the paper
+    Vector a = (g[0] + g[2 * step]) * (1.0f / 6), b = g[step] * (1.0f / 6);
+    Vector c = (g[0] + 4.0f * g[2 * step]) * (1.0f / 24), d = g[step] * (1.0f / 12);
+    to[0] = 0.25f * g[0];
+    to[to_step] = -(a + b);
+    to[2 * to_step] = b - a;
+    to[3 * to_step] = c + d;
+    to[4 * to_step] = c - d;
+    to[5 * to_step] = g[2 * step];
+  }
 };
 
 // F(4, 2) at the points 0, 1, -1, 2 and infinity.
@@ -194,6 +206,16 @@ struct Strided {
   static inline void transform_back(const Vector* m, int step, Vector* to, int to_step) {
     Pair::transform_back(m, step, to, to_step);
     for (int i = 0; i < 4; ++i) to[i * to_step] += m[(5 + i) * step];
+  }
+
+  static inline void transform_weights(const Vector* g, int step, Vector* to, int to_step) {
+    Vector first = g[0], last = g[2 * step];
+    to[0] = 0.5f * first;
+    to[to_step] = -0.5f * (first + last);
+    to[2 * to_step] = (1.0f / 6) * (last - first);
+    to[3 * to_step] = (1.0f / 6) * first + (1.0f / 3) * last;
+    to[4 * to_step] = last;
+    for (int i = 0; i < 4; ++i) to[(5 + i) * to_step] = g[step];
   }
 };
 
@@ -378,6 +400,44 @@ int convolve(const float* x, const float* weights, float* y, const Pointwise& be
   return failed ? NO_MEMORY : 0;
 }
 
+template <class Scheme>
+void transform_all(const float* weights, float* to, int64_t out, int64_t in, const int64_t* strides, bool flipped,
+                   int threads) {
+  constexpr int SIDE = Scheme::POINTS, POINTS = SIDE * SIDE;
+  const int64_t vectors = (out + LANES - 1) / LANES, block = vectors % 2 == 0 ? 2 : 1;
+  const int64_t plane = vectors * LANES * in, chunks = (in + CHUNK - 1) / CHUNK, all = vectors / block * chunks;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t part = 0; part < all; ++part) {
+    const int64_t first = part / chunks * block, begin = part % chunks * CHUNK, end = std::min(begin + CHUNK, in);
+    Vector found[POINTS][CHUNK * 2];
+    for (int64_t at = 0; at < (end - begin) * block; ++at) {
+      const int64_t c = begin + at / block, k = (first + at % block) * LANES;
+      const float* from = weights + k * strides[0] + c * strides[1];
+      Vector kernel[9], rows[3 * SIDE];
+      for (int t = 0; t < 9; ++t) {
+        const int tap = flipped ? 8 - t : t;
+        const float* at_tap = from + tap / 3 * strides[2] + tap % 3 * strides[3];
+        if (strides[0] == 1 && k + LANES <= out) {
+          kernel[t] = load(at_tap);
+          continue;
+        }
+        alignas(64) float numbers[LANES] = {};
+        for (int64_t l = 0; l < std::min<int64_t>(LANES, out - k); ++l) numbers[l] = at_tap[l * strides[0]];
+        kernel[t] = load(numbers);
+      }
+      for (int j = 0; j < 3; ++j) Scheme::transform_weights(kernel + j, 3, rows + j, 3);
+      for (int i = 0; i < SIDE; ++i) {
+        Vector points[SIDE];
+        Scheme::transform_weights(rows + 3 * i, 1, points, 1);
+        for (int j = 0; j < SIDE; ++j) found[SIDE * i + j][at] = points[j];
+      }
+    }
+    for (int p = 0; p < POINTS; ++p)
+      std::copy_n(reinterpret_cast<const float*>(found[p]), (end - begin) * block * LANES,
+                  to + p * plane + (first * in + begin * block) * LANES);
+  }
+}
+
 // What a convolution by sums reads and writes: the result at place (i, j) of a grid is made of the pixels
 // (step i + down[t], step j + across[t]) for each tap t, and goes to pixel (spread i + top, spread j + left).
 struct Grid {
@@ -464,6 +524,16 @@ int rf_convolve(const float* x, const float* weights, float* y, const Bits* in_g
   const Pointwise after{out_gate, out_scale, out_shift, out_add, out_positive != 0, out_keep};
   const auto run = scheme == 0 ? convolve<Plain> : scheme == 1 ? convolve<Strided> : convolve<Spread>;
   return run(x, weights, y, before, after, shape, threads);
+}
+
+// to = weights (K, C, 3, 3) as rf_convolve takes them, with zeros where K does not fill registers.
+//
+// strides: from one weight to the next along each axis. flipped: with rows and columns of each kernel in reverse.
+// scheme: 0 is Plain, others Strided, which with `flipped` are the weights of Spread.
+void rf_transform(const float* weights, float* to, int64_t out, int64_t in, const int64_t* strides, int flipped,
+                  int scheme, int threads) {
+  const auto run = scheme == 0 ? transform_all<Plain> : transform_all<Strided>;
+  run(weights, to, out, in, strides, flipped != 0, threads);
 }
 
 // y = convolution of x by `weights` as a sum over taps, at the places of a grid: sizes are those of Grid, in its order.

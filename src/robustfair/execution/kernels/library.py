@@ -30,6 +30,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 WITHOUT_AVX512 = "-mno-avx512f"
 COMPILERS = ("c++", "g++", "clang++")
+POINTS, STRIDED_POINTS = 36, 81
 NO_MEMORY = 1
 LONGEST = 120.0
 """Seconds that compiling may take; it takes one."""
@@ -59,19 +60,6 @@ NOTHING = Pointwise()
 Scheme = Literal["plain", "strided", "spread"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 """In the order of their numbers in `kernels.cpp`."""
-
-
-def _points() -> dict[Scheme, Tensor]:
-    """Of each scheme the matrix (P, 3) that takes the three taps of a row to its points."""
-    plain = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24
-    pair = torch.tensor([[3, 0], [-3, -3], [-1, 1], [1, 2], [0, 6]]).double() / 6
-    outer = torch.tensor([[1, 0, 0], [0, 0, 1]]).double()
-    middle = torch.tensor([[0, 1, 0]]).double().expand(4, 3)
-    strided, spread = (torch.cat([pair @ taps, middle]) for taps in (outer, outer.flip(0)))
-    return {"plain": plain, "strided": strided, "spread": spread}
-
-
-POINTS_OF = _points()
 
 
 @dataclass(frozen=True)
@@ -210,15 +198,23 @@ class Kernels:
         images, channels, height, width = shape
         return torch.empty((images, height * width * channels // 8), dtype=torch.uint8)
 
-    def transformed(self, weight: Tensor, scheme: Scheme = "plain") -> Tensor:
+    def transformed(self, weight: Tensor, *, strided: bool = False, flipped: bool = False) -> Tensor:
         """Weights (K, C, 3, 3) as `convolve` takes them, (P, K / b, C, b): G g G^T of the paper, in blocks.
 
-        For the gradient of images, "plain" takes the weights with their channels exchanged and the kernels turned,
-        "spread" with their channels exchanged.
+        Args:
+            strided: for "strided", or flipped for "spread".
+            flipped: of kernels whose rows and columns are taken in reverse.
         """
-        g = POINTS_OF[scheme]
-        points = torch.einsum("ai,kcij,bj->abck", g, weight.detach().double(), g).flatten(0, 1)
-        return self._in_blocks(self._filled(points)).float()
+        weight = weight.detach()
+        out, channels = weight.shape[:2]
+        registers = -(-out // self.lanes)
+        block = self.lanes * (2 if registers % 2 == 0 else 1)
+        points = STRIDED_POINTS if strided else POINTS
+        to = torch.empty(points, registers * self.lanes // block, channels, block)
+        strides = (ctypes.c_int64 * 4)(*weight.stride())
+        sizes = (out, channels, strides, flipped, strided, torch.get_num_threads())
+        self.library.rf_transform(weight.data_ptr(), to.data_ptr(), *sizes)
+        return to
 
     def taps_of(self, weight: Tensor, *, step: int, padding: tuple[int, int], dilation: int) -> Taps:
         """A convolution with weights (K, C, h, w) as the sum over its taps.
@@ -349,6 +345,8 @@ def _load(path: Path) -> Kernels:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.rf_convolve.argtypes = [pointer] * 13 + [number] * 4
     library.rf_sum.argtypes = [pointer] * 12 + [number] * 2
+    library.rf_transform.argtypes = [pointer] * 2 + [size] * 2 + [pointer] + [number] * 3
+    library.rf_transform.restype = None
     library.rf_pointwise.argtypes = [pointer] * 7 + [size] * 2 + [number] * 2
     library.rf_pointwise.restype = None
     library.rf_squares.argtypes = [pointer] * 8 + [ctypes.c_float] + [size] * 4 + [number]
