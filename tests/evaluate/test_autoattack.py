@@ -874,3 +874,61 @@ def test_fab_searches_in_float32_by_itself_and_as_the_others_in_an_ensemble(
 
 def _stop() -> Any:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("faster", "chosen"), [(0.5, "bf16"), (0.95, "fp32"), (2.0, "fp32")])
+def test_auto_takes_the_precision_whose_passes_are_clearly_faster(
+    small: Small, monkeypatch: pytest.MonkeyPatch, faster: float, chosen: str
+) -> None:
+    model, data = small
+    times = iter([1.0, faster])
+    monkeypatch.setattr(runner, "has_bf16", lambda device: True)
+    monkeypatch.setattr(runner, "seconds", lambda run, images: next(times))
+    found = audit(model, data, attacks="apgd-ce(steps=2)", eps=0.02, checks=False)
+    assert found.provenance["search_precision"] == {"pgd": "fp32", "strong": chosen, "fab": "fp32"}
+    assert found.provenance["searches"]["precision"].startswith(f"{chosen}, of fp32 ")
+    assert f"searches in {chosen}" in found.provenance["searches"]["apgd-ce(steps=2)"]
+
+
+def test_what_was_begun_goes_on_in_the_precision_that_was_chosen(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, data = small
+    keys: dict[str, Any] = {"attacks": "apgd-ce(steps=4)", "eps": 0.02, "journal": tmp_path / "journal.safetensors"}
+    times = iter([1.0, 0.5])
+    monkeypatch.setattr(runner, "has_bf16", lambda device: True)
+    monkeypatch.setattr(runner, "seconds", lambda run, images: next(times))
+    with pytest.warns(RobustFairWarning, match="goes on"):
+        audit(model, data, max_minutes=1e-9, checks=False, **keys)
+    found = audit(model, data, checks=False, **keys)  # nothing is left of `times`: it is not timed again
+    assert found.provenance["search_precision"]["strong"] == "bf16"
+    assert found.complete
+
+
+def test_nothing_is_timed_where_no_attack_of_the_family_runs(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(run: object, images: object) -> float:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(runner, "has_bf16", lambda device: True)
+    monkeypatch.setattr(runner, "seconds", timed)
+    assert audit(*small, attacks="pgd-2", eps=0.02, checks=False).provenance["searches"] == {}
+
+
+def test_a_search_takes_one_thread_where_that_is_faster_and_leaves_the_others(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(strong, "seconds", lambda run, images: float(torch.get_num_threads()))
+        found = audit(*small, attacks="apgd-ce(steps=2)", eps=0.02, precision="fp32", checks=False)
+        assert ", 1 thread," in found.provenance["searches"]["apgd-ce(steps=2)"]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_each_member_took_is_kept(small: Small) -> None:
+    spent = audit(*small, attacks="autoattack", eps=0.02, checks=False).provenance["spent"]["autoattack"]
+    assert list(spent) == [member.name for member in family.VERSIONS["standard"]]
+    assert all(one["passes"] > 0 and one["images"] >= one["passes"] and one["seconds"] > 0 for one in spent.values())

@@ -13,7 +13,16 @@ from robustfair.data import ImageDataset
 from robustfair.errors import ModelError
 from robustfair.evaluate.run import audit
 from robustfair.execution import capacity
-from robustfair.execution.capacity import CPU_BUDGET, HEADROOM, bytes_per_image, images_that_fit
+from robustfair.execution.capacity import (
+    CPU_BUDGET,
+    FEWEST,
+    HEADROOM,
+    UNCOUNTED,
+    bytes_per_image,
+    cost_of_a_pass,
+    images_that_fill,
+    images_that_fit,
+)
 from robustfair.models import create_model
 
 Net = Callable[..., nn.Module]
@@ -169,3 +178,17 @@ def test_the_reference_engine_keeps_to_it_too(fits_five: nn.Module, tiny_data: D
     fits_five.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     audit(fits_five, tiny_data((9,) * 4), attacks="apgd-ce(steps=3)", eps=0.03, engine="reference", batch_size=1000)
     assert max(sizes) == 5
+
+
+def test_what_a_pass_costs_falls_with_what_an_image_does() -> None:
+    small, large = (cost_of_a_pass(create_model("small-cnn", width=width), torch.rand(1, 3, 8, 8)) for width in (4, 16))
+    assert small > 3 * large
+    assert images_that_fill(small) > images_that_fill(large / 1000) == FEWEST
+
+
+def test_a_model_whose_operations_cannot_be_counted_has_a_cost_too() -> None:
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("not while somebody counts")
+
+    assert cost_of_a_pass(Counting(), torch.rand(1, 3, 8, 8)) == UNCOUNTED

@@ -16,6 +16,8 @@ CUDA_SHARE = 0.6
 """Of the free memory of a GPU."""
 PASS_FLOPS = 3e8
 """Additions and multiplications that are done in the time that a pass costs whatever its images, some milliseconds."""
+UNCOUNTED = 1.0
+"""What a pass costs, in images, where a model does not let them be counted."""
 SPENT_WELL = 0.1
 """Share of the time of a pass that may go into that."""
 FEWEST, MOST = 64, 2048
@@ -101,8 +103,11 @@ def cost_of_a_pass(model: nn.Module, example: Tensor) -> float:
     Args:
         example: (1, C, H, W) on the device of the model.
     """
-    with torch.no_grad(), attacking(model, "eval"), FlopCounterMode(display=False) as counter:
-        model(example[:1])
+    try:
+        with torch.no_grad(), attacking(model, "eval"), FlopCounterMode(display=False) as counter:
+            model(example[:1])
+    except Exception:  # a foreign module may raise anything where its operations are counted
+        return UNCOUNTED
     return PASS_FLOPS / max(counter.get_total_flops(), 1)
 
 

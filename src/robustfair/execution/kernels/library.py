@@ -6,6 +6,7 @@ they cannot be had.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -326,7 +327,9 @@ def _own_folder() -> Path:
             return folder
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="robustfair-kernels-"))
+    folder = Path(tempfile.mkdtemp(prefix="robustfair-kernels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _identity(compiler: str, flags: tuple[str, ...]) -> str:
