@@ -462,7 +462,8 @@ def check_device(options: argparse.ArgumentParser, name: str) -> None:
 
 def check_precision(options: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Leave bf16 out where the device has no instructions for it; where nothing is left, end with exit code 2."""
-    asked = [args.precision] if isinstance(args.precision, str) else args.precision
+    given = getattr(args, "precision", ())  # some scripts have no passes of ours
+    asked = [given] if isinstance(given, str) else given
     if "bf16" not in asked or has_bf16(torch.device(args.device)):
         return
     left = [precision for precision in asked if precision != "bf16"]

@@ -217,7 +217,7 @@ def test_control_c_in_an_audit_is_one_line_and_the_same_command_goes_on(
 
     def interrupted(self: Square, *args: Any) -> Any:
         turns.append(1)
-        if len(turns) == 7 and not gone_on:
+        if len(turns) == 2 and not gone_on:
             signal.raise_signal(signal.SIGINT)
         return turn(self, *args)
 
@@ -236,9 +236,11 @@ def test_control_c_in_an_audit_is_one_line_and_the_same_command_goes_on(
     turns.clear()
     gone_on.append(True)
     found = command(*audit, "--json").json()
-    assert len(turns) == 15, "the turns of Square that were done are not done again"
+    went_on = len(turns)
     assert not left.exists()
+    turns.clear()
     fresh = command(*audit, "--out", "fresh", "--json").json()
+    assert went_on == len(turns) - 1, "the turn of Square that was done is not done again"
     assert fresh["attacks"] == found["attacks"]
 
 

@@ -250,6 +250,7 @@ def test_auto_is_bf16_only_where_the_hardware_has_it(small: Small, monkeypatch: 
     model, data = small
     for has, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(runner, "has_bf16", lambda device, has=has: has)
+        monkeypatch.setattr(runner, "fastest", lambda ways: "bf16")
         found = audit(model, data, attacks="pgd-1,apgd-ce(steps=2)", eps=0.03)
         assert found.provenance["search_precision"] == {"pgd": "fp32", "strong": expected, "fab": "fp32"}
         assert found.provenance["precision"] == "auto"
@@ -865,6 +866,7 @@ def test_fab_searches_in_float32_by_itself_and_as_the_others_in_an_ensemble(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(runner, "has_bf16", lambda device: True)
+    monkeypatch.setattr(runner, "fastest", lambda ways: "bf16")
     monkeypatch.setattr(runner.AutoAttackRun, "run", lambda run, *given: seen.append(run) or _stop())
     with pytest.raises(KeyboardInterrupt):
         audit(*small, attacks=name, eps=0.03)

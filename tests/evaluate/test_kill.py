@@ -201,7 +201,9 @@ def contents(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.iterdir()):
         if path.suffix == ".json":
             about = json.loads(path.read_text())
-            found[path.name] = about | {"provenance": about["provenance"] | {"date": "", "seconds": {}}}
+            found[path.name] = about | {
+                "provenance": about["provenance"] | {"date": "", "seconds": {}, "spent": {}, "searches": {}}
+            }
         elif path.suffix == ".npz":
             found[path.name] = {name: column.tolist() for name, column in np.load(path).items()}
         else:

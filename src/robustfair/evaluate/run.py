@@ -202,7 +202,7 @@ def _precisions(plan: AuditPlan, model: nn.Module, data: ImageDataset, journal: 
     if begun is not None:
         return begun, None
     images = next(evaluation_batches(data, TIMED_IMAGES)).x
-    return search_precisions(asked, model, images, timed=bool(_autoattacks(plan.suite)))
+    return search_precisions(asked, model, images, _autoattacks(plan.suite))
 
 
 def read_settings(dataset: ImageDataset, settings: Mapping[str, Any]) -> AuditPlan:

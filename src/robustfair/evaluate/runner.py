@@ -412,13 +412,13 @@ class AttackRunner:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
 
-def search_precisions(asked: str, model: nn.Module, images: Tensor, *, timed: bool) -> Precisions:
+def search_precisions(asked: str, model: nn.Module, images: Tensor, attacks: Sequence[AutoAttack]) -> Precisions:
     """Precision that each family of attacks searches in: what was asked for, or what is fastest on this machine.
 
     Args:
         model: in eval mode, on its device.
         images: some, (B, C, H, W) in [0, 1], to time passes on.
-        timed: whether the AutoAttack family runs at all, so that timing it pays.
+        attacks: of the AutoAttack family that are to run; without any there is nothing to time.
 
     Returns:
         A mapping from "pgd", "strong" and "fab" to precisions, and what was timed, for the user.
@@ -426,17 +426,20 @@ def search_precisions(asked: str, model: nn.Module, images: Tensor, *, timed: bo
     if asked != "auto":
         return dict.fromkeys(("pgd", "strong", "fab"), asked), None  # type: ignore[arg-type]
     found: dict[str, Precision] = {"pgd": "fp32", "strong": "fp32", "fab": "fp32"}
-    if not timed or not has_bf16(images.device):
+    if not attacks or not has_bf16(images.device):
         return found, None
     taken: dict[str, float] = {}
+    gradients = any(attack.needs_gradient for attack in attacks)
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     with attacking(model, "eval"), kept_memory(images.device):
         for precision in precisions:
             network = SearchNetwork(search_network(model, images[:2], precision))
-            taken[precision] = seconds(partial(_gradient, network), images) / len(images)
+            pass_ = partial(_gradient, network) if gradients else network.logits
+            taken[precision] = seconds(pass_, images) / len(images)
     found["strong"] = fastest(taken)  # type: ignore[assignment]
     listed = ", ".join(f"{name} {1e6 * each:,.0f}" for name, each in taken.items())
-    return found, f"{found['strong']}, of {listed} microseconds an image and gradient"
+    what = "gradient" if gradients else "forward pass"
+    return found, f"{found['strong']}, of {listed} microseconds an image and {what}"
 
 
 def _gradient(network: SearchNetwork, images: Tensor) -> Tensor:
