@@ -244,8 +244,8 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16_instructions": _bf16_instructions(),
-        "used": torch.backends.cpu.get_cpu_capability(),
-        "onednn_used": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "onednn_instructions": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "python": known["versions"]["python"],
         "torch": torch.__version__,
     }

@@ -143,7 +143,7 @@ def test_a_report_is_printed_and_comes_back_from_json(tmp_path: Path, capsys: py
 
 
 def test_a_report_tells_the_machine_and_not_its_name() -> None:
-    known = {"cpu", "cores", "threads", "bf16_instructions", "python", "torch"}
+    known = {"cpu", "cores", "threads", "bf16_instructions", "instructions", "onednn_instructions", "python", "torch"}
     on_cuda = {"gpu", "cuda", "float32_convolutions"}
     assert known <= set(measure.machine()) <= known | on_cuda
 
