@@ -348,12 +348,18 @@ void multiply(const float* left, int64_t left_row, const float* weights, int64_t
 
 int64_t whole_blocks(int64_t tiles) { return (tiles + ROWS - 1) / ROWS * ROWS; }
 
-// How many tiles a thread takes at a time.
-int64_t tiles_at_a_time(const Shape& shape, int64_t points, int threads) {
-  int64_t each = points * (shape.in + shape.out + 2 * PAD) * sizeof(float);
-  int64_t weights = points * shape.in * shape.out * sizeof(float);
-  int64_t most = std::max(BUFFER / each, weights > LARGE ? FEWEST_LARGE : FEWEST);
-  return whole_blocks(std::min(most, (shape.tiles() + threads - 1) / threads));
+// (rows, in) by all (in, out) of the weights, which lie in blocks of two registers, or one where out does not fill them.
+void multiply_all(const float* left, int64_t left_row, const float* weights, int64_t in, int64_t out, float* to,
+                  int64_t to_row, int64_t rows) {
+  const bool pairs = out % (2 * LANES) == 0;
+  for (int64_t k = 0; k < out; k += pairs ? 2 * LANES : LANES)
+    (pairs ? multiply<2> : multiply<1>)(left, left_row, weights + k * in, in, to + k, to_row, rows);
+}
+
+// How many of `all` tiles or pixels a thread takes at a time, where each takes so many bytes of its buffer.
+int64_t at_a_time(int64_t all, int64_t each, int64_t weights, int threads) {
+  const int64_t most = std::max(BUFFER / each, weights > LARGE ? FEWEST_LARGE : FEWEST);
+  return whole_blocks(std::min(most, (all + threads - 1) / threads));
 }
 
 template <class Scheme>
@@ -363,16 +369,16 @@ int convolve(const float* x, const float* weights, float* y, const Pointwise& be
   shape.down = (shape.out_height + Scheme::OUT - 1) / Scheme::OUT;
   shape.across = (shape.out_width + Scheme::OUT - 1) / Scheme::OUT;
   const int64_t in = shape.in, out = shape.out;
-  const int64_t most = tiles_at_a_time(shape, POINTS, threads), all = shape.tiles(), parts = (all + most - 1) / most;
-  const int64_t in_row = in + PAD, out_row = out + PAD, in_plane = most * in_row, out_plane = most * out_row;
-  const int64_t block = out % (2 * LANES) == 0 ? 2 * LANES : LANES;
+  const int64_t in_row = in + PAD, out_row = out + PAD, each = POINTS * (in_row + out_row) * sizeof(float);
+  const int64_t all = shape.tiles(), most = at_a_time(all, each, POINTS * in * out * sizeof(float), threads);
+  const int64_t parts = (all + most - 1) / most, in_plane = most * in_row, out_plane = most * out_row;
   const auto read = chosen<Tiles<Scheme>::template Reading, is_before>(before.parts());
   const auto write = chosen<Tiles<Scheme>::template Writing, is_after>(after.parts());
   if (!read || !write) return UNKNOWN;
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    const size_t bytes = POINTS * (in_plane + out_plane) * sizeof(float);
+    const size_t bytes = most * each;
     float* inputs = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
     float* products = inputs + POINTS * in_plane;
     failed |= inputs == nullptr;
@@ -385,14 +391,8 @@ int convolve(const float* x, const float* weights, float* y, const Pointwise& be
       for (int64_t t = count; t < rows; ++t)
         for (int p = 0; p < POINTS; ++p) std::fill_n(inputs + p * in_plane + t * in_row, in, 0.0f);
       for (int p = 0; p < POINTS; ++p)
-        for (int64_t k = 0; k < out; k += block) {
-          const float* panel = weights + (p * out + k) * in;
-          float* to = products + p * out_plane + k;
-          if (block == LANES)
-            multiply<1>(inputs + p * in_plane, in_row, panel, in, to, out_row, rows);
-          else
-            multiply<2>(inputs + p * in_plane, in_row, panel, in, to, out_row, rows);
-        }
+        multiply_all(inputs + p * in_plane, in_row, weights + p * out * in, in, out, products + p * out_plane, out_row,
+                     rows);
       write(products, out_row, out_plane, after, shape, place, count, y);
     }
     std::free(inputs);
@@ -549,10 +549,8 @@ int rf_sum(const float* x, const float* weights, float* y, const Bits* in_gate, 
   const Pointwise before{in_gate, nullptr, nullptr, nullptr, false, nullptr};
   const Pointwise after{out_gate, out_scale, out_shift, out_add, out_positive != 0, out_keep};
   const int64_t in = grid.taps * grid.in, in_row = in + PAD, out_row = grid.out + PAD, all = grid.places();
-  const int64_t each = (in_row + out_row) * sizeof(float), size = in * grid.out * sizeof(float);
-  const int64_t wanted = std::max(BUFFER / each, size > LARGE ? FEWEST_LARGE : FEWEST);
-  const int64_t most = whole_blocks(std::min(wanted, (all + threads - 1) / threads)), parts = (all + most - 1) / most;
-  const int64_t block = grid.out % (2 * LANES) == 0 ? 2 * LANES : LANES;
+  const int64_t each = (in_row + out_row) * sizeof(float);
+  const int64_t most = at_a_time(all, each, in * grid.out * sizeof(float), threads), parts = (all + most - 1) / most;
   const auto scatter = chosen<Scattering, is_after>(after.parts());
   if (!scatter) return UNKNOWN;
   int failed = 0;
@@ -569,12 +567,7 @@ int rf_sum(const float* x, const float* weights, float* y, const Bits* in_gate, 
       Place place(grid.rows, grid.columns, first);
       for (int64_t p = 0; p < count; ++p, place.next()) gather(x, before, grid, down, across, place, inputs + p * in_row);
       for (int64_t p = count; p < rows; ++p) std::fill_n(inputs + p * in_row, in, 0.0f);
-      for (int64_t k = 0; k < grid.out; k += block) {
-        if (block == LANES)
-          multiply<1>(inputs, in_row, weights + k * in, in, sums + k, out_row, rows);
-        else
-          multiply<2>(inputs, in_row, weights + k * in, in, sums + k, out_row, rows);
-      }
+      multiply_all(inputs, in_row, weights, in, grid.out, sums, out_row, rows);
       scatter(sums, out_row, after, grid, Place(grid.rows, grid.columns, first), count, y);
     }
     std::free(inputs);
