@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from robustfair.execution import live
-from robustfair.execution.kernels import library
-from robustfair.execution.kernels.library import kernels, missing
+from robustfair.execution.kernels import compiled
+from robustfair.execution.kernels.compiled import kernels, missing
 from robustfair.execution.live import live_program
 from robustfair.execution.program import Program
 from robustfair.models import OnCopies, create_model
@@ -211,6 +211,6 @@ def test_a_model_without_a_copy_is_refused() -> None:
 
 
 def test_a_machine_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_loaded", lambda: (None, "no C++ compiler such as g++ was found"))
+    monkeypatch.setattr(compiled, "_loaded", lambda: (None, "no C++ compiler such as g++ was found"))
     found = live.live_program(Net(), torch.rand(2, 3, 8, 8))
     assert found == (None, "no C++ compiler such as g++ was found")

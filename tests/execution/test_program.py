@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustfair.execution.folded import folded, search_network
-from robustfair.execution.kernels import library
-from robustfair.execution.kernels.library import kernels, missing
+from robustfair.execution.kernels import compiled
+from robustfair.execution.kernels.compiled import kernels, missing
 from robustfair.execution.program import Program, program
 from robustfair.models import create_model
 
@@ -131,7 +131,7 @@ def test_the_weights_of_the_model_are_left_alone() -> None:
 
 
 def test_without_kernels_a_search_sees_the_folded_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_loaded", lambda: (None, "none"))
+    monkeypatch.setattr(compiled, "_loaded", lambda: (None, "none"))
     torch.manual_seed(0)
     model = with_statistics(create_model("preact-resnet18", width=8))
     network = search_network(model, torch.rand(2, 3, 16, 16), "fp32")

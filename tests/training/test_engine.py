@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from robustfair.attacks.pgd import FreezeFooled, ascend, eager_step, functional_step, pgd
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ModelError, RobustFairWarning
-from robustfair.execution.kernels import library
-from robustfair.execution.kernels.library import kernels, missing
+from robustfair.execution.kernels import compiled
+from robustfair.execution.kernels.compiled import kernels, missing
 from robustfair.execution.live import live_program
 from robustfair.losses import MaximiseMargin, MinimiseCE
 from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
@@ -412,7 +412,7 @@ def test_a_model_that_kernels_cannot_take_trains_on_torchs_layers_and_that_is_sa
 
 
 def test_a_run_without_kernels_on_the_machine_says_why(tiny_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_loaded", lambda: (None, "no C++ compiler such as g++ was found"))
+    monkeypatch.setattr(compiled, "_loaded", lambda: (None, "no C++ compiler such as g++ was found"))
     with pytest.warns(RobustFairWarning, match="^attacks run without kernels: no C"):
         weights, _, way = fitted_to_colours(tiny_data)
     assert (way.kernels, way.why) == (False, "attacks run without kernels: no C++ compiler such as g++ was found")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustfair.data import ImageDataset
 from robustfair.data.loader import evaluation_batches
 from robustfair.errors import ConfigError, RobustFairWarning
-from robustfair.execution.kernels.library import kernels, missing
+from robustfair.execution.kernels.compiled import kernels, missing
 from robustfair.execution.program import Program
 from robustfair.objectives import PGDAT, Standard
 from robustfair.runs.recipe import Recipe, read_recipe

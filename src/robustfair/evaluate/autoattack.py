@@ -19,7 +19,7 @@ from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
 from robustfair.execution.capacity import cost_of_a_pass, images_that_fill
 from robustfair.execution.folded import search_network
-from robustfair.execution.kernels.library import missing
+from robustfair.execution.kernels.compiled import missing
 from robustfair.execution.measured import fastest, seconds, threads
 from robustfair.execution.program import Program
 from robustfair.values import Threat, derive_seed

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from robustfair.config import Precision
-from robustfair.execution.kernels.library import kernels
+from robustfair.execution.kernels.compiled import kernels
 from robustfair.execution.precision import InPrecision
 from robustfair.execution.program import program
 from robustfair.models.modes import attacking

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from robustfair.execution.folded import Layers, gives_the_logits
-from robustfair.execution.kernels.library import kernels, missing
+from robustfair.execution.kernels.compiled import kernels, missing
 from robustfair.execution.program import Program, TorchStep, program
 from robustfair.models.modes import attacking
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from robustfair.execution.kernels.library import Kernels, Pointwise, Scheme
+from robustfair.execution.kernels.compiled import Kernels, Pointwise, Scheme
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 POSITIVE_PARTS = (F.relu, torch.relu, torch.relu_)

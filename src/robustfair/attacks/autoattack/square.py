@@ -19,7 +19,7 @@ from torch import Tensor
 from robustfair.attacks.autoattack.base import SearchNetwork, SearchState, margins
 from robustfair.attacks.pgd import per_pixel
 from robustfair.config import Norm
-from robustfair.execution.kernels.library import is_plain, kernels
+from robustfair.execution.kernels.compiled import is_plain, kernels
 from robustfair.values import seeded_generator
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

@@ -95,7 +95,7 @@ class Kernels:
         lanes: numbers in a register of the processor; channels must be a multiple.
     """
 
-    library: ctypes.CDLL
+    code: ctypes.CDLL
     lanes: int
 
     def convolve(
@@ -128,7 +128,7 @@ class Kernels:
         then = (after.gate, after.scale, after.shift, after.add, after.keep)
         sizes = (ctypes.c_int64 * 8)(images, height, width, read, *shape[2:], out, stored)
         numbers = (SCHEMES.index(scheme), before.positive, after.positive, torch.get_num_threads())
-        _require(self.library.rf_convolve(*map(_address, (x, weights, y, *first, *then)), sizes, *numbers))
+        _require(self.code.rf_convolve(*map(_address, (x, weights, y, *first, *then)), sizes, *numbers))
         return y
 
     def sum(
@@ -159,7 +159,7 @@ class Kernels:
         sizes += [taps.spread, *taps.first, len(taps.down)]
         given = (x, taps.weights, y, before.gate, after.gate, after.scale, after.shift, after.add, after.keep)
         lists = ((ctypes.c_int64 * len(values))(*values) for values in (sizes, taps.down, taps.across))
-        _require(self.library.rf_sum(*map(_address, given), *lists, after.positive, torch.get_num_threads()))
+        _require(self.code.rf_sum(*map(_address, given), *lists, after.positive, torch.get_num_threads()))
         return y
 
     def pointwise(self, x: Tensor, done: Pointwise, *, into: Tensor | None = None) -> Tensor:
@@ -168,7 +168,7 @@ class Kernels:
         y = torch.empty_like(x) if into is None else into
         given = (x, y, done.gate, done.scale, done.shift, done.add, done.keep)
         sizes = (images * height * width, channels, done.positive, torch.get_num_threads())
-        self.library.rf_pointwise(*map(_address, given), *sizes)
+        self.code.rf_pointwise(*map(_address, given), *sizes)
         return y
 
     def squares(
@@ -191,7 +191,7 @@ class Kernels:
         y = torch.empty((count, channels, height, width), memory_format=torch.channels_last)
         given = (point, x, y, *(part.contiguous() for part in (rows, *places, sign)))
         sizes = (count, height, width, channels, torch.get_num_threads())
-        self.library.rf_squares(*map(_address, given), eps, *sizes)
+        self.code.rf_squares(*map(_address, given), eps, *sizes)
         return y
 
     def signs(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -214,7 +214,7 @@ class Kernels:
         to = torch.empty(points, registers * self.lanes // block, channels, block)
         strides = (ctypes.c_int64 * 4)(*weight.stride())
         sizes = (out, channels, strides, flipped, strided, torch.get_num_threads())
-        self.library.rf_transform(weight.data_ptr(), to.data_ptr(), *sizes)
+        self.code.rf_transform(weight.data_ptr(), to.data_ptr(), *sizes)
         return to
 
     def taps_of(self, weight: Tensor, *, step: int, padding: tuple[int, int], dilation: int) -> Taps:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustfair.execution.kernels import library
-from robustfair.execution.kernels.library import Kernels, Pointwise, kernels, missing
+from robustfair.execution.kernels import compiled
+from robustfair.execution.kernels.compiled import Kernels, Pointwise, kernels, missing
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason=f"the kernels cannot be had: {missing()}")
 
@@ -192,25 +192,25 @@ def test_what_no_layer_needs_is_refused(at_hand: Kernels) -> None:
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Kernels that are not loaded yet, with a cache of their own."""
     monkeypatch.setenv("ROBUSTFAIR_CACHE", str(tmp_path / "cache"))
-    library._loaded.cache_clear()
+    compiled._loaded.cache_clear()
     yield tmp_path / "cache" / "kernels"
-    library._loaded.cache_clear()
+    compiled._loaded.cache_clear()
 
 
 def test_they_are_compiled_once_and_kept_for_their_owner(anew: Path) -> None:
-    assert library.missing() is None
+    assert compiled.missing() is None
     (made,) = anew.iterdir()
     assert anew.stat().st_mode & 0o077 == 0
     written = made.stat().st_mtime_ns
-    library._loaded.cache_clear()
-    assert library.kernels() is not None
+    compiled._loaded.cache_clear()
+    assert compiled.kernels() is not None
     assert made.stat().st_mtime_ns == written
 
 
 def test_without_a_compiler_they_are_missing(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert library.kernels() is None
-    assert "no C++ compiler" in str(library.missing())
+    assert compiled.kernels() is None
+    assert "no C++ compiler" in str(compiled.missing())
 
 
 def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -218,25 +218,25 @@ def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyP
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no room on the device" >&2\nexit 1\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert library.missing() == "broken cannot compile them: no room on the device"
+    assert compiled.missing() == "broken cannot compile them: no room on the device"
     assert list(anew.iterdir()) == []
 
 
 def test_a_compiler_that_computes_something_else_is_found_out(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "conv2d", lambda x, weight, padding: torch.zeros(3, weight.shape[0], 7, 5) + 1)
-    assert "computes something else" in str(library.missing())
+    assert "computes something else" in str(compiled.missing())
 
 
 def test_code_that_others_may_have_written_is_not_run(anew: Path) -> None:
     anew.mkdir(parents=True)
     anew.chmod(0o777)
-    assert library.kernels() is not None
+    assert compiled.kernels() is not None
     assert list(anew.iterdir()) == []
 
 
 def test_a_process_with_another_instruction_set_has_its_own(anew: Path) -> None:
-    assert library.kernels() is not None
-    code = "from robustfair.execution.kernels.library import kernels, missing; print(kernels().lanes, missing())"
+    assert compiled.kernels() is not None
+    code = "from robustfair.execution.kernels.compiled import kernels, missing; print(kernels().lanes, missing())"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(
         [sys.executable, "-c", code],
