@@ -38,7 +38,7 @@ from robustfair.data import ImageDataset, Loader, Splits
 from robustfair.models.head import head_norms
 from robustfair.objectives import PGDAT, Objective
 from robustfair.training import Schedule, fit
-from robustfair.training.fit import counts
+from robustfair.training.loop import counts
 from robustfair.training.run import EpochStatistics
 from robustfair.training.state import TrainState
 

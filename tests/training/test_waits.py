@@ -30,7 +30,7 @@ from robustfair.objectives.base import Objective
 from robustfair.training import Schedule
 from robustfair.training import run as running
 from robustfair.training.engine import Engine
-from robustfair.training.fit import _Training
+from robustfair.training.loop import Training
 from robustfair.training.run import EpochStatistics
 from robustfair.values import Attack
 
@@ -173,7 +173,7 @@ def test_steps_of_training_wait_for_nothing(
 ) -> None:
     model = network(tiny_net).train()
     schedule = Schedule(batch_size=4, epochs=2)
-    training = _Training(
+    training = Training(
         model=model,
         engine=Engine(model, device=DEVICE),
         plan=compose(objective, methods),

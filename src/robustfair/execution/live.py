@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from robustfair.execution.folded import Layers, gives_the_logits
 from robustfair.execution.kernels.compiled import kernels, missing
-from robustfair.execution.program import Program, TorchStep, program
+from robustfair.execution.program import Program, program
+from robustfair.execution.steps import TorchStep
 from robustfair.models.modes import attacking
 
 SAME_GRADIENT = 0.05
