@@ -14,8 +14,9 @@ CPU_BUDGET = 2 << 30
 """Bytes of activations on a CPU: fixed, so that the same audit runs in the same batches on every machine."""
 CUDA_SHARE = 0.6
 """Of the free memory of a GPU."""
-PASS_FLOPS = 3e8
-"""Additions and multiplications that are done in the time that a pass costs whatever its images, some milliseconds."""
+PASS_FLOPS, WEIGHT_FLOPS = 3e8, 800.0
+"""Additions and multiplications that are done in the time that a pass costs whatever its images, some milliseconds, and
+in the time that it takes to read the four to nine numbers that a weight is transformed to."""
 UNCOUNTED = 1.0
 """What a pass costs, in images, where a model does not let them be counted."""
 SPENT_WELL = 0.1
@@ -108,7 +109,8 @@ def cost_of_a_pass(model: nn.Module, example: Tensor) -> float:
             model(example[:1])
     except Exception:  # a foreign module may raise anything where its operations are counted
         return UNCOUNTED
-    return PASS_FLOPS / max(counter.get_total_flops(), 1)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return (PASS_FLOPS + WEIGHT_FLOPS * weights) / max(counter.get_total_flops(), 1)
 
 
 def images_that_fill(cost: float) -> int:
