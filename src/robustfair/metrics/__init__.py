@@ -10,7 +10,7 @@ row = predicted and its spectral norm: "Enhancing robust fairness via confusiona
 False-positive score and one-vs-rest accuracy: FAIR-TAT (eq. 7 for the latter). Natural and boundary error: FRL. Head
 norm against class accuracy: "Class-wise disparity in adversarial training: implicit bias perspective" (HWNwB).
 Intervals: Wilson (1927); the bootstrap is described at `bootstrap_statistic`, for pairs at `bootstrap_difference`.
-Paired tests: McNemar (1947) in its exact form, Holm (1979), Agresti and Min (2005).
+Paired tests: McNemar (1947) in its exact form, Holm (1979), Agresti and Min (2005). Several seeds: see `over_seeds`.
 """
 
 from robustfair.metrics.counts import confusion_pred_true, correct_per_class
@@ -50,10 +50,12 @@ from robustfair.metrics.rates import (
     worst_class,
     worst_q,
 )
+from robustfair.metrics.seeds import OverSeeds, difference_over_seeds, over_seeds
 
 __all__ = [
     "FEW_IMAGES",
     "Interval",
+    "OverSeeds",
     "Thirds",
     "accuracy_range",
     "average",
@@ -69,6 +71,7 @@ __all__ = [
     "confusion_pred_true",
     "confusion_rates_pred_true",
     "correct_per_class",
+    "difference_over_seeds",
     "head_norm_correlation",
     "head_norm_ratio",
     "holm",
@@ -78,6 +81,7 @@ __all__ = [
     "natural_error",
     "nsd",
     "one_vs_rest_accuracy",
+    "over_seeds",
     "paired_interval",
     "paired_table",
     "spectral_norm_confusion",

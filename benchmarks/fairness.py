@@ -1,0 +1,372 @@
+"""Does a fairness method help? Every method beside its base, at small scale on real images, over several seeds.
+
+A row is a composition, trained with the settings of its scale, from scratch or from another row's weights. All rows of
+a seed begin with the same weights and see the same images in the same order, all are tested on the same images, and a
+row is compared with its base seed by seed. The reports of rows that go on from others name as base a row that trains on
+for as long without the method.
+
+Each training is a run folder under --runs, each audit a pair of files under --out, so that the command goes on where it
+was stopped: what is audited is not trained again. Audits are small and kept with the results; runs are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.measure import Report, Row, Table
+from robustfair.data import ImageDataset, load_dataset
+from robustfair.errors import ConfigError, RobustFairError, RobustFairWarning, UnknownNameError
+from robustfair.evaluate.result import Audit, load_audit
+from robustfair.evaluate.run import audit
+from robustfair.files import write_json, write_text
+from robustfair.metrics import OverSeeds, difference_over_seeds, holm, over_seeds
+from robustfair.runs.folder import RunFolder
+from robustfair.runs.recipe import Recipe, read_recipe
+from robustfair.runs.run import train
+
+ATTACKS = ("clean", "pgd-20", "apgd-ce", "apgd-t(targets=4, steps=50)")
+"""Of every row; "robust" is right under all of them."""
+AUTOATTACK = "autoattack"
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What all rows on a data set share.
+
+    Attributes:
+        keys: of their recipes.
+        test_images: audited, as many of each class.
+        autoattack_images: of these, under the whole of AutoAttack for the rows that are chosen for it.
+    """
+
+    keys: Mapping[str, Any]
+    test_images: int = 2000
+    autoattack_images: int = 200
+
+
+COMMON = {"schedule": "one-cycle", "batch_size": 128, "select": "last", "validation": 0.05, "steps": 5}
+SCALES = {
+    "cifar10": Scale(
+        keys={
+            **COMMON,
+            "data": "cifar10",
+            "limit_per_class": 1000,
+            "model": "small-cnn",
+            "width": 32,
+            "eps": 8 / 255,
+            "step_size": 4 / 255,
+            "epochs": 10,
+            "lr": 0.2,
+        }
+    ),
+    "fashion-mnist": Scale(
+        keys={
+            **COMMON,
+            "data": "fashion-mnist",
+            "limit_per_class": 1000,
+            "model": "small-cnn",
+            "width": 16,
+            "eps": 25 / 255,
+            "step_size": 12.5 / 255,
+            "epochs": 10,
+            "lr": 0.2,
+        }
+    ),
+}
+MORE = {"epochs": 3, "lr": 0.01, "schedule": "constant"}
+"""Of rows that go on from another's weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A row of the table.
+
+    Attributes:
+        train: its composition.
+        base: name of the row that it is compared with; empty for a base.
+        start: name of the row whose weights it goes on from; empty trains from scratch.
+        keys: of its recipe, where they are others than the scale's.
+    """
+
+    train: str
+    base: str = ""
+    start: str = ""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+ENTRIES: dict[str, Entry] = {
+    "pgd-at": Entry(train="pgd-at"),
+    "trades": Entry(train="trades"),
+    "mart": Entry(train="mart"),
+    "friendly-at": Entry(train="pgd-at + friendly-at(variant=cfa)"),
+    "pgd-at-ema": Entry(train="pgd-at + ema(decay=0.99)", base="pgd-at"),
+    "trades-ema": Entry(train="trades + ema(decay=0.99)", base="trades"),
+    "pgd-at-ccm": Entry(train="pgd-at + ccm(begin=2)", base="pgd-at"),
+    "trades-ccm": Entry(train="trades + ccm(begin=2)", base="trades"),
+    "trades-ccr": Entry(train="trades + ccr(begin=2)", base="trades"),
+    "trades-ccm-ccr": Entry(train="trades + ccm(begin=2) + ccr(begin=2)", base="trades"),
+    "pgd-at-awp": Entry(train="pgd-at + awp", base="pgd-at"),
+    "pgd-at-more": Entry(train="pgd-at", start="pgd-at", keys=MORE),
+    "trades-more": Entry(train="trades", start="trades", keys=MORE),
+}
+
+
+# Command line
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Train, audit and report from the command line."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks.fairness",
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    options.set_defaults(json=None)
+    options.add_argument("--device", default="cpu", help="cpu or cuda")
+    options.add_argument("--threads", type=int, default=1, help="of the CPU")
+    options.add_argument("--scale", choices=list(SCALES), default="cifar10", help="data set, network, images, epochs")
+    options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of each row")
+    options.add_argument("--only", nargs="+", metavar="ROW", help="train and audit these rows, and what they need")
+    options.add_argument("--autoattack", nargs="+", metavar="ROW", default=[], help="attack these rows whole too")
+    options.add_argument("--report", action="store_true", help="train nothing: report the audits that are there")
+    options.add_argument("--runs", type=Path, default=Path("runs/fairness"), help="folder of run folders")
+    options.add_argument("--out", type=Path, default=Path("results/fairness-cpu"), help="folder of audits and reports")
+    return measure.run(options, report, argv)
+
+
+def report(args: argparse.Namespace) -> Report:
+    """Do what is missing, seed by seed, and report all that is there."""
+    for name in (*(args.only or ()), *args.autoattack):
+        if name not in ENTRIES:
+            raise UnknownNameError("row", name, ENTRIES)
+    scale, test = SCALES[args.scale], None
+    for seed in args.seeds if not args.report else ():
+        for name in wanted(args.only):
+            test = test or tested(scale)
+            done = Work(args, name, seed)
+            if done.audited():
+                continue
+            measure.say(f"{args.scale}, {name}, seed {seed}")
+            done.train()
+            done.audit(test, ATTACKS, "audit")
+            _write(args)
+        for name in args.autoattack:
+            test = test or tested(scale)
+            done = Work(args, name, seed)
+            if not done.audited("autoattack"):
+                part = test.sample(scale.autoattack_images, stratified=True, seed=0)
+                done.audit(part, ("clean", AUTOATTACK), "autoattack")
+    return _write(args)
+
+
+def wanted(only: Sequence[str] | None) -> list[str]:
+    """The rows to train, each after the row that it starts from."""
+    found: list[str] = []
+
+    def add(name: str) -> None:
+        if ENTRIES[name].start:
+            add(ENTRIES[name].start)
+        if name not in found:
+            found.append(name)
+
+    for name in only or ENTRIES:
+        add(name)
+    return found
+
+
+def tested(scale: Scale) -> ImageDataset:
+    """The first test images of each class."""
+    test = load_dataset(str(scale.keys["data"])).test
+    return test.limit_per_class(scale.test_images // test.num_classes)
+
+
+# A row with a seed
+
+
+class Work:
+    """One training and its audits, on disk."""
+
+    def __init__(self, args: argparse.Namespace, name: str, seed: int) -> None:
+        self.args, self.entry, self.seed = args, ENTRIES[name], seed
+        self.folder: Path = args.runs / args.scale / f"{name}-{seed}"
+        self.stem = f"{name}-{seed}"
+        self.audits: Path = args.out / args.scale
+
+    def audited(self, kind: str = "audit") -> bool:
+        return (self.audits / f"{self.stem}.{kind}.json").exists()
+
+    def recipe(self) -> Recipe:
+        start = {}
+        if self.entry.start:
+            begun = Work(self.args, self.entry.start, self.seed)
+            begun.train()
+            start = {"start": str(begun.folder)}
+        keys = {**SCALES[self.args.scale].keys, **self.entry.keys, **start}
+        return read_recipe(self.entry.train, {**keys, "seed": self.seed, "device": self.args.device})
+
+    def train(self) -> None:
+        """Into its folder, or on where it was stopped; nothing where it is over."""
+        folder = RunFolder(self.folder)
+        if folder.exists() and folder.manifest().get("status") == "complete":
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RobustFairWarning)
+            train(self.recipe(), self.folder, resume=folder.exists())
+
+    def audit(self, test: ImageDataset, attacks: Sequence[str], kind: str) -> None:
+        """Attack the selected weights, and keep the verdicts."""
+        self.train()
+        model = RunFolder(self.folder).read()[0]
+        journal = self.folder / f"{kind}.journal"
+        found = audit(model, test, attacks=list(attacks), label=self.stem, device=self.args.device, journal=journal)
+        found.save(self.audits, f"{self.stem}.{kind}")
+
+
+# Report
+
+
+COLUMNS = {
+    "row": "{row}",
+    "seeds": "{seeds}",
+    **{
+        f"{heading}": f"{{{key}:.1f}} ({{{key}_low:.1f}} to {{{key}_high:.1f}})"
+        for heading, key in (
+            ("clean", "clean"),
+            ("clean, worst class", "clean_worst"),
+            ("robust", "robust"),
+            ("robust, worst class", "robust_worst"),
+        )
+    },
+}
+CHANGES = {
+    "row": "{row}",
+    "base": "{base}",
+    **{
+        heading: f"{{{key}:+.1f}} ({{{key}_low:+.1f}} to {{{key}_high:+.1f}}), p {{{key}_p:.3f}}"
+        for heading, key in (("robust", "robust"), ("robust, worst class", "robust_worst"), ("range", "robust_range"))
+    },
+    "clean": "{clean:+.1f} ({clean_low:+.1f} to {clean_high:+.1f})",
+}
+AGREEMENT = {
+    "row": "{row}",
+    "images": "{images}",
+    "robust to all of the table": "{short:.1f}",
+    "to AutoAttack": "{whole:.1f}",
+    "verdicts that agree": "{agree:.1%}",
+}
+NOTES = (
+    "Percent of test images, the mean over seeds, with 95 % intervals over seeds and test images (see "
+    "`robustfair.metrics.over_seeds`); robust is right under PGD-20, APGD-CE and targeted APGD together.",
+    "p of a change: Student's test over seeds and images, after Holm's correction over the rows of the table.",
+    "Small scale: narrow networks, few images and epochs. It can tell that a method moves the worst class in this "
+    "setting, and not what it does in the papers', nor which method is best.",
+)
+
+
+def _write(args: argparse.Namespace) -> Report:
+    """The report of all audits of a scale, and its files."""
+    found = {name: audits for name in ENTRIES if (audits := _audits(args, name))}
+    if not found:
+        raise ConfigError("fairness", "--out", allowed="a folder with audits", got=str(args.out))
+    given = {key: str(value) for key, value in SCALES[args.scale].keys.items()}
+    tables = [
+        Table("Rows", COLUMNS, [_row(name, audits) for name, audits in found.items()]),
+        Table("Changes, seed by seed, against the base", CHANGES, _changes(found)),
+        Table("AutoAttack whole, on a part", AGREEMENT, list(_agreement(args, found))),
+    ]
+    whole = Report("fairness", given, [table for table in tables if table.rows], NOTES)
+    write_json(args.out / f"{args.scale}.json", whole.as_json())
+    write_text(args.out / f"{args.scale}.md", whole.text() + "\n")
+    return whole
+
+
+def _audits(args: argparse.Namespace, name: str, kind: str = "audit") -> dict[int, Audit]:
+    """Seed -> audit of a row, as far as they are there."""
+    works = {seed: Work(args, name, seed) for seed in args.seeds}
+    return {
+        seed: load_audit(work.audits / f"{work.stem}.{kind}.json") for seed, work in works.items() if work.audited(kind)
+    }
+
+
+def _hits(audits: Mapping[int, Audit], attack: str, seeds: Sequence[int]) -> Tensor:
+    """(S, N) what the runs get right."""
+    return torch.stack([audits[seed].hits(attack) for seed in seeds])
+
+
+def _row(name: str, audits: Mapping[int, Audit]) -> Row:
+    first, row = next(iter(audits.values())), {"row": name, "train": ENTRIES[name].train, "seeds": len(audits)}
+    for attack in ("clean", "robust"):
+        for statistic, key in (("average", attack), ("worst", f"{attack}_worst")):
+            hits = _hits(audits, attack, list(audits))
+            found = over_seeds(hits, first.labels, first.num_classes, statistic)
+            row |= _figures(key, found)
+    return row
+
+
+def _figures(key: str, found: OverSeeds) -> Row:
+    """In percent; None where one seed says nothing."""
+    ends = {f"{key}_low": found.lower, f"{key}_high": found.upper}
+    row: Row = {name: 100 * end if math.isfinite(end) else None for name, end in ends.items()}
+    p = None if math.isnan(found.p) else found.p
+    return {**row, key: 100 * found.value, f"{key}_each": [100 * each for each in found.each], f"{key}_p": p}
+
+
+def _changes(found: Mapping[str, Mapping[int, Audit]]) -> list[Row]:
+    rows = []
+    for name, audits in found.items():
+        base = found.get(ENTRIES[name].base, {})
+        seeds = [seed for seed in audits if seed in base]
+        if not seeds:
+            continue
+        first = audits[seeds[0]]
+        row: Row = {"row": name, "base": ENTRIES[name].base, "seeds": len(seeds)}
+        for attack, statistic, key in (
+            ("robust", "average", "robust"),
+            ("robust", "worst", "robust_worst"),
+            ("robust", "range", "robust_range"),
+            ("clean", "average", "clean"),
+        ):
+            before, after = (_hits(each, attack, seeds) for each in (base, audits))
+            change = difference_over_seeds(before, after, first.labels, first.num_classes, statistic)
+            row |= _figures(key, change)
+        rows.append(row)
+    for key in ("robust", "robust_worst", "robust_range"):
+        told = [row for row in rows if row[f"{key}_p"] is not None]
+        adjusted = holm(torch.tensor([row[f"{key}_p"] for row in told], dtype=torch.float64))
+        for row, p in zip(told, adjusted.tolist(), strict=True):
+            row[f"{key}_p"] = p
+    return rows
+
+
+def _agreement(args: argparse.Namespace, found: Mapping[str, Mapping[int, Audit]]) -> Iterator[Row]:
+    """How far the attacks of the table stand for AutoAttack, on the images that both saw."""
+    for name, audits in found.items():
+        wholes = {seed: each for seed, each in _audits(args, name, "autoattack").items() if seed in audits}
+        if not wholes:
+            continue
+        short, whole = [], []
+        for seed, each in wholes.items():
+            short.append(audits[seed].hits("robust")[each.index])
+            whole.append(each.hits("robust"))
+        a, b = torch.cat(short), torch.cat(whole)
+        rates = {"short": 100 * float(a.float().mean()), "whole": 100 * float(b.float().mean())}
+        yield {"row": name, "images": len(a), **rates, "agree": float((a == b).float().mean())}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RobustFairError as error:
+        sys.exit(str(error))
