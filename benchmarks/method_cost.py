@@ -1,0 +1,115 @@
+"""What a method costs: an epoch with it beside an epoch of its base, in turn.
+
+An epoch lasts from one boundary to the next, so that what a method does between epochs counts too: a pass over the
+training images, a validation, an average. The first epoch of a run is left out, and with it what only begins later. The
+ratio is the median over turns of one epoch beside the other of the same turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.measure import Report, Row, Table
+from benchmarks.workload import SYNTHETIC, build, load
+from robustfair.data import ImageDataset
+from robustfair.errors import UnknownNameError
+from robustfair.runs.run import read_composition
+from robustfair.training import Schedule, fit
+from robustfair.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Case:
+    """A composition whose methods all act from the second epoch on, and what it is set against.
+
+    Attributes:
+        allowed: the ratio that it is meant to stay under; None where the cost is only stated.
+        validation: share of each class held out in both, for methods that measure on it.
+    """
+
+    train: str
+    base: str
+    allowed: float | None = None
+    validation: float = 0.0
+
+
+CASES: dict[str, Case] = {
+    "ccm": Case("pgd-at + ccm(begin=1)", "pgd-at", 1.05),
+    "ccr": Case("trades + ccr(begin=1)", "trades", 1.05),
+    "ema": Case("pgd-at + ema(buffers=average)", "pgd-at", 1.05),
+    "ema, statistics anew": Case("pgd-at + ema", "pgd-at"),
+    "awp": Case("trades + awp", "trades"),
+    "friendly-at": Case("pgd-at + friendly-at(variant=cfa)", "pgd-at"),
+    "label-smoothing": Case("pgd-at + label-smoothing", "pgd-at"),
+}
+COLUMNS = {
+    "method": "{method}",
+    "composition": "{train}",
+    "base": "{base}",
+    "base, s an epoch": "{before:.2f}",
+    "with it": "{after:.2f}",
+    "ratio": "{ratio:.3f}",
+    "turn by turn": "{low:.3f} to {high:.3f}",
+    "meant to stay under": "{allowed:.2f}",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run the benchmark from the command line."""
+    options = measure.parser("method_cost", __doc__, batch_size=64, precision="fp32", width=16, repeats=5)
+    options.add_argument("--data", default=SYNTHETIC, help="training images: a data set, or synthetic")
+    options.add_argument("--batches", type=int, default=16, help="per epoch")
+    options.add_argument("--only", nargs="+", metavar="METHOD", help="of these methods")
+    return measure.run(options, report, argv)
+
+
+def report(args: argparse.Namespace) -> Report:
+    """A line per method."""
+    for name in args.only or ():
+        if name not in CASES:
+            raise UnknownNameError("method", name, CASES)
+    data = load(args.data, "train", args.batches * args.batch_size)
+    rows = []
+    for name in args.only or CASES:
+        measure.say(name)
+        rows.append(cost(name, CASES[name], data, args))
+    settings = {**measure.settings(args), "batch_size": args.batch_size, "batches": args.batches, "data": args.data}
+    return Report("method_cost", settings, [Table("Cost of an epoch beside the base", COLUMNS, rows)])
+
+
+def cost(name: str, case: Case, data: ImageDataset, args: argparse.Namespace) -> Row:
+    """Epochs with and without the method, which take turns."""
+    taken: dict[str, list[float]] = {train: [] for train in (case.base, case.train)}
+    for _ in range(args.repeats):
+        for train, seconds in taken.items():
+            seconds.append(second_epoch(train, case.validation, data, args))
+    before, after = taken.values()
+    ratios = [b / a for a, b in zip(before, after, strict=True)]
+    found: Row = {"method": name, "train": case.train, "base": case.base, "allowed": case.allowed}
+    found |= {"before": median(before), "after": median(after), "seconds": list(taken.values())}
+    return {**found, "ratio": median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def second_epoch(train: str, validation: float, data: ImageDataset, args: argparse.Namespace) -> float:
+    """Seconds from the first boundary of a run to the second."""
+    objective, methods = read_composition(train)
+    ends: list[float] = []
+
+    def save(state: TrainState) -> None:
+        ends.append(time.perf_counter())
+
+    schedule = Schedule(epochs=2, lr=0.01, kind="constant", batch_size=args.batch_size)
+    model = build(args.model, args.width, device=args.device, in_channels=data.images.shape[1])
+    options: dict[str, Any] = {"precision": args.precision, "device": args.device, "validation": validation}
+    fit(model, data, objective, methods=methods, schedule=schedule, save=save, select="last", **options)
+    return ends[1] - ends[0]
+
+
+if __name__ == "__main__":
+    main()
