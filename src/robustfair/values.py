@@ -129,6 +129,8 @@ class Attack:
 
 AttackOn = Callable[[Batch], Attack]
 """From a batch to the attack on it: radii are per example, so an attack exists only for given examples."""
+AttacksOn = Callable[[Batch], Mapping[str, Attack]]
+"""From a batch to several attacks by what they make, as `Objective.attacks`: "x_adv", and views by name."""
 
 
 @dataclass(frozen=True)

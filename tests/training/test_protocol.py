@@ -15,7 +15,7 @@ from robustfair.attacks.pgd import FreezeFooled, pgd
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ConflictError
 from robustfair.losses import MinimiseCE, cross_entropy, kl_divergence, soft_cross_entropy
-from robustfair.methods import CCM, EMA, LabelSmoothing, Method, Run, compose
+from robustfair.methods import CCM, EMA, WAT, LabelSmoothing, Method, Run, compose
 from robustfair.models.modes import attacking
 from robustfair.objectives import PGDAT, Standard, Trades
 from robustfair.runs.checkpoint import checkpoint_names, read_state, write_state
@@ -325,6 +325,23 @@ def test_batches_are_attacked_in_eval_mode_and_leave_the_model_alone(tiny_net: N
     plain = train(tiny_net(), tiny_data()).state
     assert len(counted) == 3
     assert all(torch.equal(plain.weights[name], tensor) for name, tensor in state.weights.items())
+
+
+def test_batches_under_all_attacks_of_an_objective_have_its_views(tiny_net: Net, tiny_data: Data) -> None:
+    """Drawn apart, so that an objective's loss can be taken on held out images; WAT takes it."""
+    seen: list[Batch] = []
+
+    def look(run: Run) -> None:
+        for batch in run.batches("validation", run.objective.attacks):
+            assert torch.equal(run.objective(run.predict, batch).weight, torch.ones(9))
+            seen.append(batch)
+
+    train(tiny_net(), tiny_data(), Probe(look), WAT(), objective=TwoViews(eps=0.2, steps=2, step_size=0.0))
+    assert len(seen) == 3
+    for batch in seen:
+        assert batch.x_adv is not None
+        assert list(batch.views) == ["inside"]
+        assert not torch.equal(batch.x_adv, batch.views["inside"])
 
 
 def test_validation_is_measured_once_a_boundary_for_each_number_of_steps(

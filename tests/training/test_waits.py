@@ -23,7 +23,7 @@ from robustfair.data import loader as loading
 from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.loader import Loader
 from robustfair.losses import MaximiseCE, MaximiseMargin
-from robustfair.methods import AWP, CCM, CCR, EMA, SWA, AVmixup, FriendlyAT, LabelSmoothing, Method
+from robustfair.methods import AWP, CCM, CCR, EMA, FRL, SWA, WAT, AVmixup, FriendlyAT, LabelSmoothing, Method
 from robustfair.methods.compose import compose
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.objectives.base import Objective
@@ -147,6 +147,8 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (MART(steps=2), (AWP(mode="inplace"),)),
     (ARoW(steps=2), ()),
     (FGSMAT(), ()),
+    (Trades(steps=2), (FRL(), EMA())),
+    (PGDAT(steps=2), (WAT(),)),
 ]
 
 
@@ -179,7 +181,7 @@ def test_steps_of_training_wait_for_nothing(
         plan=compose(objective, methods),
         schedule=schedule,
         loader=Loader(on_device(tiny_data()), 4, augment="crop-flip", seed=0),
-        held=None,
+        held=on_device(tiny_data()),
         select="last",
         seed=0,
     )

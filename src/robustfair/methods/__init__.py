@@ -7,14 +7,18 @@ from robustfair.methods.base import Method, Run
 from robustfair.methods.cfa import CCM, CCR
 from robustfair.methods.compose import Plan, compose
 from robustfair.methods.friendly_at import FriendlyAT
+from robustfair.methods.frl import FRL
 from robustfair.methods.label_smoothing import LabelSmoothing
+from robustfair.methods.wat import WAT
 
 __all__ = [
     "AWP",
     "CCM",
     "CCR",
     "EMA",
+    "FRL",
     "SWA",
+    "WAT",
     "AVmixup",
     "FriendlyAT",
     "LabelSmoothing",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfair.objectives.base import Objective
-from robustfair.values import Attack, AttackOn, Batch, ClassTally, Loss, Model, State, StateDict
+from robustfair.values import Attack, AttackOn, AttacksOn, Batch, ClassTally, Loss, Model, State, StateDict
 
 
 class LossAt(Protocol):
@@ -60,11 +60,14 @@ class Run(Protocol):
         """
         ...
 
-    def batches(self, split: Literal["train", "validation"], attack: AttackOn | None = None) -> Iterator[Batch]:
+    def batches(
+        self, split: Literal["train", "validation"], attack: AttackOn | AttacksOn | None = None
+    ) -> Iterator[Batch]:
         """The images of a split: those to train on as the coming epoch will see them, the held out ones as they are.
 
         Args:
-            attack: gives `x_adv`, attacked in eval mode; None leaves it out.
+            attack: gives `x_adv`, attacked in eval mode, and `views` too where it names several attacks, such as those
+                of the objective; None leaves them out.
         """
         ...
 
@@ -108,6 +111,7 @@ class Method:
         needs: loss terms that must exist, "x_adv" for attacked images, "validation" for held out ones.
         labels_of: images that the soft labels it sets belong to; None for labels that hold for either.
         until_begin: what holds in the epochs before `begin`, for a method that has one; shown where it never comes.
+        second_stage: whether it is made for a model that is robust already; a run from scratch then says so.
     """
 
     name: ClassVar[str]
@@ -116,6 +120,7 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     labels_of: ClassVar[Literal["x", "x_adv"] | None] = None
     until_begin: ClassVar[str] = "it will never act"
+    second_stage: ClassVar[bool] = False
 
     def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """Networks beside the model, saved with the run: those with `requires_grad` train with it, others stay."""

@@ -33,7 +33,7 @@ from robustfair.runs.recipe import SCRATCH, Recipe, read_recipe
 from robustfair.training.engine import require_compiler
 from robustfair.training.fit import Fitted, fit
 from robustfair.training.schedule import Schedule
-from robustfair.training.selection import held_out, require_validation
+from robustfair.training.selection import held_out, require_every_class, require_validation
 from robustfair.training.state import TrainState
 from robustfair.training.way import Way
 from robustfair.values import derive_seed
@@ -150,8 +150,15 @@ class Prepared:
 
     @property
     def remarks(self) -> list[str]:
-        """What a user should know before the run: methods that will not act in so many epochs."""
+        """What a user should know before the run: methods that will not act in so many epochs, or begin too early."""
         found = [method.remark(self.schedule.epochs) for method in self.plan.methods]
+        if self.recipe.start == SCRATCH:
+            found += [
+                f"{method.name} goes on from a model that is robust already, and this run starts from scratch: name a "
+                "run with `start`, or let a stage train one before"
+                for method in self.plan.methods
+                if method.second_stage
+            ]
         return [text for text in found if text]
 
 
@@ -164,6 +171,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.compile is True:
         require_compiler(torch.device(device).type)
     splits, train, validation, held = training_images(recipe)
+    require_every_class(validation, plan.methods)
     if recipe.images is not None:
         train = Edited.read(read_path(recipe.images)).apply(train)
     with torch.random.fork_rng(devices=[]):
@@ -191,7 +199,8 @@ def begin_from(start: str, ready: Prepared) -> None:
         return
     path = read_path(start)
     if path.is_dir():
-        weights = RunFolder(path).model_folder().read()[0].state_dict()
+        folder = RunFolder(path).model_folder()
+        weights = folder.read()[0].state_dict()
         try:
             ready.model.load_state_dict(weights)
         except RuntimeError:
@@ -199,8 +208,21 @@ def begin_from(start: str, ready: Prepared) -> None:
                 f"--start {start}: its weights do not fit {ready.recipe.model} of width {ready.recipe.width} with "
                 f"{ready.train.num_classes} classes: give --model and --width as they are there"
             ) from None
+        _warn_of_other_held(start, folder.manifest(), ready)
     else:
         load_weights(ready.model, read_weight_file(path))
+
+
+def _warn_of_other_held(start: str, known: Mapping[str, Any], ready: Prepared) -> None:
+    """Say where a run on the same images held out others: what is measured here may be what it learnt."""
+    same_images = known.get("data", {}).get("fingerprint") == ready.splits.train.fingerprint
+    if ready.held is None or not same_images or known.get("split_hash", "") in ("", split_hash(ready.held)):
+        return
+    text = (
+        f"start {start} held out other validation images than this run does, and may have trained on those measured "
+        "here: give both the same `validation`"
+    )
+    warnings.warn(text, RobustFairWarning, stacklevel=3)
 
 
 RESOLVED = ("norm", "eps", "step_size", "steps", "width", "augment")

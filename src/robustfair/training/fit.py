@@ -34,6 +34,7 @@ from robustfair.training.loop import Training, train_mode
 from robustfair.training.schedule import Schedule
 from robustfair.training.selection import (
     few_validation_images,
+    require_every_class,
     require_validation,
     with_validation,
 )
@@ -113,6 +114,7 @@ def fit(
         ConflictError: methods that cannot act together, before any step.
         ConfigError: `resume` was left by other methods, or another objective, network or optimizer; or a run that goes
             on shall choose its way.
+        DataError: no images to train on, or none held out of a class that a method measures.
         ModelError: the model's output does not fit the classes, in eval or in train mode; the gradient of the images
             cannot be taken, and an attack needs it; or it cannot be compiled, and shall be.
         DivergedError: a loss that is not finite; carries epoch, step and class state.
@@ -140,6 +142,7 @@ def fit(
         allow_deterministic_products()
     require_validation(validation, select)
     train, held = with_validation(train, validation)
+    require_every_class(held, plan.methods)
     few = "" if held is None else few_validation_images(train.labels, held.labels, select)
     if few:
         text = f"{few}: give `validation` a larger share, or take `select=last`"

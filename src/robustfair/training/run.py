@@ -19,7 +19,7 @@ from robustfair.errors import ConfigError
 from robustfair.models.modes import attacking
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.training.engine import Engine
-from robustfair.values import Attack, AttackOn, Batch, ClassTally, Loss, Model, seeded_generator
+from robustfair.values import Attack, AttackOn, AttacksOn, Batch, ClassTally, Loss, Model, seeded_generator
 
 EVALUATION_BATCH = 500
 
@@ -70,14 +70,16 @@ class TrainingRun:
         counted = tally_batches(self.engine.eager, self.batches("validation"), self.num_classes, attack_on)
         return counted.over(self.total)
 
-    def batches(self, split: Literal["train", "validation"], attack: AttackOn | None = None) -> Iterator[Batch]:
+    def batches(
+        self, split: Literal["train", "validation"], attack: AttackOn | AttacksOn | None = None
+    ) -> Iterator[Batch]:
         for batch in self._images(split):
-            if attack is None:
-                yield batch
-            else:
-                chosen = replace(attack(batch), mode="eval")
-                x_adv = pgd(self.engine.eager, batch.x, batch.y, chosen, batch.rng("measure"))
-                yield replace(batch, x_adv=x_adv)
+            made = {} if attack is None else attack(batch)
+            views = {}
+            for name, chosen in ({"x_adv": made} if isinstance(made, Attack) else made).items():
+                rng = batch.rng("measure" if name == "x_adv" else f"measure/{name}")
+                views[name] = pgd(self.engine.eager, batch.x, batch.y, replace(chosen, mode="eval"), rng)
+            yield replace(batch, x_adv=views.pop("x_adv", None), views=views) if made else batch
 
     def _images(self, split: Literal["train", "validation"]) -> Iterator[Batch]:
         if split == "train":

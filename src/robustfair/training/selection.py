@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from robustfair import metrics
 from robustfair.config import Select, require
 from robustfair.data import ImageDataset
+from robustfair.data.load.parts import listed
 from robustfair.data.split import stratified_split
 from robustfair.errors import DataError
+from robustfair.methods.base import Method
 from robustfair.training.state import ScoredWeights
 from robustfair.values import ClassTally
 
@@ -58,6 +62,24 @@ def require_validation(validation: float | ImageDataset, select: Select) -> None
     """Refuse a selection rule that has no images to measure it on."""
     selects = "a share of each class, or a data set"
     require(select == "last" or validation != 0, "fit", "validation", allowed=selects, got=0, hint="Or `select='last'`")
+
+
+def require_every_class(held: ImageDataset | None, methods: Iterable[Method]) -> None:
+    """Refuse methods that measure on held out images where a class has none: its rate would be no number.
+
+    Raises:
+        DataError: names the classes, and what to do.
+    """
+    measuring = " and ".join(method.name for method in methods if "validation" in method.needs)
+    if held is None or not measuring:
+        return
+    counts = zip(held.class_names, held.class_counts().tolist(), strict=True)
+    absent = [name for name, count in counts if count == 0]
+    if absent:
+        raise DataError(
+            f"{held.name}: no validation image of class {listed(absent)}, and {measuring} would measure every class "
+            f"on them: give it an image to hold out beside one to train on, or drop {measuring}"
+        )
 
 
 def held_out(labels: Tensor, validation: float) -> tuple[Tensor, Tensor]:
