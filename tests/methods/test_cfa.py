@@ -84,6 +84,16 @@ def test_equal_accuracies_are_trades_over_one_plus_beta(tiny_net: Net, stand_in_
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
+def test_a_loss_that_is_divided_already_is_not_divided_again(tiny_net: Net, stand_in_run: Run) -> None:
+    model, batch = tiny_net(dtype=torch.float64).eval(), batch_of()
+    state = CCR(begin=1).at_epoch({}, stand_in_run(epoch=1, **VECTOR))
+    plain, divided = (
+        CCR(begin=1).loss(Trades(beta=6, normalise_beta=n)(model, batch), batch, state, NO_RUN).per_example()
+        for n in (False, True)
+    )
+    torch.testing.assert_close(plain, divided, rtol=1e-6, atol=0)
+
+
 def test_accuracies_are_over_the_true_class_counts(stand_in_run: Run) -> None:
     run = stand_in_run(epoch=3, hits=(1, 30, 7), count=(2, 120, 7))
     for method in (CCM(lam=0.5, begin=1), CCR(lam=0.5, begin=1)):

@@ -84,7 +84,7 @@ class CCR(Method):
 
     def loss(self, loss: Loss, batch: Batch, state: State, run: Run) -> Loss:
         scale = state["scale"][batch.y]
-        share = 1 / (1 + loss.coef["consistency"] * scale)
+        share = 1 / (loss.coef["label"] + loss.coef["consistency"] * scale)
         return loss.scaled("label", share).scaled("consistency", scale * share)
 
 
