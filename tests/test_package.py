@@ -67,6 +67,7 @@ def test_public_names_are_sorted_listed_and_no_more() -> None:
         ("ccm", "CCM"),
         ("ccr", "CCR"),
         ("ema", "EMA"),
+        ("fawa", "FAWA"),
     ],
 )
 def test_a_name_in_a_composition_is_the_class_of_that_name(name: str, entry: str) -> None:

@@ -29,6 +29,7 @@ _PUBLIC = {
     "CropFlip": "robustfair.data.augment.crops",
     "CropShift": "robustfair.data.augment.idbh",
     "EMA": "robustfair.methods.averaging",
+    "FAWA": "robustfair.methods.cfa",
     "FGSMAT": "robustfair.objectives.fgsm",
     "Fitted": "robustfair.training.fit",
     "FriendlyAT": "robustfair.methods.friendly_at",

@@ -4,7 +4,7 @@ from robustfair.methods.averaging import EMA, SWA
 from robustfair.methods.avmixup import AVmixup
 from robustfair.methods.awp import AWP
 from robustfair.methods.base import Method, Run
-from robustfair.methods.cfa import CCM, CCR
+from robustfair.methods.cfa import CCM, CCR, FAWA
 from robustfair.methods.compose import Plan, compose
 from robustfair.methods.friendly_at import FriendlyAT
 from robustfair.methods.label_smoothing import LabelSmoothing
@@ -14,6 +14,7 @@ __all__ = [
     "CCM",
     "CCR",
     "EMA",
+    "FAWA",
     "SWA",
     "AVmixup",
     "FriendlyAT",

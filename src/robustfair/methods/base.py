@@ -33,6 +33,8 @@ class Run(Protocol):
     networks: Mapping[str, Model]
     """What methods asked for in `networks`, as "method/name"; in the run's precision, with gradient."""
     objective: Objective
+    methods: tuple[str, ...]
+    """Names of the methods that act in the run, in list order."""
     labels: Tensor
     """(N,) of the training images; `batch.index` are rows of it."""
     num_classes: int
