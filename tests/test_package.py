@@ -68,6 +68,7 @@ def test_public_names_are_sorted_listed_and_no_more() -> None:
         ("ccr", "CCR"),
         ("ema", "EMA"),
         ("fawa", "FAWA"),
+        ("fair-tat", "FairTAT"),
     ],
 )
 def test_a_name_in_a_composition_is_the_class_of_that_name(name: str, entry: str) -> None:

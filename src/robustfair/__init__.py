@@ -31,6 +31,7 @@ _PUBLIC = {
     "EMA": "robustfair.methods.averaging",
     "FAWA": "robustfair.methods.cfa",
     "FGSMAT": "robustfair.objectives.fgsm",
+    "FairTAT": "robustfair.methods.fair_tat",
     "Fitted": "robustfair.training.fit",
     "FriendlyAT": "robustfair.methods.friendly_at",
     "HWNwB": "robustfair.repairs.head_norm",

@@ -6,6 +6,7 @@ from robustfair.methods.awp import AWP
 from robustfair.methods.base import Method, Run
 from robustfair.methods.cfa import CCM, CCR, FAWA
 from robustfair.methods.compose import Plan, compose
+from robustfair.methods.fair_tat import FairTAT
 from robustfair.methods.friendly_at import FriendlyAT
 from robustfair.methods.label_smoothing import LabelSmoothing
 
@@ -17,6 +18,7 @@ __all__ = [
     "FAWA",
     "SWA",
     "AVmixup",
+    "FairTAT",
     "FriendlyAT",
     "LabelSmoothing",
     "Method",
