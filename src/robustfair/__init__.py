@@ -26,6 +26,7 @@ _PUBLIC = {
     "AWP": "robustfair.methods.awp",
     "CCM": "robustfair.methods.cfa",
     "CCR": "robustfair.methods.cfa",
+    "CFA": "robustfair.methods.cfa",
     "CropFlip": "robustfair.data.augment.crops",
     "CropShift": "robustfair.data.augment.idbh",
     "EMA": "robustfair.methods.averaging",

@@ -3,8 +3,8 @@
 from robustfair.methods.averaging import EMA, SWA
 from robustfair.methods.avmixup import AVmixup
 from robustfair.methods.awp import AWP
-from robustfair.methods.base import Method, Run
-from robustfair.methods.cfa import CCM, CCR, FAWA
+from robustfair.methods.base import Bundle, Method, Run
+from robustfair.methods.cfa import CCM, CCR, CFA, FAWA
 from robustfair.methods.compose import Plan, compose
 from robustfair.methods.fair_tat import FairTAT
 from robustfair.methods.friendly_at import FriendlyAT
@@ -14,10 +14,12 @@ __all__ = [
     "AWP",
     "CCM",
     "CCR",
+    "CFA",
     "EMA",
     "FAWA",
     "SWA",
     "AVmixup",
+    "Bundle",
     "FairTAT",
     "FriendlyAT",
     "LabelSmoothing",

@@ -34,9 +34,9 @@ from torch import Tensor
 from robustfair import metrics
 from robustfair.config import Bounds, NonNegative, Share, Whole, config
 from robustfair.errors import RobustFairWarning
-from robustfair.methods.base import Method, Run
+from robustfair.methods.base import Bundle, Method, Run
 from robustfair.models.averages import Buffers, averaged_entries, begun, completed, moved_towards, without_updates
-from robustfair.registry import METHODS
+from robustfair.registry import BUNDLES, METHODS
 from robustfair.values import Attack, Batch, ClassTally, Loss, State, StateDict
 
 PAPER_LAMBDA1 = {"pgd-at": 0.5, "trades": 0.3}
@@ -173,3 +173,32 @@ def _never_passed(threshold: float) -> str:
         f"fawa has no average: after no epoch did every validation class reach a robust accuracy of {threshold:g}; "
         "lower fawa(threshold)"
     )
+
+
+@BUNDLES.register("cfa")
+@config
+class CFA(Bundle):
+    """CFA whole: ccm, fawa, and ccr where the loss has a consistency term, with the paper's settings.
+
+    Attributes:
+        lambda1: `lam` of ccm; None takes the paper's value.
+        lambda2: `lam` of ccr.
+        begin: first epoch (0-based) that ccm and ccr calibrate.
+        decay, threshold: of fawa.
+        avg_start: `begin` of fawa.
+    """
+
+    name: ClassVar[str] = "cfa"
+    lambda1: NonNegative | None = None
+    lambda2: NonNegative = 0.5
+    begin: Begin = 10
+    decay: Share = 0.85
+    avg_start: Whole = 50
+    threshold: Share = 0.2
+
+    def parts(self) -> tuple[Method, ...]:
+        return (
+            CCM(lam=self.lambda1, begin=self.begin),
+            CCR(lam=self.lambda2, begin=self.begin),
+            FAWA(decay=self.decay, threshold=self.threshold, begin=self.avg_start),
+        )
