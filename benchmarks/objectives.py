@@ -36,7 +36,7 @@ from robustfair.evaluate.result import Audit
 from robustfair.evaluate.run import audit
 from robustfair.files import read_json, write_bytes, write_json, write_text
 from robustfair.grammar import format_eps, format_value, parse_composition
-from robustfair.methods import Method
+from robustfair.methods import Bundle, Method, compose
 from robustfair.objectives import Objective
 from robustfair.runs.folder import environment
 from robustfair.runs.run import read_composition
@@ -240,7 +240,7 @@ def _fail(case: Case, reason: str, failed: list[str]) -> None:
 def trained(case: Case, train: ImageDataset, test: ImageDataset, args: argparse.Namespace) -> Lines:
     """Train one row and audit its last weights and every export; rates in percent, and the counts that they are of."""
     commit = _commit()
-    objective, methods = read_composition(case.train, {"norm": case.norm})
+    plan = compose(*read_composition(case.train, {"norm": case.norm}))
     schedule = Schedule(epochs=args.epochs, kind=CURVE, lr=LR, batch_size=args.batch_size)
 
     def save(state: TrainState) -> None:
@@ -249,8 +249,8 @@ def trained(case: Case, train: ImageDataset, test: ImageDataset, args: argparse.
     fitted = fit(
         initialised(args.model, args.width, train, args.seed),
         train,
-        objective,
-        methods=methods,
+        plan.objective,
+        methods=plan.methods,
         schedule=schedule,
         seed=args.seed,
         validation=0,
@@ -274,7 +274,7 @@ def trained(case: Case, train: ImageDataset, test: ImageDataset, args: argparse.
     for name, weights in {"model": fitted.state.weights, **fitted.state.exports}.items():
         fitted.model.load_state_dict(dict(weights))
         result = audit(fitted.model, test, attacks=list(ATTACKS), norm=case.norm, device=args.device)
-        lines.append({"key": case.key, **asdict(case), "weights": name, **_named(case, methods, name)})
+        lines.append({"key": case.key, **asdict(case), "weights": name, **_named(case, plan.methods, name)})
         lines[-1] |= {"eps": format_eps(result.threat.eps), **measured(result), **about}
     return lines
 
@@ -331,7 +331,7 @@ def _settings(case: Case, shared: Mapping[str, Any], train: ImageDataset) -> dic
     objective, methods = read_composition(case.train, {"norm": case.norm})
     augment = case.augment or train.augment
     parse_augmentation(augment)
-    parts: list[Objective | Method] = [objective, *methods]
+    parts: list[Objective | Method | Bundle] = [objective, *methods]
     given = {part.name: {key: format_value(value) for key, value in vars(part).items()} for part in parts}
     return {**shared, "train": given, "norm": case.norm, "augment": augment}
 

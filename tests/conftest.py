@@ -95,6 +95,7 @@ class StandInRun:
     epoch: int = 0
     step: int = 0
     train: ClassTally | None = None
+    methods: tuple[str, ...] = ()
     images: tuple[Tensor, ...] = ()
     seed: int = 0
     validation: ClassTally = HELD

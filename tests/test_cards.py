@@ -16,7 +16,7 @@ from robustfair.data.augment.crops import AUGMENTATIONS, parse_augmentation
 from robustfair.errors import ConflictError
 from robustfair.grammar import format_value
 from robustfair.methods import compose
-from robustfair.registry import METHODS, OBJECTIVES
+from robustfair.registry import BUNDLES, METHODS, OBJECTIVES
 from robustfair.runs.recipe import read_recipe
 from robustfair.runs.run import plan_of
 
@@ -27,21 +27,20 @@ SECTIONS = ["Formula", "Use", "Parameters", "Where paper, code and this library 
 
 def settings(name: str) -> dict[str, str]:
     """Parameter -> default of what a card is about, as a composition string would have it."""
-    described: Any = (
-        AUGMENTATIONS[name] if name in AUGMENTATIONS else (OBJECTIVES if name in OBJECTIVES else METHODS).get(name)
-    )
+    registry = next((r for r in (OBJECTIVES, METHODS, BUNDLES) if name in r), None)
+    described: Any = AUGMENTATIONS[name] if registry is None else registry.get(name)
     found = {field.name: field.default for field in dataclasses.fields(described)}
     return {key: str(value) if isinstance(value, tuple) else format_value(value) for key, value in found.items()}
 
 
 def test_everything_that_composes_has_a_card_and_nothing_else() -> None:
-    assert set(CARDS) == {*OBJECTIVES, *METHODS, "crop-flip", "crop-shift", "idbh"}
+    assert set(CARDS) == {*OBJECTIVES, *METHODS, *BUNDLES, "crop-flip", "crop-shift", "idbh"}
 
 
 def test_the_index_links_every_card_and_says_what_acts_on_what() -> None:
     def acts(base: str, *names: str) -> bool:
         try:
-            compose(OBJECTIVES.get(base)(), [METHODS.get(name)() for name in names])
+            compose(OBJECTIVES.get(base)(), [(METHODS if name in METHODS else BUNDLES).get(name)() for name in names])
         except ConflictError:
             return False
         return True
@@ -50,7 +49,9 @@ def test_the_index_links_every_card_and_says_what_acts_on_what() -> None:
     assert sorted(re.findall(r"\[([\w-]+)\]\(\1\.md\)", text)) == CARDS
     heading, _, *rows = [line.split(" | ") for line in re.findall(r"^\| (.*) \|$", text, re.MULTILINE)]
     said = {(base.strip("`"), row[0].strip("`")): row[at] for row in rows for at, base in enumerate(heading) if at}
-    assert said == {(base, name): "yes" if acts(base, name) else "no" for base in OBJECTIVES for name in METHODS}
+    assert said == {
+        (base, name): "yes" if acts(base, name) else "no" for base in OBJECTIVES for name in [*METHODS, *BUNDLES]
+    }
     together = [(base, pair) for pair in itertools.combinations(METHODS, 2) for base in OBJECTIVES]
     apart = {pair for base, pair in together if all(acts(base, name) for name in pair) and not acts(base, *pair)}
     weigh = itertools.combinations(["ccr", "frl", "wat"], 2)
@@ -83,5 +84,6 @@ def test_the_commands_of_a_card_are_commands(name: str) -> None:
             own = read_recipe(argv[1], {"data": "cifar10"}).augment
             augment = argv[argv.index("--augment") + 1] if "--augment" in argv else own
             parse_augmentation(augment or "none")
-            used |= {plan.objective.name, *(method.name for method in plan.methods), augment or "none"}
+            acting = [*plan.methods, *(became.bundle for became in plan.bundles)]
+            used |= {plan.objective.name, *(entry.name for entry in acting), augment or "none"}
     assert name in used | {word.removesuffix("-strong") for word in used}

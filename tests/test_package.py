@@ -22,7 +22,7 @@ from robustfair.grammar import parse_composition
 from robustfair.methods.base import Method
 from robustfair.models.build import create_model
 from robustfair.objectives.base import Objective
-from robustfair.registry import METHODS, OBJECTIVES
+from robustfair.registry import BUNDLES, METHODS, OBJECTIVES
 from robustfair.runs.recipe import read_recipe, shipped_recipes
 from robustfair.runs.run import plan_of
 from robustfair.training.schedule import Schedule
@@ -67,6 +67,8 @@ def test_public_names_are_sorted_listed_and_no_more() -> None:
         ("ccm", "CCM"),
         ("ccr", "CCR"),
         ("ema", "EMA"),
+        ("fawa", "FAWA"),
+        ("fair-tat", "FairTAT"),
     ],
 )
 def test_a_name_in_a_composition_is_the_class_of_that_name(name: str, entry: str) -> None:
@@ -79,7 +81,7 @@ def test_a_name_in_a_composition_is_the_class_of_that_name(name: str, entry: str
 
 def test_every_objective_and_method_is_public() -> None:
     public = {getattr(robustfair, name) for name in robustfair.__all__}
-    for registry in (OBJECTIVES, METHODS):
+    for registry in (OBJECTIVES, METHODS, BUNDLES):
         assert {registry.get(name) for name in registry} <= public
 
 

@@ -98,7 +98,7 @@ def load_plugin(path: Path | str) -> None:
     spec = importlib.util.spec_from_file_location(name, file)
     if not file.is_file() or spec is None or spec.loader is None:
         raise RobustFairError(f"plugin {path} is no Python file: name one that registers what you add")
-    open_ones = (OBJECTIVES, METHODS, MODELS, REPAIRS, EDITS, ATTACKS)
+    open_ones = (OBJECTIVES, METHODS, BUNDLES, MODELS, REPAIRS, EDITS, ATTACKS)
     for registry in open_ones:
         registry._load()  # so that a name that is taken shows in the line of the plugin that takes it again
     before = [dict(registry._entries) for registry in open_ones]
@@ -119,6 +119,7 @@ def load_plugin(path: Path | str) -> None:
 
 OBJECTIVES: Registry[Any] = Registry("objective", ("robustfair.objectives",))
 METHODS: Registry[Any] = Registry("method", ("robustfair.methods",))
+BUNDLES: Registry[Any] = Registry("bundle", ("robustfair.methods",))
 MODELS: Registry[Any] = Registry("model", ("robustfair.models",))
 REPAIRS: Registry[Any] = Registry("repair", ("robustfair.repairs",))
 ATTACKS: Registry[Any] = Registry("attack", ("robustfair.attacks.named",))

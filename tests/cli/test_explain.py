@@ -38,3 +38,12 @@ def test_stages_are_explained_one_by_one(place: Path, command: Command) -> None:
         "stage 4, repair: hwnwb",
     ]
     assert outcome.out.count("acts in:") == 2
+
+
+def test_a_bundle_is_explained_with_what_it_became_and_refused_beside_its_parts(command: Command) -> None:
+    outcome = command("explain", "trades + cfa")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "  stands for: ccm, ccr, fawa\n" in outcome.out
+    refused = command("explain", "trades + cfa + ccm")
+    assert refused.code == 2
+    assert "cfa stands for ccm, ccr, fawa and ccm is listed too" in refused.err

@@ -14,7 +14,7 @@ import yaml
 
 from reference.commands import AUDIT, Command, Refuses, training
 from reference.runs import changes, history, tensors, tree
-from robustfair.registry import EDITS, METHODS, MODELS, OBJECTIVES, REPAIRS
+from robustfair.registry import BUNDLES, EDITS, METHODS, MODELS, OBJECTIVES, REPAIRS
 from robustfair.runs.recipe import read_recipe
 
 PLUGIN = '''
@@ -77,7 +77,7 @@ OWN = "own-at + own-radius"
 @pytest.fixture
 def forget() -> Iterator[Callable[[], None]]:
     """Forgets all plugins, as a fresh process does; at the end of a test too."""
-    registries = (OBJECTIVES, METHODS, MODELS, REPAIRS, EDITS)
+    registries = (OBJECTIVES, METHODS, BUNDLES, MODELS, REPAIRS, EDITS)
     known = [(registry, [*registry]) for registry in registries]
 
     def run() -> None:

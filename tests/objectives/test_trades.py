@@ -36,6 +36,14 @@ def test_defaults(batch_of: BatchOf) -> None:
     assert (attack.steps, attack.start, attack.mode, attack.goal) == (10, "gauss001", "eval", MaximiseKL())
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 6.0])
+def test_normalised_it_is_the_loss_over_one_plus_beta(tiny_net: Net, batch: Batch, beta: float) -> None:
+    model = tiny_net(dtype=torch.float64).eval()
+    plain, divided = (Trades(beta=beta, normalise_beta=n)(model, batch) for n in (False, True))
+    torch.testing.assert_close(divided.per_example(), plain.per_example() / (1 + beta), rtol=1e-12, atol=0)
+    assert torch.equal(divided.weight, plain.weight)
+
+
 def test_l2_takes_two_eps_over_steps_and_the_box_first(batch_of: BatchOf) -> None:
     attack = Trades(norm="l2", eps=0.5, steps=8).attack(batch_of(2))
     assert attack.step_size.tolist() == [0.125] * 2

@@ -1,4 +1,4 @@
-"""CFA in Python floats: class-wise radii, betas and the loss they enter."""
+"""CFA in Python floats: class-wise radii, betas, the loss they enter, and the average of epochs that pass the gate."""
 
 from __future__ import annotations
 
@@ -33,3 +33,16 @@ def loss(clean, adv, y, share):
         b = share[label]
         total += (1 - b) * losses.cross_entropy(z, label) + b * losses.kl(z, z_adv)
     return total / len(y)
+
+
+def fawa(values, worst, decay, threshold):
+    """The average of one weight after every epoch, None before an epoch has passed; the first that does is copied.
+
+    `values` are those of the epochs, `worst` the accuracies of their worst classes.
+    """
+    average, path = None, []
+    for value, lowest in zip(values, worst, strict=True):
+        if lowest >= threshold:
+            average = value if average is None else decay * average + (1 - decay) * value
+        path.append(average)
+    return path

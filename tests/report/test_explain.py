@@ -10,7 +10,7 @@ import pytest
 from robustfair.methods import CCM, CCR, EMA, Method
 from robustfair.methods.compose import compose
 from robustfair.objectives import PGDAT, Standard, Trades
-from robustfair.registry import METHODS, OBJECTIVES
+from robustfair.registry import BUNDLES, METHODS, OBJECTIVES
 from robustfair.report.explain import explain_plan, summary
 
 
@@ -74,7 +74,7 @@ def test_a_shared_claim_is_named_with_its_order() -> None:
     assert explained(text)["other"] == ["no settings", "acts in:", "sets: attack.eps"]
 
 
-@pytest.mark.parametrize("registry", [OBJECTIVES, METHODS], ids=["objectives", "methods"])
+@pytest.mark.parametrize("registry", [OBJECTIVES, METHODS, BUNDLES], ids=["objectives", "methods", "bundles"])
 def test_every_entry_is_summed_up_in_one_sentence(registry) -> None:
     for name in registry:
         text = summary(registry.get(name))

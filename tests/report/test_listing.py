@@ -10,14 +10,14 @@ from robustfair.attacks.named import AUTOATTACK_NAMES, parse_attacks
 from robustfair.data import AUGMENTATIONS, CATALOG
 from robustfair.errors import UnknownNameError
 from robustfair.models import create_model
-from robustfair.registry import METHODS, MODELS, OBJECTIVES, REPAIRS
+from robustfair.registry import BUNDLES, METHODS, MODELS, OBJECTIVES, REPAIRS
 from robustfair.report.listing import listing
 from robustfair.runs.recipe import shipped_recipes
 
 ENTRIES: dict[str, Callable[[], list[str]]] = {
     "recipes": lambda: list(shipped_recipes()),
     "objectives": lambda: list(OBJECTIVES),
-    "methods": lambda: list(METHODS),
+    "methods": lambda: [*METHODS, *BUNDLES],
     "augmentations": lambda: list(AUGMENTATIONS),
     "models": lambda: [*MODELS, "wrn-D-W", "dm-wrn-D-W"],
     "datasets": lambda: sorted(CATALOG),

@@ -23,7 +23,21 @@ from robustfair.data import loader as loading
 from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.loader import Loader
 from robustfair.losses import MaximiseCE, MaximiseMargin
-from robustfair.methods import AWP, CCM, CCR, EMA, FRL, SWA, WAT, AVmixup, FriendlyAT, LabelSmoothing, Method
+from robustfair.methods import (
+    AWP,
+    CCM,
+    CCR,
+    EMA,
+    FAWA,
+    FRL,
+    SWA,
+    WAT,
+    AVmixup,
+    FairTAT,
+    FriendlyAT,
+    LabelSmoothing,
+    Method,
+)
 from robustfair.methods.compose import compose
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.objectives.base import Objective
@@ -140,6 +154,8 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (Standard(), (LabelSmoothing(),)),
     (PGDAT(steps=2), (CCM(begin=1), LabelSmoothing(), EMA(ramp=True))),
     (PGDAT(steps=2), (FriendlyAT(tau=1, omega=0.01), EMA())),
+    (Trades(steps=2), (FairTAT(), FAWA())),
+    (PGDAT(steps=2), (FairTAT(compat="official"), FriendlyAT(tau=1))),
     (PGDAT(steps=2), (FriendlyAT(variant="cfa"), SWA(begin=0, per="step"))),
     (PGDAT(steps=2), (AVmixup(),)),
     (Trades(steps=2), (AWP(), EMA())),

@@ -3,9 +3,10 @@
 from robustfair.methods.averaging import EMA, SWA
 from robustfair.methods.avmixup import AVmixup
 from robustfair.methods.awp import AWP
-from robustfair.methods.base import Method, Run
-from robustfair.methods.cfa import CCM, CCR
+from robustfair.methods.base import Bundle, Method, Run
+from robustfair.methods.cfa import CCM, CCR, CFA, FAWA
 from robustfair.methods.compose import Plan, compose
+from robustfair.methods.fair_tat import FairTAT
 from robustfair.methods.friendly_at import FriendlyAT
 from robustfair.methods.frl import FRL
 from robustfair.methods.label_smoothing import LabelSmoothing
@@ -15,11 +16,15 @@ __all__ = [
     "AWP",
     "CCM",
     "CCR",
+    "CFA",
     "EMA",
+    "FAWA",
     "FRL",
     "SWA",
     "WAT",
     "AVmixup",
+    "Bundle",
+    "FairTAT",
     "FriendlyAT",
     "LabelSmoothing",
     "Method",

@@ -7,6 +7,7 @@ step is taken; while training, every edit is checked against the method's claims
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal, Protocol
@@ -33,6 +34,8 @@ class Run(Protocol):
     networks: Mapping[str, Model]
     """What methods asked for in `networks`, as "method/name"; in the run's precision, with gradient."""
     objective: Objective
+    methods: tuple[str, ...]
+    """Names of the methods that act in the run, in list order."""
     labels: Tensor
     """(N,) of the training images; `batch.index` are rows of it."""
     num_classes: int
@@ -171,6 +174,23 @@ class Method:
     def hooks(self) -> list[str]:
         """Names of the hooks this method overrides, in protocol order."""
         return [hook for hook in HOOKS if getattr(type(self), hook) is not getattr(Method, hook)]
+
+
+class Bundle(ABC):
+    """A name for several methods that belong together: each of them acts where it can.
+
+    A frozen dataclass, its config. `compose` puts the parts in its place, without those that the objective has no use
+    for and those that set what another listed method sets already.
+
+    Class attributes:
+        name: the registered name.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def parts(self) -> tuple[Method, ...]:
+        """All of them, with the settings of the bundle."""
 
 
 HOOKS = ("networks", "prepare", "attack", "examples", "loss", "around_gradient", "after_step", "at_epoch", "export")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from robustfair.errors import ConflictError
-from robustfair.methods.base import LossAt, Method, Run
+from robustfair.methods.base import Bundle, LossAt, Method, Run
 from robustfair.objectives.base import Objective
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Attack, Batch, Loss, Model, State, StateDict
@@ -22,7 +22,7 @@ Edited = TypeVar("Edited", Attack, Batch)
 
 def compose(
     objective: Objective,
-    methods: Sequence[Method] = (),
+    methods: Sequence[Method | Bundle] = (),
     *,
     allow: frozenset[str] = frozenset(),
     validation: bool = True,
@@ -30,13 +30,15 @@ def compose(
     """Check that the methods can act together on the objective.
 
     Args:
+        methods: bundles among them become those of their parts that fit, in their place.
         allow: claims that may have several owners, who then act in list order.
         validation: whether the run holds images out.
 
     Raises:
         ConflictError: a method twice; two owners of one claim; a loss term, attacked or held out images that a method
-            needs and does not find; a write nobody reads.
+            needs and does not find; a write nobody reads; a bundle beside one of its parts, or without one that fits.
     """
+    methods, bundles = _unbundled(objective, methods, allow)
     owners: dict[str, str] = {}
     names = [method.name for method in methods]
     for method in methods:
@@ -51,7 +53,7 @@ def compose(
                 )
         lacking = _lacking(method, objective)
         if lacking:
-            fitting = [name for name in OBJECTIVES if _fits(method, OBJECTIVES.get(name))]
+            fitting = [name for name in OBJECTIVES if not _unfit(method, OBJECTIVES.get(name))]
             use = " or ".join(fitting) or "another objective"
             raise ConflictError(f"{method.name} {lacking}: use {use}, or drop {method.name}")
         if "validation" in method.needs and not validation:
@@ -69,7 +71,7 @@ def compose(
         lost = _lost(method, replacing)
         if lost:
             raise ConflictError(f"{method.name} sets {lost}, and {replacing.name} replaces the term that reads it")
-    return Plan(objective=objective, methods=tuple(methods), allow=allow)
+    return Plan(objective=objective, methods=methods, allow=allow, bundles=bundles)
 
 
 CLAIM_TEXT = {
@@ -85,9 +87,85 @@ CLAIM_TEXT = {
 }
 
 
-def _fits(method: Method, objective: type[Objective]) -> bool:
-    """Whether `objective` has what `method` needs and reads what it sets."""
-    return not _lacking(method, objective) and not any(_unread(claim, objective) for claim in method.claims)
+@dataclass(frozen=True)
+class Unbundled:
+    """What became of a bundle.
+
+    Attributes:
+        parts: those that act.
+        unfit: name of a part -> why the objective has no use for it.
+        taken: name of a part -> which listed method sets what it would.
+    """
+
+    bundle: Bundle
+    parts: tuple[Method, ...]
+    unfit: Mapping[str, str]
+    taken: Mapping[str, str]
+
+    def remark(self) -> str | None:
+        """A sentence for the user if another method keeps out a part that would fit the objective."""
+        left = "; ".join(f"{part}, since {reason}" for part, reason in self.taken.items())
+        return f"{self.bundle.name} leaves out {left}" if left else None
+
+
+def _unbundled(
+    objective: Objective, listed: Sequence[Method | Bundle], allow: frozenset[str]
+) -> tuple[tuple[Method, ...], tuple[Unbundled, ...]]:
+    """The methods of a list, in the place of each bundle those of its parts that act; and what became of each."""
+    methods: list[Method] = []
+    bundles: list[Unbundled] = []
+    for entry in listed:
+        if isinstance(entry, Bundle):
+            bundles.append(_parted(entry, objective, listed, allow))
+            methods += bundles[-1].parts
+        else:
+            methods.append(entry)
+    return tuple(methods), tuple(bundles)
+
+
+def _parted(
+    bundle: Bundle, objective: Objective, listed: Sequence[Method | Bundle], allow: frozenset[str]
+) -> Unbundled:
+    """What becomes of a bundle on `objective`, beside all that is `listed`."""
+    names = [entry.name for entry in listed]
+    plain = [entry for entry in listed if not isinstance(entry, Bundle)]
+    parts = {part.name: part for part in bundle.parts()}
+    if names.count(bundle.name) > 1:
+        raise ConflictError(f"{bundle.name} is listed twice: keep one")
+    doubled = next((name for name in parts if name in names), None)
+    if doubled:
+        raise ConflictError(
+            f"{bundle.name} stands for {', '.join(parts)} and {doubled} is listed too: give {bundle.name} the settings "
+            f"({', '.join(vars(bundle))}), or list the parts in its place"
+        )
+    unfit, taken = {}, {}
+    for name, part in parts.items():
+        reason = _unfit(part, objective)
+        if reason:
+            unfit[name] = reason
+        elif reasons := [found for method in plain if (found := _taken(part, method, allow))]:
+            taken[name] = reasons[0]
+    if len(unfit) == len(parts):
+        reason = "; ".join(f"{name} {reason}" for name, reason in unfit.items())
+        raise ConflictError(f"no part of {bundle.name} acts on {objective.name}: {reason}: drop {bundle.name}")
+    acting = tuple(part for name, part in parts.items() if name not in unfit and name not in taken)
+    return Unbundled(bundle, acting, unfit, taken)
+
+
+def _taken(part: Method, other: Method, allow: frozenset[str]) -> str:
+    """Why `part` of a bundle cannot act beside `other`; empty if it can."""
+    claim = min((part.claims & other.claims) - allow, default="")
+    if claim:
+        return f"{other.name} sets {claim} already"
+    lost = _lost(part, other)
+    return f"{other.name} replaces the term that reads {lost}" if lost else ""
+
+
+def _unfit(method: Method, objective: Objective | type[Objective]) -> str:
+    """Why `objective` has no use for `method`; empty if it has."""
+    lacking = _lacking(method, objective)
+    unread = {claim: _unread(claim, objective) for claim in sorted(method.claims)}
+    return lacking or next((f"sets {claim}, but {objective.name} {why}" for claim, why in unread.items() if why), "")
 
 
 def _lacking(method: Method, objective: Objective | type[Objective]) -> str:
@@ -123,11 +201,17 @@ def _lost(method: Method, replacing: Method) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """An objective with methods that may act together: each hook of all methods, in list order, checked."""
+    """An objective with methods that may act together: each hook of all methods, in list order, checked.
+
+    Attributes:
+        methods: plain ones, the parts of bundles among them.
+        bundles: what became of those that were listed.
+    """
 
     objective: Objective
     methods: tuple[Method, ...]
     allow: frozenset[str]
+    bundles: tuple[Unbundled, ...] = ()
 
     @property
     def moves_weights(self) -> bool:

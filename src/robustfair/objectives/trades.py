@@ -5,7 +5,7 @@ authors' code: one clean pass instead of two (same value and gradient, one batch
 8/255 and 2/255 of the later literature instead of 0.031 and 0.007; under l2 a zero gradient moves nothing, where theirs
 draws a random direction, and their start is the second of two draws. The paper's algorithm writes the regulariser as a
 surrogate loss between f(x) and f(x'), such as their cross-entropy (`regularizer="ce"`): the same gradient on f(x'),
-another on f(x).
+another on f(x). The TRADES of CFA's code divides the loss by 1 + beta (`normalise_beta`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def trades_loss(
     label: Tensor | None = None,
     regularizer: Regularizer = "kl",
     detach_clean: bool = False,
+    normalise_beta: bool = False,
 ) -> Loss:
     """CE(p, y) + beta KL(p || q) per example, with p, q the softmax of the logits `clean`, `adv` (B, C).
 
     Args:
         y: (B,) labels.
         label: (B,) what stands in place of CE(p, y) where a method set other labels.
-        beta, regularizer, detach_clean: as in `Trades`.
+        beta, regularizer, detach_clean, normalise_beta: as in `Trades`.
 
     >>> clean, adv = torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log()
     >>> trades_loss(clean, adv, torch.tensor([0]), beta=6).per_example()  # log 2 + 6 (log 4/3) / 2
@@ -53,7 +54,8 @@ def trades_loss(
     else:
         consistency = soft_cross_entropy(adv, torch.softmax(at_least_float32(target), 1))
     label = cross_entropy(clean, y) if label is None else label
-    return Loss.of(Forward(clean=clean, adv=adv), label=(label, 1.0), consistency=(consistency, beta))
+    whole = 1 + beta if normalise_beta else 1.0
+    return Loss.of(Forward(clean=clean, adv=adv), label=(label, 1 / whole), consistency=(consistency, beta / whole))
 
 
 @OBJECTIVES.register("trades")
@@ -65,6 +67,7 @@ class Trades(AdversarialObjective):
         beta: weight of the consistency term; 6 in the paper's CIFAR-10 runs and in CFA.
         regularizer: "kl", or "ce": -sum_c p_c log q_c, which is the KL plus the entropy of p.
         detach_clean: treat the clean prediction as a constant target; a different method, for ablations.
+        normalise_beta: divide the loss by 1 + beta, as CFA's code does in its baseline; it acts on the learning rate.
         l2_step: under l2, "two-eps-over-steps" (their code, which takes no other) or "given".
     """
 
@@ -76,6 +79,7 @@ class Trades(AdversarialObjective):
     beta: NonNegative = 6.0
     regularizer: Regularizer = "kl"
     detach_clean: bool = False
+    normalise_beta: bool = False
     l2_step: Literal["two-eps-over-steps", "given"] = "two-eps-over-steps"
 
     def __post_init__(self) -> None:
@@ -106,4 +110,5 @@ class Trades(AdversarialObjective):
             label=label_loss(clean, batch),
             regularizer=self.regularizer,
             detach_clean=self.detach_clean,
+            normalise_beta=self.normalise_beta,
         )

@@ -12,7 +12,7 @@ from robustfair.objectives.base import AdversarialObjective
 
 
 def explain_plan(plan: Plan, epochs: int | None = None) -> str:
-    """Several lines of text: the objective with its attack and terms, each method with hooks, claims and settings.
+    """Lines of text: the objective with attack and terms, what bundles became, methods with hooks, claims, settings.
 
     Args:
         epochs: length of the run, to name the methods that would not act in it.
@@ -22,6 +22,12 @@ def explain_plan(plan: Plan, epochs: int | None = None) -> str:
     if isinstance(objective, AdversarialObjective):
         lines.append(f"  attack: {objective.steps} steps of {format_value(objective.step)} in {objective.norm}")
     lines.append(f"  loss terms: {', '.join(sorted(objective.terms))}")
+    for became in plan.bundles:
+        bundle = became.bundle
+        lines += [f"{bundle.name}: {summary(type(bundle))}", f"  {_settings(bundle)}"]
+        lines.append(f"  stands for: {', '.join(part.name for part in became.parts)}")
+        lines += [f"  without {part}: it {reason}" for part, reason in became.unfit.items()]
+        lines += [f"  without {part}: {reason}" for part, reason in became.taken.items()]
     for method in plan.methods:
         lines += [
             f"{method.name}: {summary(type(method))}",

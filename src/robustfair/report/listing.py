@@ -7,7 +7,7 @@ from collections.abc import Callable
 from robustfair.attacks.named import list_attacks
 from robustfair.data import AUGMENTATIONS, CATALOG
 from robustfair.errors import UnknownNameError
-from robustfair.registry import EDITS, METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
+from robustfair.registry import BUNDLES, EDITS, METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
 from robustfair.report.explain import summary
 from robustfair.runs.recipe import read_recipe, shipped_recipes
 
@@ -24,7 +24,7 @@ def listing(kind: str) -> list[tuple[str, str]]:
     kinds: dict[str, Callable[[], list[tuple[str, str]]]] = {
         "recipes": _recipes,
         "objectives": lambda: _registered(OBJECTIVES),
-        "methods": lambda: _registered(METHODS),
+        "methods": lambda: [*_registered(METHODS), *_registered(BUNDLES)],
         "augmentations": _augmentations,
         "models": _models,
         "datasets": lambda: [(name, entry.summary) for name, entry in sorted(CATALOG.items())],

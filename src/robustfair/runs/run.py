@@ -21,12 +21,12 @@ from robustfair.data.edits import Edited
 from robustfair.errors import DivergedError, ModelError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.execution.device import resolve_device
 from robustfair.grammar import Term, format_value, parse_composition, parse_norm, read_path
-from robustfair.methods.base import Method
+from robustfair.methods.base import Bundle, Method
 from robustfair.methods.compose import Plan, compose
 from robustfair.models.build import create_model, describe_model
 from robustfair.models.weights import load_weights, read_weight_file
 from robustfair.objectives.base import AdversarialObjective, Objective
-from robustfair.registry import METHODS, OBJECTIVES, REPAIRS, load_plugin
+from robustfair.registry import BUNDLES, METHODS, OBJECTIVES, REPAIRS, load_plugin
 from robustfair.repairs import Repair
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.recipe import SCRATCH, Recipe, read_recipe
@@ -39,8 +39,8 @@ from robustfair.training.way import Way
 from robustfair.values import derive_seed
 
 
-def read_composition(text: str, defaults: Mapping[str, Any] | None = None) -> tuple[Objective, list[Method]]:
-    """The objective and the methods of a composition string.
+def read_composition(text: str, defaults: Mapping[str, Any] | None = None) -> tuple[Objective, list[Method | Bundle]]:
+    """The objective and the methods of a composition string, bundles as they are.
 
     Args:
         defaults: norm, eps, step_size, steps of the objective's attack; a key the string gives too must agree.
@@ -48,14 +48,13 @@ def read_composition(text: str, defaults: Mapping[str, Any] | None = None) -> tu
     terms = parse_composition(text)
     objectives = [term for term in terms if term.name in OBJECTIVES]
     for term in terms:
-        if term.name not in OBJECTIVES and term.name not in METHODS:
-            raise UnknownNameError("objective or method", term.name, [*OBJECTIVES, *METHODS])
+        if not any(term.name in registry for registry in (OBJECTIVES, METHODS, BUNDLES)):
+            raise UnknownNameError("objective or method", term.name, [*OBJECTIVES, *METHODS, *BUNDLES])
     if len(objectives) != 1:
         found = " and ".join(term.name for term in objectives) or "none"
         raise RecipeError(f"{text!r} needs exactly one objective ({', '.join(OBJECTIVES)}), found {found}")
     objective = _build_objective(objectives[0], defaults or {})
-    methods = [build(METHODS.get(t.name), t.args, owner=t.name) for t in terms if t is not objectives[0]]
-    return objective, methods
+    return objective, [_build_method(term) for term in terms if term is not objectives[0]]
 
 
 def plan_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> Plan:
@@ -119,6 +118,11 @@ def _build_objective(term: Term, defaults: Mapping[str, Any]) -> Objective:
     return objective
 
 
+def _build_method(term: Term) -> Method | Bundle:
+    registry = METHODS if term.name in METHODS else BUNDLES
+    return build(registry.get(term.name), term.args, owner=term.name)
+
+
 def read_repair(text: str) -> Repair:
     """The repair that `hwnwb` or `hwnwb(target_norm=mean)` names."""
     terms = parse_composition(text, example="hwnwb(target_norm=mean)")
@@ -150,8 +154,9 @@ class Prepared:
 
     @property
     def remarks(self) -> list[str]:
-        """What a user should know before the run: methods that will not act in so many epochs, or begin too early."""
-        found = [method.remark(self.schedule.epochs) for method in self.plan.methods]
+        """What a user should know before the run: parts that a bundle leaves out, methods that will not act, or too early."""
+        found = [bundle.remark() for bundle in self.plan.bundles]
+        found += [method.remark(self.schedule.epochs) for method in self.plan.methods]
         if self.recipe.start == SCRATCH:
             found += [
                 f"{method.name} goes on from a model that is robust already, and this run starts from scratch: name a "

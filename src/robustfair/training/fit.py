@@ -25,7 +25,7 @@ from robustfair.execution.device import warn_of_slow_bf16
 from robustfair.execution.live import live_program
 from robustfair.execution.memory import kept_memory
 from robustfair.execution.precision import allow_deterministic_products, numerics
-from robustfair.methods.base import Method
+from robustfair.methods.base import Bundle, Method
 from robustfair.methods.compose import compose
 from robustfair.models.head import OnCopies, check_gradient, check_outputs, check_training_outputs, laid_out
 from robustfair.objectives.base import AdversarialObjective, Objective
@@ -67,7 +67,7 @@ def fit(
     train: ImageDataset,
     objective: Objective,
     *,
-    methods: Sequence[Method] = (),
+    methods: Sequence[Method | Bundle] = (),
     schedule: Schedule | None = None,
     seed: int = 0,
     validation: float | ImageDataset = 0.02,
@@ -135,6 +135,8 @@ def fit(
         text = f"{train.name}: no training image of class {listed(absent)}: the model cannot learn what is not shown"
         warnings.warn(text, RobustFairWarning, stacklevel=2)
     plan = compose(objective, methods, allow=allow, validation=validation != 0)
+    for remark in filter(None, (bundle.remark() for bundle in plan.bundles)):
+        warnings.warn(remark, RobustFairWarning, stacklevel=2)
     device = torch.device(device)
     if precision != "auto":
         warn_of_slow_bf16(precision, device)

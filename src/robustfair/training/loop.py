@@ -60,6 +60,7 @@ class Training:
             networks={name: engine.beside(network) for name, network in self.networks.items()},
             trainable=self.trainable,
             objective=plan.objective,
+            methods=tuple(method.name for method in plan.methods),
             loader=loader,
             held=held,
             epochs=schedule.epochs,

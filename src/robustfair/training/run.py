@@ -33,6 +33,7 @@ class TrainingRun:
     networks: Mapping[str, Model]
     trainable: Mapping[str, nn.Parameter]
     objective: Objective
+    methods: tuple[str, ...]
     loader: Loader
     held: ImageDataset | None
     epochs: int
