@@ -154,7 +154,7 @@ class Prepared:
 
     @property
     def remarks(self) -> list[str]:
-        """What a user should know before the run: parts that a bundle leaves out, methods that will not act, or too early."""
+        """What a user should know before the run: what a bundle leaves out, methods that will not act, or too early."""
         found = [bundle.remark() for bundle in self.plan.bundles]
         found += [method.remark(self.schedule.epochs) for method in self.plan.methods]
         if self.recipe.start == SCRATCH:
