@@ -53,6 +53,7 @@ class Batch:
         shift: (C,) or (B, C) added to the logits that the term "label" compares with the labels.
         views: further attacked images by name, for objectives that train on more than one.
         extra: what a method keeps from one of its hooks to the next, under its own name.
+        watched: (B,) what `Attack.watch` came to on the way to `x_adv`; None where no method watches.
     """
 
     x: Tensor
@@ -65,6 +66,7 @@ class Batch:
     views: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
+    watched: Tensor | None = None
     def rng(self, name: str) -> torch.Generator:
         """The random stream called `name` of this batch: adding a method never moves another's numbers."""
         return seeded_generator(self.x.device, self.seed, name)
@@ -94,6 +96,16 @@ class Attack:
 
     Attributes:
         eps: (B,) radius in pixel units.
+class Watch(Protocol):
+    """What is read along an attack, one value per example, such as a count of steps. It moves no point."""
+
+    def start(self, y: Tensor) -> Tensor: ...
+
+    def __call__(self, seen: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        """From the logits at the point that a step leaves: the new value (B,)."""
+        ...
+
+
         step_size: (B,) length of one step, same unit.
         steps: number of gradient steps; 0 returns the start.
         goal: what to maximise.
@@ -109,6 +121,8 @@ class Attack:
         box_first: l2 only: clip to [0, 1] before the ball, as TRADES does, not after it.
         box: keep the images in [0, 1]; False leaves the ball alone to bound them.
         noise: standard deviation of the Gaussian noise added to every step, before the projection, in pixel units.
+        watch: what to read at the points that steps leave, of the examples that take them and of the last start; the
+            batch carries it as `watched`. A frozen dataclass of numbers and texts, so that recorded attacks have it.
     """
 
     eps: Tensor
@@ -126,6 +140,7 @@ class Attack:
     box: bool = True
     noise: float = 0.0
 
+    watch: Watch | None = None
 
 AttackOn = Callable[[Batch], Attack]
 """From a batch to the attack on it: radii are per example, so an attack exists only for given examples."""

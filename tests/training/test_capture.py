@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tape import taped
-from robustfair.attacks.pgd import FreezeFooled, ascend, pgd
+from robustfair.attacks.pgd import Climbed, FreezeFooled, ascend, pgd
 from robustfair.config import Precision
 from robustfair.data import ImageDataset
 from robustfair.execution.precision import InPrecision
@@ -22,7 +22,7 @@ from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
 from robustfair.models import create_model
 from robustfair.objectives import PGDAT, AdversarialObjective, Trades
 from robustfair.training import Schedule, engine, fit
-from robustfair.training.capture import MOST, CapturedAscent
+from robustfair.training.capture import MOST, CapturedAscent, Tensors
 from robustfair.values import Attack, Batch
 
 Net = Callable[..., nn.Module]
@@ -32,7 +32,7 @@ Data = Callable[..., ImageDataset]
 recorded: list[object] = []
 
 
-def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record(run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
     """Records on a tape, and counts."""
     recorded.append(run)
     return taped(run)
@@ -192,7 +192,7 @@ def test_a_recording_that_holds_a_constant_would_be_found() -> None:
     """The tape is as strict as a graph: a radius that Python read when it recorded stays what it was."""
 
     def careless(model: Any, x: Any, y: Any, clean: Any, x_adv: Tensor, attack: Attack, *rest: Any) -> Any:
-        return x_adv + float(attack.eps[0]), rest[0]
+        return Climbed(x_adv + float(attack.eps[0]), rest[0])
 
     model = network("small-cnn")
     captured = CapturedAscent(careless, model, record=record)

@@ -126,7 +126,7 @@ class Method:
         return batch
 
     def attack(self, attack: Attack, batch: Batch, state: State, run: Run) -> Attack:
-        """Edit: radius, step, goal, target, stop rule."""
+        """Edit: radius, step, goal, target, stop rule, watch (what it reads is `batch.watched` from then on)."""
         return attack
 
     def examples(self, batch: Batch, state: State, run: Run) -> Batch:

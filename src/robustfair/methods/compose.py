@@ -76,6 +76,7 @@ CLAIM_TEXT = {
     "attack.eps": "the class-wise radius",
     "attack.goal": "what the attack maximises",
     "attack.stop": "when the attack stops",
+    "attack.watch": "what is read along the attack",
     "batch.soft": "the soft labels",
     "batch.x_adv": "the images that are trained on",
     "loss.label": "the weight of the label term",

@@ -166,7 +166,8 @@ class Training:
             if name == "x_adv":
                 if self.shares_clean and len(attacks) == 1 and self.engine.shares_clean_pass(attack):
                     clean = self.engine(x)
-                batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean=clean))
+                x_adv, watched = self.engine.watched_attack(batch, attack, clean=clean)
+                batch = replace(batch, x_adv=x_adv, watched=watched)
             else:
                 batch = replace(batch, views={**batch.views, name: run.attacked(batch, attack, name)})
         batch = plan.examples(batch, states, run)
