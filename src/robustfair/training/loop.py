@@ -28,7 +28,8 @@ from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, 
 class Training:
     """One run of `fit`: what does not change, and `run`, `states`, `state`, which advance.
 
-    `engine` calls `model`, through `OnCopies` where it must. `networks` are those of the methods, as "method/name".
+    `engine` calls `model`, through `OnCopies` where it must. `networks` are those of objective and methods, as
+    "method/name".
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Training:
             "methods": ([method.name for method in self.plan.methods], resume.methods),
             "objective": ([objective], [resume.objective or objective]),
             "weights": (_shapes(self.model.state_dict()), _shapes(resume.weights)),
-            "networks": (self.networks, {**resume.networks, **resume.frozen}),
+            "networks": (_parts(self.networks), _parts({**resume.networks, **resume.frozen})),
             "trained weights": (self.trainable, [*self.trainable, *(name for name, _ in kept)]),
             "values of the optimizer": (_kept_by(self.schedule), [key for _, key in kept]),
         }
@@ -126,6 +127,7 @@ class Training:
         started, steps = time.perf_counter(), self.loader.steps_per_epoch
         for step, batch in enumerate(self.loader.epoch(run.epoch)):
             lr = schedule.lr_at(run.epoch, step, steps)
+            run.lr_share = lr / schedule.lr if schedule.lr else 1.0
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
                 if schedule.cycle_momentum:
@@ -280,6 +282,11 @@ def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
 
 def _shapes(weights: StateDict) -> list[str]:
     return [f"{name} {tuple(tensor.shape)}" for name, tensor in weights.items()]
+
+
+def _parts(networks: Mapping[str, nn.Module | StateDict]) -> list[str]:
+    states = {n: net.state_dict() if isinstance(net, nn.Module) else net for n, net in networks.items()}
+    return [f"{name}/{part}" for name, weights in states.items() for part in _shapes(weights)]
 
 
 def _kept_by(schedule: Schedule) -> list[str]:

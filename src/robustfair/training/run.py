@@ -40,6 +40,7 @@ class TrainingRun:
     seed: int
     epoch: int = 0
     step: int = 0
+    lr_share: float = 1.0
     train: ClassTally | None = None
     labels: Tensor = field(init=False, repr=False)
     num_classes: int = field(init=False)
@@ -75,7 +76,7 @@ class TrainingRun:
             if attack is None:
                 yield batch
             else:
-                chosen = replace(attack(batch), mode="eval")
+                chosen = replace(attack(self.objective.prepare(batch, self.networks)), mode="eval")
                 x_adv = pgd(self.engine.eager, batch.x, batch.y, chosen, batch.rng("measure"))
                 yield replace(batch, x_adv=x_adv)
 
