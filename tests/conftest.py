@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ class StandInRun:
     train: ClassTally | None = None
     images: tuple[Tensor, ...] = ()
     seed: int = 0
+    lr_share: float = 1.0
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def batches(self, split: str) -> Iterator[Batch]:
         assert split == "train", f"a method under test asked for {split} images, which this run has not"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,10 +24,12 @@ from robustfair.data import loader as loading
 from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.loader import Loader
 from robustfair.losses import MaximiseCE, MaximiseMargin
-from robustfair.methods import AWP, CCM, CCR, EMA, SWA, AVmixup, FriendlyAT, LabelSmoothing, Method
+from robustfair.methods import ABSLD, AWP, CCM, CCR, EMA, SWA, AVmixup, FairARD, FriendlyAT, LabelSmoothing, Method
 from robustfair.methods.compose import compose
-from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Standard, Trades
+from robustfair.methods.fair_ard import StillRight
+from robustfair.objectives import ARD, FGSMAT, MART, PGDAT, RSLAD, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.objectives.base import Objective
+from robustfair.objectives.taught import TaughtObjective
 from robustfair.training import Schedule
 from robustfair.training import run as running
 from robustfair.training.engine import Engine
@@ -121,6 +124,8 @@ def test_augmentations_wait_for_nothing(name: str) -> None:
         {"restarts": 3, "goal": MaximiseMargin()},
         {"stop": FreezeFooled()},
         {"stop": FreezeFooled(), "keep": "inside"},
+        {"watch": StillRight()},
+        {"watch": StillRight(), "stop": FreezeFooled()},
         {"noise": 0.01},
         {"start": "input-gradient"},
         {"start": "gauss001-clipped"},
@@ -147,6 +152,8 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (MART(steps=2), (AWP(mode="inplace"),)),
     (ARoW(steps=2), ()),
     (FGSMAT(), ()),
+    (RSLAD(steps=2), (ABSLD(), FairARD())),
+    (ARD(steps=2, alpha=0.5), (FairARD(), FriendlyAT(tau=1))),
 ]
 
 
@@ -172,6 +179,8 @@ def test_steps_of_training_wait_for_nothing(
     methods: tuple[Method, ...],
 ) -> None:
     model = network(tiny_net).train()
+    if isinstance(objective, TaughtObjective):
+        objective = replace(objective, teacher=network(tiny_net))
     schedule = Schedule(batch_size=4, epochs=2)
     training = Training(
         model=model,

@@ -1,21 +1,25 @@
 """Methods that act on an objective through hooks; each is one file readable beside its paper."""
 
+from robustfair.methods.absld import ABSLD
 from robustfair.methods.averaging import EMA, SWA
 from robustfair.methods.avmixup import AVmixup
 from robustfair.methods.awp import AWP
 from robustfair.methods.base import Method, Run
 from robustfair.methods.cfa import CCM, CCR
 from robustfair.methods.compose import Plan, compose
+from robustfair.methods.fair_ard import FairARD
 from robustfair.methods.friendly_at import FriendlyAT
 from robustfair.methods.label_smoothing import LabelSmoothing
 
 __all__ = [
+    "ABSLD",
     "AWP",
     "CCM",
     "CCR",
     "EMA",
     "SWA",
     "AVmixup",
+    "FairARD",
     "FriendlyAT",
     "LabelSmoothing",
     "Method",
