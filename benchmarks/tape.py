@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from robustfair.training.capture import Tensors
+
 
 class Tape(TorchDispatchMode):
     """Records every operator with the tensors it ran on, as a graph does its kernels.
@@ -36,7 +38,7 @@ class Tape(TorchDispatchMode):
                     old.detach().copy_(new)
 
 
-def taped(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def taped(run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
     """A `robustfair.training.capture.Record` for a CPU."""
     with Tape() as tape:
         found = run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ class StandInRun:
     images: tuple[Tensor, ...] = ()
     seed: int = 0
     validation: ClassTally = HELD
+    lr_share: float = 1.0
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def labels(self) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reference import distillation
 from reference import losses as reference
 from robustfair.losses import (
     MaximiseCE,
@@ -17,10 +18,12 @@ from robustfair.losses import (
     MaximiseKL,
     MaximiseMargin,
     MaximiseReverseKL,
+    MaximiseSoftCE,
     MinimiseCE,
     at_least_float32,
     boosted_cross_entropy,
     cross_entropy,
+    distillation_divergence,
     floored_kl_divergence,
     js_divergence,
     kept_mass_labels,
@@ -270,6 +273,7 @@ def test_the_probability_of_the_true_class_and_its_gradient(dtype: torch.dtype) 
         lambda z, y: kl_divergence(z, z.flip(0)),
         lambda z, y: floored_kl_divergence(z, z.flip(0)),
         lambda z, y: js_divergence(z, z.flip(0)),
+        lambda z, y: distillation_divergence(z, z.flip(0), 2.0, 1e-5),
     ],
 )
 def test_half_precision_is_raised_to_float32(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
@@ -293,9 +297,31 @@ def test_goals_are_what_an_attack_ascends() -> None:
     assert torch.equal(MaximiseJS()(z, clean, y), js_divergence(z, clean))
     assert torch.equal(MaximiseMargin()(z, None, y), margin(z, y))
     assert torch.equal(MinimiseCE()(z, None, target), -cross_entropy(z, target))
-    without = (MaximiseCE(), MaximiseMargin(), MinimiseCE())
+    soft = torch.softmax(clean, 1)
+    assert torch.equal(MaximiseSoftCE()(z, None, soft), soft_cross_entropy(z, soft))
+    without = (MaximiseCE(), MaximiseMargin(), MinimiseCE(), MaximiseSoftCE())
     assert not any(goal.needs_clean for goal in without)
     assert all(goal.needs_clean for goal in (MaximiseKL(), MaximiseReverseKL(), MaximiseJS()))
+
+
+@pytest.mark.parametrize(("temperature", "eps_log"), [(1.0, 0.0), (1.0, 1e-5), (30.0, 0.0), (0.5, 0.1)])
+def test_the_divergence_from_a_teacher_is_the_formula(temperature: float, eps_log: float) -> None:
+    teacher, student = logits(torch.float64, seed=8), logits(torch.float64, seed=9)
+    ours = distillation_divergence(teacher.detach(), student, temperature, eps_log)
+    settings = {"temperature": temperature, "over": "sum"}
+    rows = list(zip(teacher.tolist(), student.tolist(), strict=True))
+    expected = [distillation.divergence(*row, eps_log=eps_log, **settings) for row in rows]
+    assert ours.tolist() == pytest.approx(expected, abs=1e-12)
+    slopes = [distillation.divergence_gradient(*row, **settings) for row in rows]
+    close(torch.autograd.grad(ours.sum(), student)[0], slopes, torch.float64)
+    if temperature == 1 and eps_log == 0:
+        torch.testing.assert_close(ours, kl_divergence(teacher, student), rtol=1e-14, atol=1e-15)
+
+
+def test_the_divergence_from_a_teacher_that_is_sure_is_finite() -> None:
+    certain = torch.tensor([[1e4, 0.0]])
+    for eps_log in (0.0, 1e-5):
+        assert bool(distillation_divergence(certain, certain.flip(1), 1.0, eps_log).isfinite().all())
 
 
 def test_losses_leave_their_inputs_alone() -> None:

@@ -102,6 +102,26 @@ def kl_divergence(clean: Tensor, adv: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
+def distillation_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0, eps_log: float = 0.0) -> Tensor:
+    """sum_c q_c (log(q_c + eps_log) - log p_c), (B,), q and p the softmax of `teacher` / T and `student` / T.
+
+    It is KL(q || p), but for the floor under the logarithm, which adds less than C eps_log and no gradient.
+
+    Args:
+        temperature: T.
+
+    Source: `rslad_loss.py` of RSLAD (eps_log 1e-5, temperature 1); ARD (eps_log 0).
+
+    >>> teacher, student = torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log()
+    >>> distillation_divergence(teacher, student), distillation_divergence(teacher, 2 * student, temperature=2)
+    (tensor([0.1438]), tensor([0.1438]))
+    """
+    log_q = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
+    log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
+    q = log_q.exp()
+    return (q * ((torch.log(q + eps_log) if eps_log else log_q) - log_p)).sum(1)
+
+
 def js_divergence(clean: Tensor, adv: Tensor) -> Tensor:
     """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, (B,), p, q as in `kl_divergence`; both carry gradient.
 
@@ -167,6 +187,19 @@ class MaximiseJS:
     def __call__(self, logits: Tensor, clean: Tensor | None, y: Tensor) -> Tensor:
         assert clean is not None, "an attack computes clean logits when its goal needs them"
         return js_divergence(clean, logits)
+
+
+@dataclass(frozen=True)
+class MaximiseSoftCE:
+    """Attack goal: cross-entropy to the distributions (B, C) that `Attack.target` holds, of which KL has the gradient.
+
+    It replaces a whole goal, as `MinimiseCE` does.
+    """
+
+    needs_clean = False
+
+    def __call__(self, logits: Tensor, clean: Tensor | None, y: Tensor) -> Tensor:
+        return soft_cross_entropy(logits, y)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,21 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import Norm
+from robustfair.config import Bounds, Norm
 
 State = Mapping[str, Tensor]
 StateDict = Mapping[str, Tensor]
 Model = Callable[[Tensor], Tensor]
 Mode = Literal["eval", "train", "train_frozen"]
+Network = Annotated[
+    str | nn.Module | None, Bounds(allowed="a module, or text that names a model as `robustfair audit` does")
+]
+"""A second network in a config. Text is read where a recipe is made ready to run; `fit` takes modules alone."""
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 """Base of all batch-norm layers, whatever their dimension."""
 
@@ -49,7 +53,9 @@ class Batch:
 
     Attributes:
         x_adv: (B, C, H, W) the attacked images.
+        watched: (B,) what `Attack.watch` came to on the way to `x_adv`; None where no method watches.
         soft: (B, C) labels as distributions, for the term "label".
+        teacher: (B, C) logits by name of a term of the loss, which asks for their softmax as its labels.
         shift: (C,) or (B, C) added to the logits that the term "label" compares with the labels.
         views: further attacked images by name, for objectives that train on more than one.
         extra: what a method keeps from one of its hooks to the next, under its own name.
@@ -60,8 +66,10 @@ class Batch:
     index: Tensor
     seed: int
     x_adv: Tensor | None = None
+    watched: Tensor | None = None
     soft: Tensor | None = None
     shift: Tensor | None = None
+    teacher: Mapping[str, Tensor] = field(default_factory=dict)
     views: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -88,6 +96,16 @@ class Stop(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """What is read along an attack, one value per example, such as a count of steps. It moves no point."""
+
+    def start(self, y: Tensor) -> Tensor: ...
+
+    def __call__(self, seen: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        """From the logits at the point that a step leaves: the new value (B,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Attack:
     """One projected-gradient attack, complete: radius and step per example (B,), the rest shared.
@@ -103,6 +121,8 @@ class Attack:
         target: what the goal is given in place of the labels: classes (B,) to go for, or distributions (B, C). Stop
             rules read the labels all the same.
         stop: which examples stop early; None lets all take every step.
+        watch: what to read at the points that steps leave, of the examples that take them and of the last start; the
+            batch carries it as `watched`. A frozen dataclass of numbers and texts, so that recorded attacks have it.
         keep: the "last" iterate; the "best" one by the goal; or, for an example that its rule stopped, the one before
             the one that it stopped at ("inside": the last that was still in its class).
         restarts: independent starts; the best by `goal` is kept per example (by correctness first under a stop rule).
@@ -120,6 +140,7 @@ class Attack:
     mode: Mode = "eval"
     target: Tensor | None = None
     stop: Stop | None = None
+    watch: Watch | None = None
     keep: Literal["last", "best", "inside"] = "last"
     restarts: int = 1
     box_first: bool = False

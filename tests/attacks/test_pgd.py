@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reference import attacks as reference
-from robustfair.attacks.pgd import GRADIENT_START, STARTS, FreezeFooled, pgd, predicted
+from robustfair.attacks.pgd import GRADIENT_START, STARTS, FreezeFooled, pgd, predicted, watched_pgd
 from robustfair.errors import ConfigError, ModelError
 from robustfair.losses import (
     MaximiseCE,
@@ -425,6 +425,68 @@ def test_a_fooled_example_stays_where_it_was_first_fooled(tiny_net: Net) -> None
     assert len(first) > 3, "the examples are fooled at too few different steps"
     ours = pgd(model, x, y, replace(attack, stop=FreezeFooled()), stream(), x_init=start)
     torch.testing.assert_close(ours, torch.tensor(expected, dtype=x.dtype).view_as(x), rtol=0, atol=1e-9)
+
+
+@dataclass(frozen=True)
+class TimesRight:
+    """Watch: from how many points an image was moved that were still classified right."""
+
+    def start(self, y: Tensor) -> Tensor:
+        return torch.zeros_like(y)
+
+    def __call__(self, seen: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        return seen + (predicted(logits, y) == y)
+
+
+@pytest.mark.parametrize("start", sorted(STARTS))
+@pytest.mark.parametrize(
+    "extra", [{}, {"keep": "best"}, {"restarts": 2}, {"noise": 0.01}, {"stop": FreezeFooled()}, {"steps": 0}], ids=str
+)
+def test_watching_moves_no_point(tiny_net: Net, extra: dict[str, Any], start: str) -> None:
+    model, x = tiny_net(dtype=torch.float64).eval(), images(8)
+    attack = settings_for(x, 0.2, 0.05, start=start, **extra)
+    plain, nothing = watched_pgd(model, x, labels(8), attack, stream())
+    x_adv, seen = watched_pgd(model, x, labels(8), replace(attack, watch=TimesRight()), stream())
+    assert torch.equal(x_adv, plain)
+    assert nothing is None
+    assert seen is not None
+    assert 0 <= int(seen.min()) <= int(seen.max()) <= attack.steps
+
+
+@pytest.mark.parametrize("stop", [None, FreezeFooled()])
+def test_what_is_watched_are_the_points_that_steps_leave(tiny_net: Net, stop: Any) -> None:
+    model, x = tiny_net(dtype=torch.float64).eval(), images(32)
+    y = balanced(model, x)
+    start, steps = (x + 0.001).clamp(0, 1), 8
+    attack = settings_for(x, 0.2, 0.05, steps=steps, watch=TimesRight(), stop=stop)
+    points = {"eps": attack.eps, "step_size": attack.step_size, "steps": steps, "goal": "ce", "geometry": "linf"}
+    right = []
+    for path, label in zip(reference.pgd(model, x, y, start, **points), y.tolist(), strict=True):
+        logits = [reference.logits_of(model, point, x.shape[1:]) for point in path[:-1]]
+        right.append([reference.value_at_logits("margin", z, None, label, None) < 0 for z in logits])
+    expected = [(row.index(False) if not all(row) else steps) if stop else sum(row) for row in right]
+    _, seen = watched_pgd(model, x, y, attack, stream(), x_init=start)
+    assert seen is not None
+    assert seen.tolist() == expected
+    assert len(set(expected)) > 3, "the examples cross at too few different steps"
+
+
+def test_a_stopped_example_is_watched_no_more() -> None:
+    """Neither where the others go on, nor after all have stopped: a count does not depend on the batch."""
+
+    class Twice:
+        def start(self, y: Tensor) -> Tensor:
+            return 2 + y
+
+        def __call__(self, state: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return state - 1, state > 0
+
+    x, y = torch.rand(2, 1, 2, 2, generator=stream()), torch.tensor([0, 1])
+    right = torch.eye(2)[y] * 9
+    attack = settings_for(x, 0.1, steps=6, stop=Twice(), watch=TimesRight())
+    _, seen = watched_pgd(lambda z: right + z.flatten(1)[:, :2], x, y, attack, stream())
+    assert seen is not None
+    assert seen.tolist() == [2, 3]
 
 
 def test_once_stopped_is_stopped_for_good() -> None:

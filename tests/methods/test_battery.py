@@ -34,11 +34,20 @@ Differences = Callable[[TrainState, TrainState], list[str]]
 UNSEEN_FROM_EDITS = ("role.", "gradient", "model")
 
 
+def teacher() -> nn.Module:
+    """A linear network on any images of one channel, three classes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 3))
+
+
 def objective(name: str, **given: Any) -> Objective:
     cls = OBJECTIVES.get(name)
     if not issubclass(cls, AdversarialObjective):
         return cls()
-    return cls(**{"eps": 0.1, "steps": min(cls().steps, 2)} | given)
+    taught = any(field.name == "teacher" for field in dataclasses.fields(cls))
+    own = {"eps": 0.1, "steps": min(cls().steps, 2)} | ({"teacher": teacher()} if taught else {})
+    return cls(**own | given)
 
 
 def acting(name: str) -> Method:
@@ -144,7 +153,9 @@ def test_claims_are_exactly_what_is_edited(
 ) -> None:
     method, goal = acting(name), objective(base)
     x = torch.rand(6, 1, 5, 5, generator=torch.Generator().manual_seed(0))
-    batch = Batch(x=x, y=torch.arange(6) % 3, index=torch.arange(6), seed=0, x_adv=x.flip(0))
+    y = torch.arange(6) % 3
+    batch = Batch(x=x, y=y, index=torch.arange(6), seed=0, x_adv=x.flip(0), watched=torch.arange(6))
+    batch = goal.prepare(batch, compose(goal).networks(tiny_net()))
     run = stand_in_run(objective=goal, images=(x,))
     state = method.at_epoch({}, run)
     run = stand_in_run(objective=goal, images=(x,), epoch=2, hits=(1, 2, 3), count=(4, 4, 4))

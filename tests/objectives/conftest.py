@@ -19,14 +19,17 @@ Net = Callable[..., nn.Module]
 
 @pytest.fixture(scope="session")
 def batch_of() -> Callable[..., Batch]:
-    """A function that builds a batch of random images, all classes in turn; with `soft` it has soft labels too."""
+    """A function that builds a batch of random images, all classes in turn, with the logits of a teacher for every term
+    that may ask for them; with `soft` it has soft labels too."""
 
     def build(b: int = 6, *, dtype: torch.dtype = torch.float64, classes: int = 3, soft: bool = False) -> Batch:
         rng = torch.Generator().manual_seed(0)
         x = torch.rand(b, 1, 5, 5, generator=rng, dtype=dtype)
         mixed = torch.rand(b, classes, generator=rng, dtype=dtype).add(0.1) if soft else None
         labels = None if mixed is None else mixed / mixed.sum(1, keepdim=True)
-        return Batch(x=x, y=torch.arange(b) % classes, index=torch.arange(b), seed=1, soft=labels)
+        logits = torch.randn(2, b, classes, generator=torch.Generator().manual_seed(7), dtype=dtype)
+        teacher = dict(zip(("distil", "distil_clean"), 2 * logits, strict=True))
+        return Batch(x=x, y=torch.arange(b) % classes, index=torch.arange(b), seed=1, soft=labels, teacher=teacher)
 
     return build
 
@@ -95,12 +98,15 @@ def assert_attack_is_the_pixel_loop(
         geometry: str,
         start: str | Tensor = "uniform",
         box: bool = True,
+        target: Tensor | None = None,
     ) -> None:
         model, batch = tiny_net(dtype=torch.float64).eval(), batch_of()
         begin = start_of(batch, start, objective.norm, eps, box=box) if isinstance(start, str) else start
         b = len(batch.x)
         settings = {"eps": [eps] * b, "step_size": [step_size] * b, "steps": steps}
-        paths = attacks.pgd(model, batch.x, batch.y, begin, goal=goal, geometry=geometry, box=box, **settings)
+        paths = attacks.pgd(
+            model, batch.x, batch.y, begin, goal=goal, geometry=geometry, box=box, target=target, **settings
+        )
         ours = attacked(model, objective, batch).x_adv
         assert ours is not None
         torch.testing.assert_close(ours, attacks.last(paths, batch.x, box), rtol=0, atol=1e-9)

@@ -32,8 +32,11 @@ VARIANTS = [
     "arow(perturb_loss=ce)",
     "arow(perturb_loss=revkl, weighting=confidence)",
     "arow(perturb_loss=js, weighting=constant)",
+    "ard(alpha=0.5, temperature=2)",
+    "rslad(kl_over=sum, eps_log=0)",
 ]
-BATCH = Batch(x=torch.zeros(3, 2, 4, 4), y=torch.tensor([0, 1, 0]), index=torch.arange(3), seed=0)
+LABELS = dict.fromkeys(("distil", "distil_clean"), torch.zeros(3, 2))
+BATCH = Batch(x=torch.zeros(3, 2, 4, 4), y=torch.tensor([0, 1, 0]), index=torch.arange(3), seed=0, teacher=LABELS)
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
@@ -41,7 +44,7 @@ def test_every_objective_builds_and_says_what_it_reads(name: str) -> None:
     objective = OBJECTIVES.get(name)()
     assert isinstance(objective, Objective)
     assert objective.name == name
-    assert "label" in objective.terms
+    assert {"label", "distil"} & objective.terms
     trains_on_an_attack = objective.attack(BATCH) is not None
     assert trains_on_an_attack == ("x_adv" in objective.reads) == isinstance(objective, AdversarialObjective)
 
@@ -147,7 +150,8 @@ def test_a_batch_of_one_is_a_row_of_a_larger_one(tiny_net: Net, batch_of: BatchO
     batch = replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1))
     rows = objective(model, batch).per_example()
     for i in range(3):
-        one = Batch(x=batch.x[i : i + 1], y=batch.y[i : i + 1], index=batch.index[i : i + 1], seed=1)
+        row = {name: getattr(batch, name)[i : i + 1] for name in ("x", "y", "index")}
+        one = Batch(**row, seed=1, teacher={term: logits[i : i + 1] for term, logits in batch.teacher.items()})
         attack = objective.attack(one)
         if attack is not None:
             x_adv = pgd(model, one.x, one.y, attack, one.rng("attack"))
@@ -192,6 +196,8 @@ def test_two_classes_are_enough(tiny_net: Net, batch_of: BatchOf, gradients: Gra
         ("mart", 2, 10),
         ("arow", 2, 11),
         ("arow(perturb_loss=ce)", 2, 10),
+        ("ard", 2, 10),
+        ("rslad", 2, 10),
     ],
 )
 @pytest.mark.parametrize("mode", ["eval", "train_frozen", "train"])
@@ -218,6 +224,8 @@ def test_the_batch_norm_ledger_of_a_step(
         ("mart(start=uniform)", "uniform"),
         ("arow", "uniform"),
         ("arow(start=gauss001)", "gauss"),
+        ("ard", "uniform"),
+        ("rslad", "gauss"),
     ],
 )
 def test_an_attack_draws_its_start_once_and_nothing_from_the_global_stream(
@@ -254,6 +262,12 @@ BAD = [
     ("trades", "l2_step", "eps"),
     ("arow", "perturb_loss", "margin"),
     ("arow", "weighting", "robust"),
+    *(("ard", "alpha", value) for value in (-0.1, 1.1, nan)),
+    *(("ard", "temperature", value) for value in (0, -1, nan, inf)),
+    *(("rslad", "clean_share", value) for value in (-0.1, 1.1, nan)),
+    *(("rslad", "eps_log", value) for value in (-1e-5, nan)),
+    *((name, "kl_over", "batch") for name in ("ard", "rslad")),
+    *((name, "teacher", 8) for name in ("ard", "rslad")),
 ]
 
 

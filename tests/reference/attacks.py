@@ -29,6 +29,8 @@ def gradient_at_logits(goal, logits, clean, y, target):
         return losses.js_gradient_adv(clean, logits)
     if goal == "margin":
         return losses.margin_gradient(logits, y)
+    if goal == "soft":
+        return losses.soft_cross_entropy_gradient(logits, target)
     return [-g for g in losses.cross_entropy_gradient(logits, target)]
 
 
@@ -43,6 +45,8 @@ def value_at_logits(goal, logits, clean, y, target):
         return losses.js(clean, logits)
     if goal == "margin":
         return losses.margin(logits, y)
+    if goal == "soft":
+        return losses.soft_cross_entropy(logits, target)
     return -losses.cross_entropy(logits, target)
 
 
@@ -115,7 +119,7 @@ def pgd(model, x, y, start, *, eps, step_size, steps, goal, geometry, target=Non
     paths = []
     for i in range(len(x)):
         origin, point = x[i].flatten().tolist(), start[i].flatten().tolist()
-        label, aim = int(y[i]), None if target is None else int(target[i])
+        label, aim = int(y[i]), None if target is None else target[i].tolist()
         clean = logits_of(model, origin, shape)
         path = [point]
         for t in range(steps):

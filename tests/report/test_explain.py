@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 
 import pytest
+from torch import nn
 
-from robustfair.methods import CCM, CCR, EMA, Method
+from robustfair.methods import ABSLD, CCM, CCR, EMA, FairARD, Method
 from robustfair.methods.compose import compose
-from robustfair.objectives import PGDAT, Standard, Trades
+from robustfair.objectives import PGDAT, RSLAD, Standard, Trades
 from robustfair.registry import BUNDLES, METHODS, OBJECTIVES
 from robustfair.report.explain import explain_plan, summary
 
@@ -45,6 +46,17 @@ def test_an_objective_alone() -> None:
     found = explained(explain_plan(compose(PGDAT(norm="l2", eps=0.5, steps=7))))
     assert list(found) == ["pgd-at"]
     assert "attack: 7 steps of 0.05859375 in l2" in found["pgd-at"]
+
+
+def test_a_teacher_is_named_and_never_read() -> None:
+    plan = compose(RSLAD(teacher="runs/wrn"), [ABSLD(), FairARD()])
+    found = explained(explain_plan(plan))
+    assert "teacher=runs/wrn" in found["rslad"][0]
+    assert found["rslad"][2] == "loss terms: distil, distil_clean"
+    assert found["absld"][1:] == ["acts in: prepare, after_step, at_epoch", "sets: batch.teacher"]
+    assert found["fair-ard"][2] == "sets: attack.watch, loss.weight, role.class_weight"
+    given = explained(explain_plan(compose(RSLAD(teacher=nn.Linear(2, 2)))))
+    assert "teacher=Linear" in given["rslad"][0].split(", ")
 
 
 def test_training_without_an_attack_names_none() -> None:

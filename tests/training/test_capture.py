@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tape import taped
-from robustfair.attacks.pgd import FreezeFooled, ascend, pgd
+from robustfair.attacks.pgd import Climbed, FreezeFooled, ascend, pgd, watched_pgd
 from robustfair.config import Precision
 from robustfair.data import ImageDataset
 from robustfair.execution.precision import InPrecision
 from robustfair.losses import MaximiseCE, MinimiseCE
-from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
+from robustfair.methods import AWP, CCM, CCR, EMA, FairARD, FriendlyAT, Method
+from robustfair.methods.fair_ard import StillRight
 from robustfair.models import create_model
 from robustfair.objectives import PGDAT, AdversarialObjective, Trades
 from robustfair.training import Schedule, engine, fit
-from robustfair.training.capture import MOST, CapturedAscent
+from robustfair.training.capture import MOST, CapturedAscent, Tensors
 from robustfair.values import Attack, Batch
 
 Net = Callable[..., nn.Module]
@@ -32,7 +33,7 @@ Data = Callable[..., ImageDataset]
 recorded: list[object] = []
 
 
-def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record(run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
     """Records on a tape, and counts."""
     recorded.append(run)
     return taped(run)
@@ -75,6 +76,7 @@ CASES: dict[str, Callable[[Batch], Attack]] = {
     "l2": lambda batch: attack_on(batch, norm="l2"),
     "l2, box first": lambda batch: attack_on(batch, norm="l2", box_first=True),
     "no box": lambda batch: attack_on(batch, box=False),
+    "watch": lambda batch: attack_on(batch, watch=StillRight()),
     "target": lambda batch: attack_on(batch, goal=MinimiseCE(), target=(batch.y + 1 + batch.seed) % 10),
     "clean logits": lambda batch: replace(Trades(steps=3).attack(batch), eps=attack_on(batch).eps),
     "batch statistics": lambda batch: attack_on(batch, mode="train_frozen"),
@@ -84,7 +86,7 @@ CASES: dict[str, Callable[[Batch], Attack]] = {
     "stop rule": lambda batch: attack_on(batch, stop=FreezeFooled()),
     "no step": lambda batch: attack_on(batch, steps=0),
 }
-RECORDED = ("linf", "l2", "l2, box first", "no box", "target", "clean logits", "batch statistics")
+RECORDED = ("linf", "l2", "l2, box first", "no box", "watch", "target", "clean logits", "batch statistics")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -96,9 +98,10 @@ def test_a_replayed_attack_is_that_of_the_loop_whatever_changes(case: str, preci
     for seed, count in enumerate((5, 5, 3, 5, 3)):
         batch = batch_of(count, seed)
         attack = CASES[case](batch)
-        expected = pgd(called, batch.x, batch.y, attack, batch.rng("attack"))
-        found = pgd(called, batch.x, batch.y, attack, batch.rng("attack"), ascent=captured)
+        expected, wanted = watched_pgd(called, batch.x, batch.y, attack, batch.rng("attack"))
+        found, seen = watched_pgd(called, batch.x, batch.y, attack, batch.rng("attack"), ascent=captured)
         assert torch.equal(found, expected)
+        assert seen is wanted is None if attack.watch is None else torch.equal(seen, wanted)  # type: ignore[arg-type]
         assert attack.steps == 0 or not torch.equal(found, batch.x)
         moved(model)
     assert len(recorded) == (2 if case in RECORDED else 0)  # one for each size
@@ -108,11 +111,14 @@ def test_attacks_that_differ_in_what_is_no_tensor_have_recordings_of_their_own()
     model = network()
     captured = CapturedAscent(ascend, model, record=record)
     batch = batch_of(4, 0)
-    for attack in (attack_on(batch, **changes) for changes in ({}, {"steps": 2}, {"norm": "l2"}, {"box": False})):
+    for attack in (
+        attack_on(batch, **changes)
+        for changes in ({}, {"steps": 2}, {"norm": "l2"}, {"box": False}, {"watch": StillRight()})
+    ):
         for _ in range(2):
             expected = pgd(model, batch.x, batch.y, attack, batch.rng("attack"))
             assert torch.equal(pgd(model, batch.x, batch.y, attack, batch.rng("attack"), ascent=captured), expected)
-    assert len(recorded) == 4
+    assert len(recorded) == 5
 
 
 def test_an_attack_is_recorded_anew_where_weights_or_modes_have_changed_places() -> None:
@@ -163,9 +169,10 @@ def test_recordings_of_goals_that_come_no_more_are_given_up() -> None:
         (PGDAT(steps=2), (CCM(begin=1), EMA(decay=0.5)), True),
         (Trades(steps=2, attack_mode="train_frozen"), (CCM(begin=1), CCR(begin=1)), True),
         (Trades(steps=2), (AWP(), EMA(decay=0.5)), True),
+        (PGDAT(steps=2), (FairARD(),), True),
         (PGDAT(steps=2), (FriendlyAT(tau=1, omega=0.01),), False),
     ],
-    ids=["class-wise radii", "shared clean pass", "perturbed weights", "stop rule and noise"],
+    ids=["class-wise radii", "shared clean pass", "perturbed weights", "steps counted", "stop rule and noise"],
 )
 def test_a_run_with_recordings_is_the_run_without(
     monkeypatch: pytest.MonkeyPatch,
@@ -192,7 +199,7 @@ def test_a_recording_that_holds_a_constant_would_be_found() -> None:
     """The tape is as strict as a graph: a radius that Python read when it recorded stays what it was."""
 
     def careless(model: Any, x: Any, y: Any, clean: Any, x_adv: Tensor, attack: Attack, *rest: Any) -> Any:
-        return x_adv + float(attack.eps[0]), rest[0]
+        return Climbed(x_adv + float(attack.eps[0]), rest[0])
 
     model = network("small-cnn")
     captured = CapturedAscent(careless, model, record=record)

@@ -16,6 +16,7 @@ from robustfair.execution.kernels.compiled import kernels, missing
 from robustfair.execution.live import live_program
 from robustfair.losses import MaximiseMargin, MinimiseCE
 from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
+from robustfair.methods.fair_ard import StillRight
 from robustfair.models import OnCopies, create_model
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Trades
 from robustfair.training import Schedule, engine, fit
@@ -121,6 +122,11 @@ def test_a_compiled_attack_takes_any_goal_and_a_compiled_pass_has_the_same_gradi
     compiled = Engine(fast, compile=True, batch_size=6)
     x_adv = Engine(plain).attack(batch, attack)
     torch.testing.assert_close(compiled.attack(batch, attack), x_adv, rtol=0, atol=1e-12)
+    counted = [
+        engine.watched_attack(batch, replace(attack, watch=StillRight())) for engine in (Engine(plain), compiled)
+    ]
+    assert torch.equal(counted[0][0], x_adv)
+    assert torch.equal(counted[0][1], counted[1][1])  # type: ignore[arg-type]
     Engine(plain)(x_adv).logsumexp(1).sum().backward()
     compiled(x_adv).logsumexp(1).sum().backward()
     for (name, one), two in zip(plain.named_parameters(), fast.parameters(), strict=True):
@@ -312,7 +318,9 @@ def test_an_attack_on_kernels_ends_where_one_on_torchs_layers_does(name: str, ob
     for count in (6, 5):
         batch = colour_batch(count, seed=9)
         attack = replace(objective.attack(batch), steps=1)
-        x_adv, found = plain.attack(batch, attack), fast.attack(batch, attack)
+        attack = replace(attack, watch=StillRight())
+        (x_adv, counted), (found, seen) = (engine.watched_attack(batch, attack) for engine in (plain, fast))
+        assert torch.equal(counted, seen)  # type: ignore[arg-type]
         assert ((x_adv - batch.x).abs() > 0.01).float().mean() > 0.1
         # A gradient near zero may round to the other sign, which further steps would carry to other pixels.
         assert ((found - x_adv).abs() > 1e-4).float().mean() < 0.002
@@ -484,6 +492,13 @@ class Weighted:
         return sum(weight * logits[:, label] for label, weight in enumerate(self.weights))  # type: ignore[return-value]
 
 
+@dataclass(frozen=True, eq=False)
+class Holding(StillRight):
+    """A watch that holds a tensor, which no recording may."""
+
+    tensor: Tensor
+
+
 def test_what_is_no_fixed_sequence_of_kernels_is_not_replayed() -> None:
     batch = batch_of()
     attack: Attack = PGDAT().attack(batch)
@@ -495,6 +510,8 @@ def test_what_is_no_fixed_sequence_of_kernels_is_not_replayed() -> None:
     assert not replayable(replace(attack, restarts=2))
     assert replayable(replace(attack, goal=MinimiseCE(), target=batch.y))
     assert not replayable(replace(attack, goal=Weighted([0.5, 0.5])))
+    assert replayable(replace(attack, watch=StillRight()))
+    assert not replayable(replace(attack, watch=Holding(batch.y)))
     assert not replayable(replace(attack, goal=lambda logits, clean, y: logits.sum(1)))  # type: ignore[arg-type]
 
 
@@ -515,6 +532,9 @@ def test_replayed_attacks_equal_the_loop_on_every_batch(tiny_net: Net, compile: 
             fast = Engine(model, device="cuda", compile=compile, batch_size=6)
         expected = pgd(model, batch.x, batch.y, attack, batch.rng("attack"))
         replayed = pgd(model, batch.x, batch.y, attack, batch.rng("attack"), ascent=captured)
+        counting = replace(attack, watch=StillRight())
+        counted = [engine.watched_attack(batch, counting)[1] for engine in (Engine(model, device="cuda"), fast)]
+        assert torch.equal(*counted)  # type: ignore[arg-type]
         torch.testing.assert_close(replayed, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(fast.attack(batch, attack), expected, rtol=0, atol=1e-6)
         with torch.no_grad():

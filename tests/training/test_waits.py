@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.loader import Loader
 from robustfair.losses import MaximiseCE, MaximiseMargin
 from robustfair.methods import (
+    ABSLD,
     AWP,
     CCM,
     CCR,
@@ -33,14 +35,17 @@ from robustfair.methods import (
     SWA,
     WAT,
     AVmixup,
+    FairARD,
     FairTAT,
     FriendlyAT,
     LabelSmoothing,
     Method,
 )
 from robustfair.methods.compose import compose
-from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Standard, Trades
+from robustfair.methods.fair_ard import StillRight
+from robustfair.objectives import ARD, FGSMAT, MART, PGDAT, RSLAD, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.objectives.base import Objective
+from robustfair.objectives.taught import TaughtObjective
 from robustfair.training import Schedule
 from robustfair.training import run as running
 from robustfair.training.engine import Engine
@@ -135,6 +140,8 @@ def test_augmentations_wait_for_nothing(name: str) -> None:
         {"restarts": 3, "goal": MaximiseMargin()},
         {"stop": FreezeFooled()},
         {"stop": FreezeFooled(), "keep": "inside"},
+        {"watch": StillRight()},
+        {"watch": StillRight(), "stop": FreezeFooled()},
         {"noise": 0.01},
         {"start": "input-gradient"},
         {"start": "gauss001-clipped"},
@@ -165,6 +172,8 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (FGSMAT(), ()),
     (Trades(steps=2), (FRL(), EMA())),
     (PGDAT(steps=2), (WAT(),)),
+    (RSLAD(steps=2), (ABSLD(), FairARD())),
+    (ARD(steps=2, alpha=0.5), (FairARD(), FriendlyAT(tau=1))),
 ]
 
 
@@ -190,6 +199,8 @@ def test_steps_of_training_wait_for_nothing(
     methods: tuple[Method, ...],
 ) -> None:
     model = network(tiny_net).train()
+    if isinstance(objective, TaughtObjective):
+        objective = replace(objective, teacher=network(tiny_net))
     schedule = Schedule(batch_size=4, epochs=2)
     training = Training(
         model=model,

@@ -51,11 +51,16 @@ Step = Callable[[Model, Tensor, StepInputs], tuple[Tensor, Tensor, Tensor]]
 """One gradient step from `x_adv`: the moved images, and goal values (B,) and logits at `x_adv`, all detached."""
 
 
-class Ascent(Protocol):
-    """All steps of one restart, from the start `x_adv`: the last iterate and the best point where points compare.
+class Climbed(NamedTuple):
+    """What one restart came to: the last iterate, the best point where points compare, what was watched (B,)."""
 
-    `rng` is for attacks that add noise to their steps.
-    """
+    x_adv: Tensor
+    best: Best
+    watched: Tensor | None = None
+
+
+class Ascent(Protocol):
+    """All steps of one restart, from the start `x_adv`. `rng` is for attacks that add noise to their steps."""
 
     def __call__(
         self,
@@ -67,7 +72,7 @@ class Ascent(Protocol):
         attack: Attack,
         best: Best,
         rng: torch.Generator,
-    ) -> tuple[Tensor, Best]: ...
+    ) -> Climbed: ...
 
 
 def pgd(
@@ -97,6 +102,21 @@ def pgd(
         (B, C, H, W), in [0, 1] unless `attack.box` is off. With `keep="best"` or restarts, per example the point of the
         largest goal among those compared; under a stop rule a misclassified point beats every correctly classified one.
     """
+    return watched_pgd(model, x, y, attack, rng, x_init=x_init, clean=clean, ascent=ascent)[0]
+
+
+def watched_pgd(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    rng: torch.Generator,
+    *,
+    x_init: Tensor | None = None,
+    clean: Tensor | None = None,
+    ascent: Ascent | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `pgd`, and what `attack.watch` saw (B,): None without one."""
     starts = (*STARTS, GRADIENT_START)
     if attack.start not in starts:
         raise ConfigError("attack", "start", allowed=f"one of {', '.join(starts)}", got=attack.start)
@@ -115,9 +135,9 @@ def pgd(
                 start = _one_gradient_up(model, x, y, clean, attack)
             else:
                 start = STARTS[attack.start](x, attack, rng)
-            x_adv, best = ascent(model, x, y, clean, start.detach(), attack, best, rng)
+            x_adv, best, watched = ascent(model, x, y, clean, start.detach(), attack, best, rng)
         found = best.x_adv if compares(attack) else x_adv
-        return (found.clamp(0, 1) if attack.box else found).detach()
+        return (found.clamp(0, 1) if attack.box else found).detach(), watched
 
 
 def eager_step(model: Model, x_adv: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,10 +173,11 @@ def ascend(
     rng: torch.Generator,
     *,
     step: Step = eager_step,
-) -> tuple[Tensor, Best]:
+) -> Climbed:
     """The `Ascent` that takes its steps one by one."""
     inputs = StepInputs.of(attack, x, y, clean)
     stop_state = attack.stop.start(y) if attack.stop else y
+    watched = attack.watch.start(y) if attack.watch else y
     if attack.steps and (attack.stop or attack.keep == "best"):
         x_adv = _project(x_adv, inputs)  # only then may the start itself be returned
     previous = x_adv
@@ -167,12 +188,15 @@ def ascend(
         if attack.keep == "best":
             best = best.update(x_adv, value, logits, y, attack)
         if attack.stop:
-            stop_state, active = attack.stop(stop_state, logits, y)
-            active = per_pixel(active, x)
+            stop_state, steps = attack.stop(stop_state, logits, y)
+            active = per_pixel(steps, x)
             if attack.keep == "inside":
                 moved, previous = torch.where(active, moved, previous), torch.where(active, x_adv, previous)
             else:
                 moved = torch.where(active, moved, x_adv)
+        if attack.watch:
+            seen = attack.watch(watched, logits, y)
+            watched = torch.where(steps, seen, watched) if attack.stop else seen
         x_adv = moved
         if attack.stop and x.device.type == "cpu" and not active.any():  # elsewhere the question would cost a wait
             break
@@ -180,7 +204,7 @@ def ascend(
         with torch.no_grad():
             logits = model(x_adv)
             best = best.update(x_adv, attack.goal(logits, clean, inputs.y), logits, y, attack)
-    return x_adv, best
+    return Climbed(x_adv, best, watched if attack.watch else None)
 
 
 def input_gradient(value: Tensor, x: Tensor) -> Tensor:

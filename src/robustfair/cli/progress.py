@@ -76,7 +76,7 @@ class TrainingProgress(_Bar):
             f"{parameters:,} parameters, {epochs} epochs{resumed}"
         )
         parts = {"train": ready.train, "validation": ready.validation, "test": ready.splits.parts.get("test")}
-        self.say(*(data.count_line(part) for part, data in parts.items() if data is not None))
+        self.say(*(data.count_line(part) for part, data in parts.items() if data is not None), *ready.notes)
 
     def step(self, epoch: int, step: int) -> None:
         self.bar.update(self._task, completed=epoch * self._steps + min(step + 1, self._steps))

@@ -1,11 +1,13 @@
 """Methods that act on an objective through hooks; each is one file readable beside its paper."""
 
+from robustfair.methods.absld import ABSLD
 from robustfair.methods.averaging import EMA, SWA
 from robustfair.methods.avmixup import AVmixup
 from robustfair.methods.awp import AWP
 from robustfair.methods.base import Bundle, Method, Run
 from robustfair.methods.cfa import CCM, CCR, CFA, FAWA
 from robustfair.methods.compose import Plan, compose
+from robustfair.methods.fair_ard import FairARD
 from robustfair.methods.fair_tat import FairTAT
 from robustfair.methods.friendly_at import FriendlyAT
 from robustfair.methods.frl import FRL
@@ -13,6 +15,7 @@ from robustfair.methods.label_smoothing import LabelSmoothing
 from robustfair.methods.wat import WAT
 
 __all__ = [
+    "ABSLD",
     "AWP",
     "CCM",
     "CCR",
@@ -24,6 +27,7 @@ __all__ = [
     "WAT",
     "AVmixup",
     "Bundle",
+    "FairARD",
     "FairTAT",
     "FriendlyAT",
     "LabelSmoothing",

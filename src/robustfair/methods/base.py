@@ -32,7 +32,7 @@ class Run(Protocol):
 
     model: nn.Module
     networks: Mapping[str, Model]
-    """What methods asked for in `networks`, as "method/name"; in the run's precision, with gradient."""
+    """What objective and methods asked for in `networks`, as "method/name"; in the run's precision, with gradient."""
     objective: Objective
     methods: tuple[str, ...]
     """Names of the methods that act in the run, in list order."""
@@ -44,6 +44,8 @@ class Run(Protocol):
     """Epochs completed, which is also the 0-based number of the epoch about to start."""
     step: int
     """Optimizer steps completed."""
+    lr_share: float
+    """Learning rate of the last step as a share of the schedule's largest; 1 before the first."""
     weight_decay: float
     """What the optimizer adds to the gradient, in units of the weights."""
     trainable: Mapping[str, nn.Parameter]
@@ -109,7 +111,7 @@ class Method:
         name: the registered name.
         claims: fields it edits ("attack.eps", "loss.label", "batch.soft", "gradient", "model", "export.ema") and roles
             it plays ("role.class_weight"). A property where the config decides. `extra` and `views` under its own name
-            need no claim.
+            need no claim; `batch.teacher` is claimed whole.
         replaces: terms of the loss that it computes anew, so that what they were computed from is lost.
         needs: loss terms that must exist, "x_adv" for attacked images, "validation" for held out ones.
         labels_of: images that the soft labels it sets belong to; None for labels that hold for either.
@@ -130,11 +132,11 @@ class Method:
         return {}
 
     def prepare(self, batch: Batch, state: State, run: Run) -> Batch:
-        """Edit, before the attack: x, y, soft labels, shift, extra."""
+        """Edit, before the attack: x, y, soft labels, labels of a teacher, shift, extra."""
         return batch
 
     def attack(self, attack: Attack, batch: Batch, state: State, run: Run) -> Attack:
-        """Edit: radius, step, goal, target, stop rule."""
+        """Edit: radius, step, goal, target, stop rule, watch (what it reads is `batch.watched` from then on)."""
         return attack
 
     def examples(self, batch: Batch, state: State, run: Run) -> Batch:

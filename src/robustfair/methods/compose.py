@@ -78,7 +78,9 @@ CLAIM_TEXT = {
     "attack.eps": "the class-wise radius",
     "attack.goal": "what the attack maximises",
     "attack.stop": "when the attack stops",
+    "attack.watch": "what is read along the attack",
     "batch.soft": "the soft labels",
+    "batch.teacher": "the labels of the teacher",
     "batch.x_adv": "the images that are trained on",
     "loss.label": "the weight of the label term",
     "loss.consistency": "the weight of the consistency term",
@@ -186,6 +188,8 @@ def _unread(claim: str, objective: Objective | type[Objective]) -> str:
         return "is defined by its own"
     if owner == "attack" and "x_adv" not in objective.reads:
         return "trains without an attack"
+    if claim == "batch.x" and "teacher" in objective.reads:
+        return "has its teacher label the images before that"
     if owner == "batch" and field not in objective.reads | {"x", "y"}:
         return f"does not read {field}"
     return ""
@@ -214,16 +218,22 @@ class Plan:
     bundles: tuple[Unbundled, ...] = ()
 
     @property
+    def parts(self) -> list[Objective | Method]:
+        """The objective and the methods."""
+        return [self.objective, *self.methods]
+
+    @property
     def moves_weights(self) -> bool:
         """Whether a method may move the weights between the attack and the loss."""
         return any("around_gradient" in method.hooks() for method in self.methods)
 
     def networks(self, model: nn.Module) -> dict[str, nn.Module]:
-        """All networks that methods want beside the model, as "method/name"."""
-        return {f"{m.name}/{name}": network for m in self.methods for name, network in m.networks(model).items()}
+        """All networks that objective and methods want beside the model, as "method/name"."""
+        return {f"{part.name}/{name}": net for part in self.parts for name, net in part.networks(model).items()}
 
     def prepare(self, batch: Batch, states: Mapping[str, State], run: Run) -> Batch:
         """The batch as the attack finds it."""
+        batch = self.objective.prepare(batch, run.networks)
         for method in self.methods:
             edited = method.prepare(batch, states[method.name], run)
             if edited.x_adv is not None:
@@ -324,7 +334,7 @@ def _checked(method: Method, owner: str, before: Edited, after: Edited, *, origi
         new: object = getattr(after, field.name)
         if new is old:
             left[field.name] = getattr(kept, field.name)
-        elif isinstance(old, Mapping) and isinstance(new, Mapping):
+        elif isinstance(old, Mapping) and isinstance(new, Mapping) and f"{owner}.{field.name}" not in method.claims:
             if any(new.get(key) is not old.get(key) for key in (set(old) | set(new)) - {method.name}):
                 raise _unclaimed(method, f"{owner}.{field.name} under another name than its own")
         elif f"{owner}.{field.name}" not in method.claims:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustfair.config import Norm, Whole, config
 from robustfair.losses import MaximiseCE, cross_entropy, soft_cross_entropy
@@ -20,8 +21,8 @@ class Objective(ABC):
     Class attributes:
         name: the registered name.
         terms: names of the loss terms it yields ("label", "consistency", ...).
-        reads: fields of the batch its loss reads beyond x and y ("x_adv", "soft", "shift"). A method that writes what
-            nobody reads is refused.
+        reads: fields of the batch that it reads beyond x and y ("x_adv", "soft", "shift", "teacher"). A method that
+            writes what nobody reads is refused.
         owns: fields of the attack that make it what it is ("attack.stop"): no method may set them.
         clean_pass: whether the loss runs the model on x itself; an attack that makes the same pass then shares it.
         label_at: the images whose label its term "label" asks for. Soft labels that belong to attacked images need
@@ -34,6 +35,15 @@ class Objective(ABC):
     clean_pass: ClassVar[bool] = False
     label_at: ClassVar[Literal["x", "x_adv"]] = "x_adv"
     owns: ClassVar[frozenset[str]] = frozenset()
+
+    def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Networks beside the model that label the images, such as a frozen teacher: (B, C, H, W) in [0, 1] to logits
+        (B, C) of the classes of the run. That they do is checked before the first step, and they are saved with it."""
+        return {}
+
+    def prepare(self, batch: Batch, networks: Mapping[str, Model]) -> Batch:
+        """The batch with what attack and loss read of `networks` ("objective/name"), before any method edits it."""
+        return batch
 
     def attack(self, batch: Batch) -> Attack | None:
         """The attack to train on, before any method edits it; None trains on clean images."""
@@ -98,8 +108,8 @@ class AdversarialObjective(Objective):
         """Step in force: the given one, else eps/4 for linf (2/255 at 8/255) and 15/128 eps for l2 (Rice et al.)."""
         return default_step(self.norm, self.radius) if self.step_size is None else self.step_size
 
-    def attack_with(self, batch: Batch, goal: Goal, start: str, *, box_first: bool = False, box: bool = True) -> Attack:
-        """This threat model as an attack on `batch`."""
+    def attack_with(self, batch: Batch, goal: Goal, start: str, **rest: Any) -> Attack:
+        """This threat model as an attack on `batch`; `rest` are further fields of it."""
         return Attack(
             eps=torch.full_like(batch.x[:, 0, 0, 0], self.radius),
             step_size=torch.full_like(batch.x[:, 0, 0, 0], self.step),
@@ -108,8 +118,7 @@ class AdversarialObjective(Objective):
             norm=self.norm,
             start=start,
             mode=self.attack_mode,
-            box_first=box_first,
-            box=box,
+            **rest,
         )
 
     def evaluation_attack(self, batch: Batch) -> Attack:

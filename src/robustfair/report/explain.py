@@ -6,6 +6,8 @@ import dataclasses
 import re
 from typing import Any
 
+from torch import nn
+
 from robustfair.grammar import format_value
 from robustfair.methods.compose import Plan
 from robustfair.objectives.base import AdversarialObjective
@@ -52,4 +54,5 @@ def summary(entry: Any) -> str:
 
 def _settings(config: Any) -> str:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return ", ".join(f"{name}={format_value(value)}" for name, value in values.items()) or "no settings"
+    said = {n: type(v).__name__ if isinstance(v, nn.Module) else format_value(v) for n, v in values.items()}
+    return ", ".join(f"{name}={text}" for name, text in said.items()) or "no settings"

@@ -10,14 +10,15 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from robustfair.errors import ModelError, RobustFairError, UnknownNameError
-from robustfair.grammar import read_path
+from robustfair.errors import ModelError, RobustFairError, RobustFairWarning, UnknownNameError
+from robustfair.grammar import parse_composition, read_path
 from robustfair.models.build import create_model
 from robustfair.models.head import other_dtypes
 from robustfair.models.normalise import Normalise, Normalised, named_statistics
@@ -114,6 +115,41 @@ def load_target(
             raise ModelError(f"{what}: nothing is downloaded here, add `weights` with its weight file")
         return _from_weights(label, weights, select_weights, _network(what, None, normalise, images))
     return _from_elsewhere(label, what, weights, select_weights, normalise, images)
+
+
+def load_named(text: str, **images: Any) -> Target:
+    """The model that one text names, options of `load_target` in brackets behind the name.
+
+    Args:
+        text: "runs/x", "runs/x(checkpoint=ema)", "weights.pt(arch=wrn-34-10, normalise=cifar10)",
+            "timm:resnet18(weights=r18.safetensors)", "robustbench:NAME", "package.module:factory".
+        images: of the data, as `load_target` has them.
+
+    Raises:
+        RobustFairError: as `load_target`; or an option that is none of its own.
+    """
+    name, bracket, options = text.partition("(")
+    if not bracket or read_path(text).exists():
+        return load_target(text, **images)
+    (term,) = parse_composition(f"model({options}", example="weights.pt(arch=wrn-34-10)")
+    known = set(inspect.signature(load_target).parameters) - {"what", *images}
+    for key in term.args:
+        if key not in known:
+            raise UnknownNameError(f"option of {name}", key, known)
+    given: dict[str, Any] = {key: value if key == "width" else str(value) for key, value in term.args.items()}
+    return load_target(name.strip(), **given, **images)
+
+
+def load_model(text: str, *, num_classes: int | None = None, in_channels: int | None = None) -> nn.Module:
+    """The model that a text names, in eval mode, see `load_named`. A warning says what was done to read it.
+
+    Args:
+        num_classes, in_channels: of the data, for a network that is built here: a weight file's, timm's.
+    """
+    found = load_named(text, num_classes=num_classes, in_channels=in_channels)
+    if found.notes:
+        warnings.warn(f"{found.label}: {'; '.join(found.notes)}", RobustFairWarning, stacklevel=2)
+    return found.model
 
 
 class _Images(NamedTuple):

@@ -9,27 +9,36 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from robustfair.config import build
-from robustfair.data import ImageDataset, Splits, load_dataset, split_hash
+from robustfair.data import ImageDataset, Splits, evaluation_batches, load_dataset, split_hash
 from robustfair.data.augment.crops import Augmentation, parse_augmentation
 from robustfair.data.edits import Edited
-from robustfair.errors import DivergedError, ModelError, RecipeError, RobustFairWarning, UnknownNameError
+from robustfair.errors import (
+    CheckpointError,
+    DivergedError,
+    ModelError,
+    RecipeError,
+    RobustFairWarning,
+    UnknownNameError,
+)
 from robustfair.execution.device import resolve_device
 from robustfair.grammar import Term, format_value, parse_composition, parse_norm, read_path
 from robustfair.methods.base import Bundle, Method
 from robustfair.methods.compose import Plan, compose
 from robustfair.models.build import create_model, describe_model
+from robustfair.models.head import check_outputs
 from robustfair.models.weights import load_weights, read_weight_file
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.registry import BUNDLES, METHODS, OBJECTIVES, REPAIRS, load_plugin
 from robustfair.repairs import Repair
 from robustfair.runs.folder import RunFolder, environment
-from robustfair.runs.recipe import SCRATCH, Recipe, read_recipe
+from robustfair.runs.load import load_named
+from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe, read_recipe
 from robustfair.training.engine import require_compiler
 from robustfair.training.fit import Fitted, fit
 from robustfair.training.schedule import Schedule
@@ -136,9 +145,11 @@ class Prepared:
     """A recipe with everything it names built and checked, nothing written.
 
     Attributes:
+        plan: its networks are text until `load_networks`.
         train: the images to train on, edited where the recipe says so.
         validation: the images held out before any edit, None where there are none.
         held: (V,) their rows.
+        notes: which networks were loaded beside the model, and how they were read.
     """
 
     recipe: Recipe
@@ -151,6 +162,7 @@ class Prepared:
     schedule: Schedule
     augment: Augmentation
     device: str
+    notes: tuple[str, ...] = ()
 
     @property
     def remarks(self) -> list[str]:
@@ -191,6 +203,72 @@ def prepare(recipe: Recipe) -> Prepared:
     augment(train.images[:1], torch.Generator().manual_seed(0))
     schedule.trainable(model)  # before anything is written: are the parameters there that alone shall train?
     return Prepared(recipe, plan, splits, train, validation, held, model, schedule, augment, device)
+
+
+Part = TypeVar("Part", Objective, Method)
+
+
+def named_networks(part: Objective | Method) -> dict[str, str]:
+    """The fields of an objective or a method that name a network, with the name."""
+    hints = get_type_hints(type(part))
+    fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}  # type: ignore[arg-type]
+    return {name: v for name, v in fields.items() if isinstance(v, str) and nn.Module in get_args(hints[name])}
+
+
+def load_networks(ready: Prepared) -> Prepared:
+    """The same with a module wherever its plan names a network.
+
+    Raises:
+        RobustFairError: a network that is not there, cannot be read, or has other classes or other images.
+    """
+    notes: list[str] = []
+
+    def loaded(part: Part) -> Part:
+        modules = {}
+        for field, text in named_networks(part).items():
+            modules[field], noted = _load_network(f"{part.name}: {field}", text, ready.train)
+            notes.extend(noted)
+        return dataclasses.replace(part, **modules) if modules else part  # type: ignore[type-var]
+
+    plan = ready.plan
+    methods = tuple(loaded(method) for method in plan.methods)
+    plan = dataclasses.replace(plan, objective=loaded(plan.objective), methods=methods)
+    return dataclasses.replace(ready, plan=plan, notes=tuple(notes))
+
+
+def _load_network(owner: str, text: str, images: ImageDataset) -> tuple[nn.Module, list[str]]:
+    """The network and what to say of it; `owner` is the field that names it."""
+    if text == PREVIOUS:
+        raise RecipeError(f"{owner} is {PREVIOUS}, which is the model before a stage: name one, or write stages")
+    example = next(evaluation_batches(images, 2)).x
+    shape = {"in_channels": example.shape[1], "image_size": (example.shape[2], example.shape[3])}
+    try:
+        found = load_named(text, num_classes=images.num_classes, **shape)
+        check_outputs(found.model, images.num_classes, example)
+    except (ModelError, CheckpointError) as error:
+        raise ModelError(f"{owner}: {error}") from error
+    classes = found.meta.get("class_names")
+    if classes is not None and list(classes) != list(images.class_names):
+        raise ModelError(
+            f"{owner}: {text} was trained on the classes {', '.join(classes)}, and these images have "
+            f"{', '.join(images.class_names)}: name a model of the same classes in the same order"
+        )
+    return found.model, [f"{owner} is {found.label}", *(f"{owner}: {note}" for note in found.notes)]
+
+
+def with_previous(composition: str, model: str) -> str:
+    """A composition in which networks called `previous` are the model that the text `model` names.
+
+    >>> with_previous("rslad(teacher=previous) + absld", "runs/x/stages/1-train")
+    'rslad(teacher=runs/x/stages/1-train) + absld'
+    """
+    terms = parse_composition(composition)
+    found = []
+    for term in terms:
+        hints = get_type_hints((OBJECTIVES if term.name in OBJECTIVES else METHODS).get(term.name))
+        named = {k: v for k, v in term.args.items() if v == PREVIOUS and nn.Module in get_args(hints.get(k))}
+        found.append(dataclasses.replace(term, args={**term.args, **dict.fromkeys(named, model)}))
+    return composition if found == terms else " + ".join(map(str, found))
 
 
 def begin_from(start: str, ready: Prepared) -> None:
@@ -281,7 +359,7 @@ def _train(
         recipe = begun_recipe(recipe, folder)
     else:
         folder.require_free()
-    ready = prepare(recipe)
+    ready = load_networks(prepare(recipe))
     recipe = ready.recipe
     about = {
         "model": describe_model(ready.model),

@@ -33,7 +33,16 @@ from robustfair.registry import EDITS, load_plugin
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe
 from robustfair.runs.repair import repair_run
-from robustfair.runs.run import begun_recipe, prepare, read_repair, train, training_images
+from robustfair.runs.run import (
+    begun_recipe,
+    load_networks,
+    named_networks,
+    prepare,
+    read_repair,
+    train,
+    training_images,
+    with_previous,
+)
 
 PREDICTION_BATCH = 500
 
@@ -118,11 +127,15 @@ def require_runnable(recipe: Recipe) -> list[str]:
                 f"recipe: stage {number + 1} repairs what a repair left: one repair a model, let the stage start from "
                 "the model before"
             )
+        taught = False
         if stage.does == "train":
-            prepare(recipe.of_stage(number, start=SCRATCH))
+            ready = prepare(recipe.of_stage(number, start=SCRATCH))
+            taught = any(PREVIOUS in named_networks(part).values() for part in ready.plan.parts)
+            if not taught:
+                load_networks(ready)
         elif stage.does == "repair":
             read_repair(stage.what)
-        wants = start == PREVIOUS if stage.does == "train" else start in (PREVIOUS, SCRATCH)
+        wants = start == PREVIOUS or taught if stage.does == "train" else start in (PREVIOUS, SCRATCH)
         wants = read_edit(stage.what).needs_model if stage.does == "edit" else wants
         if wants and not left:
             raise RecipeError(
@@ -168,7 +181,7 @@ def _run_stage(
             f"{place.manifest().get(stage.does)}: change the recipe back, or start a new run"
         )
     if stage.does == "train":
-        own = recipe.of_stage(number, start=start, images=images)
+        own = recipe.of_stage(number, start=start, images=images, train=with_previous(stage.what, before))
         if there:
             begun_recipe(own, place)
             return "was there already"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import Ascent, Best, compares
+from robustfair.attacks.pgd import Ascent, Best, Climbed, compares
 from robustfair.values import Attack, Model
 
 WARM_UP = 3
@@ -18,18 +18,19 @@ MOST = 8
 """Recordings that are kept: each holds the memory of an attack. A goal that changes with the epochs makes new ones."""
 
 
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+Tensors = tuple[Tensor, ...]
+Record = Callable[[Callable[[], Tensors]], tuple[Callable[[], None], Tensors]]
 """Runs a function that launches kernels on given tensors, and returns what launches the same kernels again, and the
-tensor that they write the function's result to."""
+tensors that they write the function's results to."""
 
 
 class _Captured(NamedTuple):
     replay: Callable[[], None]
     inputs: dict[str, Tensor]
-    x_adv: Tensor
+    found: Tensors
 
 
-def cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def cuda_graph(run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
     """A `Record` of all kernels of `run` as one CUDA graph, which need not have run yet when it returns."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -49,8 +50,8 @@ class CapturedAscent:
     Images, labels, start, radii, step sizes, targets and clean logits are copied into tensors that the recorded kernels
     read. The weights are read where they lie, so updates in place are seen; when a tensor of the model moves to other
     memory the attack is recorded anew. What cannot be replayed runs as it is: attacks that compare points, stop
-    examples or add noise, or whose goal holds more than numbers and texts. Attacks in mode "train" write running
-    statistics and must not come here.
+    examples or add noise, or whose goal or watch holds more than numbers and texts. Attacks in mode "train" write
+    running statistics and must not come here.
 
     Args:
         ascent: how the steps are run.
@@ -75,7 +76,7 @@ class CapturedAscent:
         attack: Attack,
         best: Best,
         rng: torch.Generator,
-    ) -> tuple[Tensor, Best]:
+    ) -> Climbed:
         if not replayable(attack):
             return self.ascent(model, x, y, clean, x_adv, attack, best, rng)
         places = tuple(t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers()))
@@ -89,7 +90,8 @@ class CapturedAscent:
             given["target"] = attack.target
         shapes = tuple((name, t.shape, t.stride(), t.dtype) for name, t in given.items())
         modes = tuple(module.training for module in self.model.modules())
-        key = (shapes, modes, attack.steps, attack.goal, attack.norm, attack.mode, attack.box_first, attack.box)
+        read = (attack.goal, attack.watch)
+        key = (shapes, modes, attack.steps, *read, attack.norm, attack.mode, attack.box_first, attack.box)
         if key not in self._captured:
             while len(self._captured) >= MOST:
                 del self._captured[next(iter(self._captured))]
@@ -98,7 +100,8 @@ class CapturedAscent:
         for name, tensor in given.items():
             captured.inputs[name].copy_(tensor)
         captured.replay()
-        return captured.x_adv.clone(), best
+        x_adv, *watched = (tensor.clone() for tensor in captured.found)
+        return Climbed(x_adv, best, *watched)
 
     def _capture(
         self, model: Model, given: dict[str, Tensor], attack: Attack, best: Best, rng: torch.Generator
@@ -106,18 +109,19 @@ class CapturedAscent:
         inputs = {name: tensor.detach().clone() for name, tensor in given.items()}
         attack = replace(attack, eps=inputs["eps"], step_size=inputs["step_size"], target=inputs.get("target"))
 
-        def run() -> Tensor:
+        def run() -> Tensors:
             places = inputs["x"], inputs["y"], inputs.get("clean"), inputs["x_adv"]
-            return self.ascent(model, *places, attack, best, rng)[0]
+            climbed = self.ascent(model, *places, attack, best, rng)
+            return (climbed.x_adv,) if climbed.watched is None else (climbed.x_adv, climbed.watched)
 
-        replay, x_adv = self.record(run)
-        return _Captured(replay, inputs, x_adv)
+        replay, found = self.record(run)
+        return _Captured(replay, inputs, found)
 
 
 def replayable(attack: Attack) -> bool:
     """Whether an attack is a fixed sequence of kernels on given tensors that writes nothing but its result."""
     fixed = attack.steps > 0 and attack.stop is None and not attack.noise and not compares(attack)
-    return fixed and is_dataclass(attack.goal) and _is_plain(attack.goal)
+    return fixed and is_dataclass(attack.goal) and _is_plain(attack.goal) and _is_plain(attack.watch)
 
 
 def _is_plain(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import Ascent, StepInputs, ascend, functional_step, pgd, require_input_gradient
+from robustfair.attacks.pgd import Ascent, StepInputs, ascend, functional_step, require_input_gradient, watched_pgd
 from robustfair.config import Precision
 from robustfair.errors import ConfigError, ModelError
 from robustfair.execution.live import hooked
@@ -83,7 +83,13 @@ class Engine:
         return attack.goal.needs_clean and attack.mode == "train_frozen" and self.model.training
 
     def attack(self, batch: Batch, attack: Attack, *, clean: Tensor | None = None, stream: str = "attack") -> Tensor:
-        """The attacked images of a batch, (B, C, H, W).
+        """The attacked images of a batch, (B, C, H, W); arguments as for `watched_attack`."""
+        return self.watched_attack(batch, attack, clean=clean, stream=stream)[0]
+
+    def watched_attack(
+        self, batch: Batch, attack: Attack, *, clean: Tensor | None = None, stream: str = "attack"
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attacked images of a batch, (B, C, H, W), and what `attack.watch` saw (B,).
 
         Args:
             clean: logits of this engine at `batch.x`, where `shares_clean_pass` and the caller has them.
@@ -93,11 +99,12 @@ class Engine:
         if program is not None:
             with attacking(self.eager, "eval"):
                 program.refresh()
-                return pgd(program, batch.x, batch.y, attack, batch.rng(stream))
+                return watched_pgd(program, batch.x, batch.y, attack, batch.rng(stream))
         pure = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
         ascent = self._ascent if pure else ascend
         known = None if clean is None else clean.detach()
-        return pgd(self.eager, batch.x, batch.y, attack, batch.rng(stream), clean=known, ascent=ascent)
+        rng = batch.rng(stream)
+        return watched_pgd(self.eager, batch.x, batch.y, attack, rng, clean=known, ascent=ascent)
 
     def _program_for(self, x: Tensor, attack: Attack) -> Program | None:
         """The program where it may stand for the model: in eval mode, in float32, and while nothing hooks into it."""

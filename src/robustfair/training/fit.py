@@ -39,6 +39,7 @@ from robustfair.training.selection import (
     with_validation,
 )
 from robustfair.training.state import ScoredWeights, TrainState
+from robustfair.training.teachers import check_teachers
 from robustfair.training.way import Way, choose_way
 
 
@@ -116,7 +117,7 @@ def fit(
             on shall choose its way.
         DataError: no images to train on, or none held out of a class that a method measures.
         ModelError: the model's output does not fit the classes, in eval or in train mode; the gradient of the images
-            cannot be taken, and an attack needs it; or it cannot be compiled, and shall be.
+            cannot be taken, and an attack needs it; it cannot be compiled, and shall be; or a teacher does not fit.
         DivergedError: a loss that is not finite; carries epoch, step and class state.
     """
     schedule = schedule or Schedule()
@@ -154,6 +155,7 @@ def fit(
     first = next(evaluation_batches(train, 2)).x
     called = laid_out(model, first)
     check_outputs(called, train.num_classes, first)
+    check_teachers(objective, model, train, device)
     trained_only = schedule.trainable(model) if schedule.only else None
     examples = (next(evaluation_batches(train, size)).x for size in (2, schedule.batch_size))
     check_training_outputs(called, train.num_classes, examples, lambda called: train_mode(called, trained_only))

@@ -28,7 +28,8 @@ from robustfair.values import Batch, ClassTally, Loss, Model, State, StateDict, 
 class Training:
     """One run of `fit`: what does not change, and `run`, `states`, `state`, which advance.
 
-    `engine` calls `model`, through `OnCopies` where it must. `networks` are those of the methods, as "method/name".
+    `engine` calls `model`, through `OnCopies` where it must. `networks` are those of objective and methods, as
+    "method/name".
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Training:
             "methods": ([method.name for method in self.plan.methods], resume.methods),
             "objective": ([objective], [resume.objective or objective]),
             "weights": (_shapes(self.model.state_dict()), _shapes(resume.weights)),
-            "networks": (self.networks, {**resume.networks, **resume.frozen}),
+            "networks": (_parts(self.networks), _parts({**resume.networks, **resume.frozen})),
             "trained weights": (self.trainable, [*self.trainable, *(name for name, _ in kept)]),
             "values of the optimizer": (_kept_by(self.schedule), [key for _, key in kept]),
         }
@@ -127,6 +128,7 @@ class Training:
         started, steps = time.perf_counter(), self.loader.steps_per_epoch
         for step, batch in enumerate(self.loader.epoch(run.epoch)):
             lr = schedule.lr_at(run.epoch, step, steps)
+            run.lr_share = lr / schedule.lr if schedule.lr else 1.0
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
                 if schedule.cycle_momentum:
@@ -167,7 +169,8 @@ class Training:
             if name == "x_adv":
                 if self.shares_clean and len(attacks) == 1 and self.engine.shares_clean_pass(attack):
                     clean = self.engine(x)
-                batch = replace(batch, x_adv=self.engine.attack(batch, attack, clean=clean))
+                x_adv, watched = self.engine.watched_attack(batch, attack, clean=clean)
+                batch = replace(batch, x_adv=x_adv, watched=watched)
             else:
                 batch = replace(batch, views={**batch.views, name: run.attacked(batch, attack, name)})
         batch = plan.examples(batch, states, run)
@@ -280,6 +283,11 @@ def counts(tallied: ClassTally) -> dict[str, list[int] | None]:
 
 def _shapes(weights: StateDict) -> list[str]:
     return [f"{name} {tuple(tensor.shape)}" for name, tensor in weights.items()]
+
+
+def _parts(networks: Mapping[str, nn.Module | StateDict]) -> list[str]:
+    states = {n: net.state_dict() if isinstance(net, nn.Module) else net for n, net in networks.items()}
+    return [f"{name}/{part}" for name, weights in states.items() for part in _shapes(weights)]
 
 
 def _kept_by(schedule: Schedule) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import pgd
 from robustfair.attacks.predict import tally, tally_batches
 from robustfair.data.datasets import ImageDataset
 from robustfair.data.loader import Loader, evaluation_batches
@@ -41,6 +40,7 @@ class TrainingRun:
     seed: int
     epoch: int = 0
     step: int = 0
+    lr_share: float = 1.0
     train: ClassTally | None = None
     labels: Tensor = field(init=False, repr=False)
     num_classes: int = field(init=False)
@@ -75,12 +75,15 @@ class TrainingRun:
         self, split: Literal["train", "validation"], attack: AttackOn | AttacksOn | None = None
     ) -> Iterator[Batch]:
         for batch in self._images(split):
-            made = {} if attack is None else attack(batch)
-            views = {}
+            if attack is None:
+                yield batch
+                continue
+            batch, views = self.objective.prepare(batch, self.networks), {}
+            made = attack(batch)
             for name, chosen in ({"x_adv": made} if isinstance(made, Attack) else made).items():
-                rng = batch.rng("measure" if name == "x_adv" else f"measure/{name}")
-                views[name] = pgd(self.engine.eager, batch.x, batch.y, replace(chosen, mode="eval"), rng)
-            yield replace(batch, x_adv=views.pop("x_adv", None), views=views) if made else batch
+                stream = "measure" if name == "x_adv" else f"measure/{name}"
+                views[name] = self.engine.attack(batch, replace(chosen, mode="eval"), stream=stream)
+            yield replace(batch, x_adv=views.pop("x_adv", None), views=views)
 
     def _images(self, split: Literal["train", "validation"]) -> Iterator[Batch]:
         if split == "train":

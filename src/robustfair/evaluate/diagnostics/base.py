@@ -9,9 +9,6 @@ from torch import Tensor
 
 from robustfair import metrics
 
-LEAST_SKILL = 0.1
-"""Clean accuracy above chance, as a share of what is possible above chance, below which a model looks untrained."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostic:

@@ -20,9 +20,10 @@ import torch
 from robustfair import metrics
 from robustfair.attacks.named import CROSS_ENTROPY
 from robustfair.evaluate.compare import check_comparable
-from robustfair.evaluate.diagnostics.base import LEAST_SKILL, Diagnostic, paired_difference
+from robustfair.evaluate.diagnostics.base import Diagnostic, paired_difference
 from robustfair.evaluate.result import CLEAN, Audit, shortfall
 from robustfair.metrics import FEW_IMAGES
+from robustfair.models.pixels import LEAST_SKILL
 
 FLATTERY_NOTED = 0.01
 """Difference between two attacks, as a fraction of all images, from which it is noted (beyond chance)."""
