@@ -91,6 +91,7 @@ class StandInRun:
     epoch: int = 0
     step: int = 0
     train: ClassTally | None = None
+    groups: Tensor | None = None
     images: tuple[Tensor, ...] = ()
     seed: int = 0
 
