@@ -237,7 +237,7 @@ def test_it_trains_within_an_l2_ball_too(tiny_net: Net, tiny_data: Data, base: s
     methods = [acting(name), Watch()]
     fit(tiny_net(), tiny_data((10, 6, 8)), goal, methods=methods, schedule=schedule, validation=0, select="last")
     reach = 1.0 if name == "avmixup" else 0.5  # its vertex lies twice as far
-    reach *= 1.5 if name == "ccm" else 1
+    reach *= {"ccm": 1.5, "dafa": 2.5}.get(name, 1)  # of a class that all others are sure of themselves beside
     assert 0.1 < max(away for away, _ in seen) <= reach * (1 + 1e-5)
     assert all(math.isfinite(loss) for _, loss in seen)
 

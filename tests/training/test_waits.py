@@ -23,7 +23,20 @@ from robustfair.data import loader as loading
 from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.loader import Loader
 from robustfair.losses import MaximiseCE, MaximiseMargin
-from robustfair.methods import AWP, CCM, CCR, EMA, SWA, AVmixup, FriendlyAT, LabelSmoothing, Method
+from robustfair.methods import (
+    AWP,
+    CCM,
+    CCR,
+    DAFA,
+    EMA,
+    FAAL,
+    SWA,
+    AVmixup,
+    FriendlyAT,
+    LabelSmoothing,
+    Method,
+    VarianceFAT,
+)
 from robustfair.methods.compose import compose
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.objectives.base import Objective
@@ -142,6 +155,10 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (PGDAT(steps=2), (FriendlyAT(tau=1, omega=0.01), EMA())),
     (PGDAT(steps=2), (FriendlyAT(variant="cfa"), SWA(begin=0, per="step"))),
     (PGDAT(steps=2), (AVmixup(),)),
+    (PGDAT(steps=2), (FAAL(), AWP())),
+    (PGDAT(steps=2), (FAAL(over="class", measure="cross-entropy"),)),
+    (Trades(steps=2), (DAFA(begin=1),)),
+    (Trades(steps=2), (VarianceFAT(goal="ce"),)),
     (Trades(steps=2), (AWP(), EMA())),
     (Trades(steps=2, attack_mode="train_frozen"), (CCM(begin=1), CCR(begin=1))),
     (MART(steps=2), (AWP(mode="inplace"),)),

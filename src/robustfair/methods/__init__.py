@@ -6,14 +6,19 @@ from robustfair.methods.awp import AWP
 from robustfair.methods.base import Method, Run
 from robustfair.methods.cfa import CCM, CCR
 from robustfair.methods.compose import Plan, compose
+from robustfair.methods.dafa import DAFA
+from robustfair.methods.faal import FAAL
 from robustfair.methods.friendly_at import FriendlyAT
 from robustfair.methods.label_smoothing import LabelSmoothing
+from robustfair.methods.variance_fat import VarianceFAT
 
 __all__ = [
     "AWP",
     "CCM",
     "CCR",
+    "DAFA",
     "EMA",
+    "FAAL",
     "SWA",
     "AVmixup",
     "FriendlyAT",
@@ -21,5 +26,6 @@ __all__ = [
     "Method",
     "Plan",
     "Run",
+    "VarianceFAT",
     "compose",
 ]
