@@ -96,6 +96,7 @@ class StandInRun:
     step: int = 0
     train: ClassTally | None = None
     methods: tuple[str, ...] = ()
+    groups: Tensor | None = None
     images: tuple[Tensor, ...] = ()
     seed: int = 0
     validation: ClassTally = HELD

@@ -30,6 +30,31 @@ def test_total_is_the_mean_of_weight_times_weighted_terms() -> None:
     assert loss.total().item() == pytest.approx(sum(rows) / 4)
 
 
+def test_one_number_of_the_batch_joins_the_total_whatever_the_examples_weigh() -> None:
+    whole, coef = torch.tensor(3.0, requires_grad=True), torch.tensor(0.5)
+    rows = some_loss().weighted(torch.tensor([1.0, 0.5, 2.0, 0.0]))
+    loss = rows.plus("whole", whole, coef)
+    assert torch.equal(loss.per_example(), rows.per_example())
+    assert loss.total().item() == pytest.approx(rows.total().item() + 1.5)
+    twice = loss.weighted(torch.full((4,), 2.0)).total()
+    assert twice.item() == pytest.approx(2 * rows.total().item() + 1.5)
+    twice.backward()
+    assert whole.grad.item() == 0.5
+
+
+def test_terms_add_up_to_the_same_bits_in_whatever_order_they_came() -> None:
+    rng = torch.Generator().manual_seed(0)
+    per_example = {name: (torch.randn(50, generator=rng), torch.rand(50, generator=rng)) for name in "abc"}
+    whole = {name: (torch.randn((), generator=rng), torch.rand((), generator=rng)) for name in "xyz"}
+    totals = set()
+    for names in ("abcxyz", "zcaybx", "yxzcba", "bxacyz"):
+        loss = Loss.of(Forward(), label=(torch.ones(50), 1.0))
+        for name in names:
+            loss = loss.plus(name, *(per_example | whole)[name])
+        totals.add(loss.total().item())
+    assert len(totals) == 1
+
+
 def test_edits_return_new_values_and_leave_the_old_alone() -> None:
     loss = some_loss()
     before = loss.total().item()

@@ -166,7 +166,9 @@ class Forward:
 class Loss:
     """A loss before its reduction: total = mean over examples of weight * sum over terms of coef * term.
 
-    Every entry is per example (B,), so a class weight, class beta or mask is a product. Edits return a new value.
+    Entries are per example (B,), so a class weight, class beta or mask is a product. A term () is one number for the
+    batch as a whole, such as a variance over classes: coef * term joins the total as it is, whatever the examples
+    weigh. Edits return a new value. Terms add up in the order of their names, whoever added them first.
     """
 
     out: Forward
@@ -194,18 +196,21 @@ class Loss:
         return replace(self, weight=self.weight * factor)
 
     def plus(self, name: str, term: Tensor, coef: Tensor) -> Loss:
-        """Add a term (B,) with its coefficient (B,); the name must be new."""
+        """Add a term with its coefficient, both (B,), or both () for one number of the batch; the name must be new."""
         assert name not in self.terms, f"loss term {name!r} exists already"
         return replace(self, terms={**self.terms, name: term}, coef={**self.coef, name: coef})
 
     def per_example(self) -> Tensor:
-        """(B,) weighted sum of the terms."""
-        total = sum(self.coef[name] * term for name, term in self.terms.items())
-        return self.weight * total
+        """(B,) weighted sum of the terms that are per example."""
+        return self.weight * sum(value for value in self._scaled_terms() if value.ndim)
 
     def total(self) -> Tensor:
         """The scalar that is differentiated: the one place where the mean over the batch is taken."""
-        return self.per_example().mean()
+        return sum((value for value in self._scaled_terms() if not value.ndim), self.per_example().mean())
+
+    def _scaled_terms(self) -> list[Tensor]:
+        """Every term times its coefficient, in the order of their names."""
+        return [self.coef[name] * self.terms[name] for name in sorted(self.terms)]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,34 @@ def test_confusion_counts_match_a_loop_and_add_over_batches(data):
     assert torch.equal(metrics.correct_per_class(pred == label, label, size), counts.diagonal())
 
 
+@common
+@given(st.data())
+def test_sums_per_class_match_a_loop_in_float64(data):
+    size = data.draw(st.integers(1, 6))
+    number = st.floats(-1e6, 1e6, width=32)
+    rows = data.draw(st.lists(st.tuples(st.integers(0, size - 1), number, number), min_size=1, max_size=40))
+    label = torch.tensor([row[0] for row in rows])
+    values = torch.tensor([row[1:] for row in rows], dtype=torch.float32)
+    expected = [[sum(row[k] for row in rows if row[0] == c) for k in (1, 2)] for c in range(size)]
+    sums, counts = metrics.sums_per_class(values, label, size)
+    assert sums.dtype == counts.dtype == torch.float64
+    assert counts.tolist() == torch.bincount(label, minlength=size).tolist()
+    torch.testing.assert_close(sums, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-8)
+    single, _ = metrics.sums_per_class(values[:, 1], label, size)
+    torch.testing.assert_close(single, sums[:, 1], rtol=1e-12, atol=1e-8)
+
+
+def test_the_gradient_of_sums_per_class_reaches_each_value_by_its_class():
+    values = torch.ones(4, requires_grad=True)
+    label = torch.tensor([2, 0, 2, 1])
+    sums, _ = metrics.sums_per_class(values, label, 3)
+    (sums * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    assert values.grad.tolist() == [100.0, 1.0, 100.0, 10.0]
+
+
 def test_counting_needs_no_value_on_the_host():
     index = torch.zeros(8, dtype=torch.int64, device="meta")
+    assert [part.shape for part in metrics.sums_per_class(index, index, 3)] == [(3,), (3,)]
     assert metrics.confusion_pred_true(index, index, 3, check=False).shape == (3, 3)
     assert metrics.correct_per_class(index == 0, index, 3, check=False).shape == (3,)
 

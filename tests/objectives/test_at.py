@@ -40,6 +40,7 @@ def test_the_attack_is_the_loop_over_pixels_from_the_same_start(assert_attack_is
     assert_attack_is_the_pixel_loop(PGDAT(eps=0.1, steps=4), goal="ce", **linf)
     l2 = {"eps": 0.8, "step_size": 0.8 * 15 / 128, "steps": 5, "geometry": "l2-rice"}
     assert_attack_is_the_pixel_loop(PGDAT(norm="l2", eps=0.8, steps=5), goal="ce", **l2)
+    assert_attack_is_the_pixel_loop(PGDAT(eps=0.1, steps=4, start="gauss001"), goal="ce", start="gauss001", **linf)
 
 
 @pytest.mark.parametrize(("norm", "geometry", "step_size"), [("linf", "linf", 0.02), ("l2", "l2-rice", 0.1)])

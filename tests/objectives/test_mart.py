@@ -48,6 +48,12 @@ def test_the_attack_is_the_loop_over_pixels_from_the_same_start(
     assert_attack_is_the_pixel_loop(objective, goal="ce", start=start, **settings)
 
 
+def test_the_attack_of_faals_mart_maximises_the_kl(assert_attack_is_the_pixel_loop: Check) -> None:
+    objective = MART(eps=0.1, steps=4, perturb_loss="kl")
+    settings = {"eps": 0.1, "step_size": 0.025, "steps": 4, "geometry": "linf"}
+    assert_attack_is_the_pixel_loop(objective, goal="kl", start="gauss001", **settings)
+
+
 @pytest.mark.parametrize(
     "constants",
     [

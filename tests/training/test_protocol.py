@@ -390,6 +390,37 @@ def test_whether_an_epoch_follows_is_known(tiny_net: Net, tiny_data: Data) -> No
     assert seen == [False, False, True]
 
 
+def test_the_super_classes_of_the_data_are_known(tiny_net: Net, tiny_data: Data) -> None:
+    seen: list[Tensor | None] = []
+
+    class Looks(Method):
+        name = "looks"
+
+        def at_epoch(self, state: State, run: Run) -> State:
+            seen.append(run.groups)
+            return state
+
+    grouped = replace(tiny_data(), groups=(1, 0, 1), group_names=("a", "b"))
+    for data, expected in ((grouped, [1, 0, 1]), (tiny_data(), None)):
+        train(tiny_net(), data, Looks())
+        groups = seen[-1]
+        assert (None if groups is None else groups.tolist()) == expected
+
+
+def test_one_number_of_the_batch_is_learnt_from_and_has_no_mean_per_class(tiny_net: Net, tiny_data: Data) -> None:
+    class Adds(Method):
+        name = "adds"
+        claims = frozenset({"loss.adds"})
+
+        def loss(self, loss: Loss, batch: Batch, state: State, run: Run) -> Loss:
+            assert loss.out.adv is not None
+            return loss.plus("adds", loss.out.adv.square().mean(), loss.weight.new_ones(()))
+
+    adding = train(tiny_net(), tiny_data(), Adds()).state.history
+    assert adding[0]["per_class"].keys() == {"coef.label", "weight", "eps"}
+    assert adding[0]["loss"] > train(tiny_net(), tiny_data()).state.history[0]["loss"]
+
+
 def test_forward_follows_the_loss_to_other_weights(tiny_net: Net, tiny_data: Data) -> None:
     """A scope that takes the loss on a copy takes all passes of it there."""
     twin = tiny_net(seed=9)

@@ -29,7 +29,9 @@ from robustfair.methods import (
     AWP,
     CCM,
     CCR,
+    DAFA,
     EMA,
+    FAAL,
     FAWA,
     FRL,
     SWA,
@@ -40,6 +42,7 @@ from robustfair.methods import (
     FriendlyAT,
     LabelSmoothing,
     Method,
+    VarianceFAT,
 )
 from robustfair.methods.compose import compose
 from robustfair.methods.fair_ard import StillRight
@@ -165,6 +168,10 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (PGDAT(steps=2), (FairTAT(compat="official"), FriendlyAT(tau=1))),
     (PGDAT(steps=2), (FriendlyAT(variant="cfa"), SWA(begin=0, per="step"))),
     (PGDAT(steps=2), (AVmixup(),)),
+    (PGDAT(steps=2), (FAAL(), AWP())),
+    (PGDAT(steps=2), (FAAL(over="class", measure="cross-entropy"),)),
+    (Trades(steps=2), (DAFA(begin=1),)),
+    (Trades(steps=2), (VarianceFAT(goal="ce"),)),
     (Trades(steps=2), (AWP(), EMA())),
     (Trades(steps=2, attack_mode="train_frozen"), (CCM(begin=1), CCR(begin=1))),
     (MART(steps=2), (AWP(mode="inplace"),)),

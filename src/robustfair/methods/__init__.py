@@ -7,11 +7,14 @@ from robustfair.methods.awp import AWP
 from robustfair.methods.base import Bundle, Method, Run
 from robustfair.methods.cfa import CCM, CCR, CFA, FAWA
 from robustfair.methods.compose import Plan, compose
+from robustfair.methods.dafa import DAFA
+from robustfair.methods.faal import FAAL
 from robustfair.methods.fair_ard import FairARD
 from robustfair.methods.fair_tat import FairTAT
 from robustfair.methods.friendly_at import FriendlyAT
 from robustfair.methods.frl import FRL
 from robustfair.methods.label_smoothing import LabelSmoothing
+from robustfair.methods.variance_fat import VarianceFAT
 from robustfair.methods.wat import WAT
 
 __all__ = [
@@ -20,7 +23,9 @@ __all__ = [
     "CCM",
     "CCR",
     "CFA",
+    "DAFA",
     "EMA",
+    "FAAL",
     "FAWA",
     "FRL",
     "SWA",
@@ -34,5 +39,6 @@ __all__ = [
     "Method",
     "Plan",
     "Run",
+    "VarianceFAT",
     "compose",
 ]

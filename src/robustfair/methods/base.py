@@ -39,6 +39,8 @@ class Run(Protocol):
     labels: Tensor
     """(N,) of the training images; `batch.index` are rows of it."""
     num_classes: int
+    groups: Tensor | None
+    """(C,) super-class of each class, numbered from 0, where the data set has them, as CIFAR-100 does."""
     epochs: int
     epoch: int
     """Epochs completed, which is also the 0-based number of the epoch about to start."""

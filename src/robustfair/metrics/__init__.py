@@ -13,7 +13,7 @@ Intervals: Wilson (1927); the bootstrap is described at `bootstrap_statistic`, f
 Paired tests: McNemar (1947) in its exact form, Holm (1979), Agresti and Min (2005). Several seeds: see `over_seeds`.
 """
 
-from robustfair.metrics.counts import confusion_pred_true, correct_per_class
+from robustfair.metrics.counts import confusion_pred_true, correct_per_class, sums_per_class
 from robustfair.metrics.intervals import FEW_IMAGES, Interval, bootstrap_statistic, stratified_wilson, wilson
 from robustfair.metrics.paired import (
     bootstrap_difference,
@@ -89,6 +89,7 @@ __all__ = [
     "stratified_paired_interval",
     "stratified_wilson",
     "summarise",
+    "sums_per_class",
     "thirds",
     "wilson",
     "worst",

@@ -1,9 +1,10 @@
-"""Counts per class, which add up over batches: (C, C) rows predicted, columns true, or hits (C,)."""
+"""Counts and sums per class, which add up over batches: (C, C) rows predicted, columns true, or hits or sums (C,)."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robustfair.errors import ConfigError
@@ -64,6 +65,20 @@ def correct_per_class(correct: Tensor, label: Tensor, num_classes: int, *, check
         check_classes(label, num_classes, field="label")
     counts = torch.zeros(num_classes, dtype=torch.int64, device=label.device)
     return counts.index_add_(0, label.long(), correct.long())
+
+
+def sums_per_class(values: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Sums per class (C,) of values (N,), or (C, K) of rows (N, K), and counts (C,), all float64; differentiable.
+
+    Nothing waits for the device, and the caller vouches for the range of the labels. It is a product with the one-hot
+    labels, which a GPU adds up in the same order every time, as `index_add_` does not.
+
+    >>> sums, counts = sums_per_class(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0, 2]), 3)
+    >>> sums.tolist(), counts.tolist()
+    ([2.0, 0.0, 5.0], [1.0, 0.0, 2.0])
+    """
+    member = F.one_hot(label, num_classes).to(torch.float64)
+    return member.T @ values.to(torch.float64), member.sum(0)
 
 
 def check_pair(a: Tensor, b: Tensor, *, owner: str) -> None:

@@ -21,13 +21,14 @@ class PGDAT(AdversarialObjective):
     """min over weights of the mean of max over the ball of CE(f(x'), y).
 
     Attributes:
-        start: "uniform" inside the ball, clipped to [0, 1]; "zero" starts at x; "input-gradient" at x plus the gradient
-            of the batch's mean loss, which is what the public code of IDBH trains from.
+        start: "uniform" inside the ball, clipped to [0, 1]; "zero" starts at x; "gauss001" at x plus 0.001 Gaussian
+            noise, as in the code of DAFA; "input-gradient" at x plus the gradient of the batch's mean loss, which is
+            what the public code of IDBH trains from.
     """
 
     name: ClassVar[str] = "pgd-at"
     reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft", "shift"})
-    start: Literal["uniform", "zero", "input-gradient"] = "uniform"
+    start: Literal["uniform", "zero", "gauss001", "input-gradient"] = "uniform"
 
     def attack(self, batch: Batch) -> Attack:
         return self.attack_with(batch, MaximiseCE(), self.start)

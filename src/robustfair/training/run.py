@@ -42,6 +42,7 @@ class TrainingRun:
     step: int = 0
     lr_share: float = 1.0
     train: ClassTally | None = None
+    groups: Tensor | None = field(init=False, repr=False)
     labels: Tensor = field(init=False, repr=False)
     num_classes: int = field(init=False)
     _on: Model | None = field(default=None, repr=False)
@@ -49,6 +50,8 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.labels, self.num_classes = self.loader.dataset.labels, self.loader.dataset.num_classes
+        groups = self.loader.dataset.groups
+        self.groups = None if groups is None else torch.tensor(groups, device=self.labels.device)
 
     @property
     def finished(self) -> bool:
@@ -139,7 +142,7 @@ class EpochStatistics:
         clean = None if out.clean is None else out.clean.detach().argmax(1)
         robust = None if out.adv is None else out.adv.detach().argmax(1)
         self.tally = self.tally + tally(clean, robust, batch.y, self.num_classes)
-        values = {f"coef.{name}": coef for name, coef in loss.coef.items()} | {"weight": loss.weight}
+        values = {f"coef.{name}": coef for name, coef in loss.coef.items() if coef.ndim} | {"weight": loss.weight}
         if attack is not None:
             values["eps"] = attack.eps
         ones = torch.ones_like(batch.y, dtype=self._count.dtype)
