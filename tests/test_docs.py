@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from robustfair.cli.app import app, main
 from robustfair.methods.base import HOOKS, Method, Run
@@ -19,6 +20,7 @@ from robustfair.objectives.base import Objective
 from robustfair.registry import ATTACKS, METHODS, OBJECTIVES, REPAIRS
 from robustfair.runs.recipe import read_recipe, shipped_recipes
 from robustfair.runs.run import plan_of
+from robustfair.runs.shipped import read_table, tables
 from robustfair.runs.stages import require_runnable
 
 ROOT = Path(__file__).parents[1]
@@ -201,5 +203,23 @@ def test_the_protocol_is_told_whole() -> None:
 
 def test_every_shipped_folder_of_recipes_is_named() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    for name in shipped_recipes():
+    for name in (*shipped_recipes(), *tables()):
         assert f"`{name.rpartition('/')[0] + '/' if '/' in name else name}`" in text
+
+
+def test_the_python_of_the_page_on_recipes_prints_what_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    [program] = [block.body for block in blocks(text) if block.kind == "python"]
+    exec(compile(program, "docs/recipes.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.splitlines()[0] == "best average 0.496 0.002"
+
+
+def test_the_table_on_the_page_on_recipes_is_part_of_the_one_that_ships() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(text.partition("here part of `cfa/table-1`:\n\n```\n")[2].partition("```")[0])
+    whole = read_table("cfa/table-1")
+    assert list(shown) == ["keys", "settings", "stages", "rows"]
+    for key, entries in shown.items():
+        for name, entry in entries.items():
+            of = getattr(whole, key)[name]
+            assert of == entry or entry.items() <= of.items(), name

@@ -73,6 +73,7 @@ _PUBLIC = {
     "load_weights": "robustfair.models.weights",
     "pgd": "robustfair.attacks.pgd",
     "repair": "robustfair.repairs.base",
+    "reported": "robustfair.runs.reported",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -93,7 +93,7 @@ def config(cls: type[T]) -> type[T]:
 def _check(made: Any) -> None:
     """Raise ConfigError where a field is not what its annotation allows; lengths, norm and lists are read first."""
     owner = getattr(made, "name", type(made).__name__.lower())
-    hints = get_type_hints(type(made), include_extras=True)
+    hints = _hints(type(made))
     values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     read = _read_threat(values, None, owner)
     read |= {name: _read(value, hints[name]) for name, value in values.items() if isinstance(value, list)}
@@ -129,11 +129,21 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
         needless = optional or not field.init or field.name in values
         require(needless, owner, field.name, allowed="given", got="nothing")
     values |= _read_threat(values, getattr(cls, "norm", None), owner)
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     for key, value in values.items():
         values[key] = _read(value, hints[key])
         require(_fits(values[key], hints[key]), owner, key, allowed=_allowed(hints[key]), got=value)
     return cls(**values)
+
+
+_HINTS: dict[type, Mapping[str, Any]] = {}
+
+
+def _hints(cls: type) -> Mapping[str, Any]:
+    """Annotations of a config by field, read once a class: that takes longer than all the rest."""
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls, include_extras=True)
+    return _HINTS[cls]
 
 
 def _read_threat(values: Mapping[str, Any], norm: str | None, owner: str) -> dict[str, Any]:

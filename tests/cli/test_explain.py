@@ -47,3 +47,37 @@ def test_a_bundle_is_explained_with_what_it_became_and_refused_beside_its_parts(
     refused = command("explain", "trades + cfa + ccm")
     assert refused.code == 2
     assert "cfa stands for ccm, ccr, fawa and ccm is listed too" in refused.err
+
+
+def test_a_row_of_a_table_is_explained_with_what_its_paper_reports(command: Command) -> None:
+    outcome = command("explain", "cfa/table-1/AT + EMA")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("cfa/table-1/at+ema: Wei et al. 2023")
+    assert lines[1] == "  measured: best and last checkpoint of 5 runs, clean, autoattack"
+    assert "  reported in percent, average / worst class, autoattack: best 49.6 / 21.3, last 44.3 / 18.1" in lines
+    assert any(line.startswith("  departure: Best is the epoch") for line in lines)
+    assert "  decay=0.85, per=epoch, begin=50, buffers=average, init=copy, ramp=false" in lines
+
+
+def test_a_row_that_ends_before_its_end_says_so_in_one_line(command: Command) -> None:
+    outcome = command("explain", "hwnwb-decosam/table-2/wrn-28-5/trades+deco-sam")
+    assert outcome.code == 0
+    assert outcome.err.startswith("warning: hwnwb-decosam/table-2/wrn-28-5/trades+deco-sam ends before its stage 2")
+    assert outcome.err.count("\n") == 1
+    assert "stage 1, train: trades(beta=6)" in outcome.out
+    assert "stage 2" not in outcome.out
+
+
+def test_published_weights_are_explained_by_how_to_audit_them(command: Command) -> None:
+    outcome = command("explain", "confusional-spectral/table-2/cifar10-linf-wrn-28-10/pang-2022")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[-1].endswith(
+        "robustfair audit robustbench:Pang2022Robustness_WRN28_10 --data cifar10"
+    )
+
+
+def test_a_row_with_worst_classes_alone_shows_them(command: Command) -> None:
+    lines = command("explain", "fair-tat/table-4/at").out.splitlines()
+    assert lines[1] == "  measured: last checkpoint of 1 run on cifar10-c, clean"
+    assert "  reported in percent, average / worst class, cifar10-c/contrast: last - / 22.0" in lines

@@ -12,10 +12,10 @@ from robustfair.errors import UnknownNameError
 from robustfair.models import create_model
 from robustfair.registry import BUNDLES, METHODS, MODELS, OBJECTIVES, REPAIRS
 from robustfair.report.listing import listing
-from robustfair.runs.recipe import shipped_recipes
+from robustfair.runs.shipped import shipped_recipes, tables
 
 ENTRIES: dict[str, Callable[[], list[str]]] = {
-    "recipes": lambda: list(shipped_recipes()),
+    "recipes": lambda: [*shipped_recipes(), *tables()],
     "objectives": lambda: list(OBJECTIVES),
     "methods": lambda: [*METHODS, *BUNDLES],
     "augmentations": lambda: list(AUGMENTATIONS),
@@ -53,6 +53,13 @@ def test_kinds_in_any_spelling(word: str) -> None:
 def test_other_words_show_the_nearest(word: str, message: str) -> None:
     with pytest.raises(UnknownNameError, match=message):
         listing(word)
+
+
+def test_a_word_leaves_the_entries_that_have_it_in_their_name() -> None:
+    assert [name for name, _ in listing("models", "PreAct")] == ["preact-resnet18"]
+    assert [name for name, _ in listing("recipes", "cfa/text-3.3")] == ["cfa/text-3.3/at"]
+    with pytest.raises(UnknownNameError, match="unknown entry of methods 'em2': did you mean"):
+        listing("methods", "em2")
 
 
 def test_attack_patterns_are_names() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from robustfair.config import FAST_SCHEDULE
 from robustfair.errors import ConfigError, RecipeError, RobustFairWarning, UnknownNameError
-from robustfair.runs.recipe import SCHEMA, Recipe, Stage, read_recipe, shipped_recipes
+from robustfair.runs.recipe import Recipe, Stage, read_recipe, shipped_recipes
+from robustfair.runs.recipe_yaml import SCHEMA
 from robustfair.training import Schedule
 
 
@@ -292,7 +293,7 @@ def test_a_file_that_is_not_there_is_named(name: str) -> None:
 
 
 def test_an_unknown_shipped_recipe_shows_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown recipe 'demo/table1'.*demo"):
+    with pytest.raises(UnknownNameError, match=r"unknown recipe 'demo/table1': did you mean cfa/table-1"):
         read_recipe("demo/table1", {"data": "digits"})
 
 

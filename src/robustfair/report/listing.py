@@ -9,20 +9,21 @@ from robustfair.data import AUGMENTATIONS, CATALOG
 from robustfair.errors import UnknownNameError
 from robustfair.registry import BUNDLES, EDITS, METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
 from robustfair.report.explain import summary
-from robustfair.runs.recipe import read_recipe, shipped_recipes
+from robustfair.report.recipes import recipe_entries
 
 
-def listing(kind: str) -> list[tuple[str, str]]:
+def listing(kind: str, word: str = "") -> list[tuple[str, str]]:
     """(name, what it is) of every entry.
 
     Args:
         kind: recipes, objectives, methods, augmentations, models, datasets, attacks, repairs or edits.
+        word: only entries with it in their name; of recipes it opens tables, see `report.recipes`.
 
     Raises:
-        UnknownNameError: another word.
+        UnknownNameError: another kind, or no entry has the word.
     """
     kinds: dict[str, Callable[[], list[tuple[str, str]]]] = {
-        "recipes": _recipes,
+        "recipes": lambda: recipe_entries(word),
         "objectives": lambda: _registered(OBJECTIVES),
         "methods": lambda: [*_registered(METHODS), *_registered(BUNDLES)],
         "augmentations": _augmentations,
@@ -34,7 +35,13 @@ def listing(kind: str) -> list[tuple[str, str]]:
     }
     if canonical(kind) not in kinds:
         raise UnknownNameError("kind of entry", kind, kinds)
-    return kinds[canonical(kind)]()
+    found = kinds[canonical(kind)]()
+    if canonical(kind) == "recipes" or not word:
+        return found
+    fits = [(name, text) for name, text in found if canonical(word) in canonical(name)]
+    if not fits:
+        raise UnknownNameError(f"entry of {canonical(kind)}", word, [name for name, _ in found])
+    return fits
 
 
 def _registered(registry: Registry) -> list[tuple[str, str]]:
@@ -57,13 +64,4 @@ def _augmentations() -> list[tuple[str, str]]:
         changed = [f"{key}={value}" for key, value in vars(augmentation).items() if value != defaults[key]]
         settings = f" ({', '.join(changed)})" if changed else ""
         found.append((name, summary(type(augmentation)) + settings))
-    return found
-
-
-def _recipes() -> list[tuple[str, str]]:
-    found = []
-    for name in shipped_recipes():
-        recipe = read_recipe(name, {"data": "digits"})
-        what = recipe.train or ", then ".join(stage.what for stage in recipe.stages)
-        found.append((name, f"{what}, {recipe.model}, {recipe.epochs} epochs"))
     return found

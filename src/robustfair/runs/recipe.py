@@ -1,7 +1,8 @@
 """Recipes: everything a training run depends on, as data. A flag of the command line is a key of the recipe.
 
-A recipe is a composition string plus keys, or a YAML file with the same keys (`recipes/` ships some). In place of
-`train` a file may have `stages`, a list of things to do one after another, each with keys of its own:
+A recipe is a composition string plus keys, or a YAML file with the same keys (`recipes/` ships some, and tables of
+papers with a recipe for each row, see `shipped.py`). In place of `train` a file may have `stages`, a list of things to
+do one after another, each with keys of its own:
 
     data: cifar10
     epochs: 100
@@ -22,26 +23,18 @@ the nearest one, and everything is checked and built before a folder or a step i
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Annotated, Any, Literal, get_args
-
-import yaml
 
 from robustfair.config import FAST_SCHEDULE, Auto, Curve, Norm, Precision, Select, build, require, require_one_way
 from robustfair.errors import ConfigError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.grammar import canonical_key, format_value, read_path
-
-SCHEMA = "robustfair.recipe/1"
-
+from robustfair.runs.recipe_yaml import PREVIOUS, SCRATCH, SHARED, read_yaml, write_yaml
+from robustfair.runs.shipped import shipped_recipes, shipped_values, tables
 
 Does = Literal["train", "repair", "edit"]
-SCRATCH, PREVIOUS = "scratch", "previous"
-SHARED = ("data", "image_size", "limit_per_class", "validation", "device", "plugin")
-"""Keys that hold for all stages: one data set, one validation split, taken out before any edit; what can be named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +183,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """YAML that reads back as this recipe."""
-        return yaml.dump({"schema": SCHEMA, **self.values()}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return write_yaml(self.values())
 
     def of_stage(self, number: int, **resolved: Any) -> Recipe:
         """The recipe of the 0-based stage that trains: the common keys, its own, and those that a run resolved."""
@@ -220,19 +213,18 @@ def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
         UnknownNameError: an unknown key or name; shows the nearest.
         ConfigError: a value that is not allowed.
     """
-    shipped = shipped_recipes()
-    if what in shipped:
-        values = _from_yaml(shipped[what].read_text(encoding="utf-8"), f"recipe {what}")
-    elif what.endswith((".yaml", ".yml")):
+    if what.endswith((".yaml", ".yml")):
         path = read_path(what)
         if not path.is_file():
             raise RecipeError(f"recipe {what} does not exist: give a YAML file or a composition such as 'trades + ccm'")
         try:
-            values = _from_yaml(path.read_text(encoding="utf-8"), f"recipe {what}")
+            values = read_yaml(path.read_text(encoding="utf-8"), f"recipe {what}")
         except UnicodeDecodeError:
             raise RecipeError(f"recipe {what} is not text in UTF-8") from None
+    elif (shipped := shipped_values(what)) is not None:
+        values = dict(shipped)
     elif "/" in what.split("(")[0]:
-        raise UnknownNameError("recipe", what, shipped)
+        raise UnknownNameError("recipe", what, [*shipped_recipes(), *tables()])
     else:
         values = {"train": what}
     values, overrides = _with_fast(values), _with_fast(overrides)
@@ -271,59 +263,3 @@ def _with_fast(values: Mapping[str, Any]) -> dict[str, Any]:
     given = {canonical_key(key) for key in values}
     left = {key: value for key, value in FAST_SCHEDULE.items() if key not in given}
     return {**values, **left, "schedule": FAST_SCHEDULE["schedule"]}
-
-
-def shipped_recipes() -> dict[str, Any]:
-    """Name -> resource of every recipe in the package."""
-    root = resources.files("robustfair") / "recipes"
-
-    def walk(folder: Any, prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for entry in folder.iterdir():
-            if entry.is_dir():
-                found |= walk(entry, f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".yaml"):
-                found[prefix + entry.name.removesuffix(".yaml")] = entry
-        return found
-
-    return dict(sorted(walk(root, "").items()))
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 5e-4 as the number it is, and refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise RecipeError(f"recipe: key {key!r} is no word")
-            if keys.count(key) > 1:
-                raise RecipeError(f"recipe: {key} stands twice: keep one")
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Safe YAML that quotes what `_Loader` would read as a number."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-
-def _from_yaml(text: str, owner: str) -> dict[str, Any]:
-    if text.startswith("schema:") and not text.endswith("\n"):
-        raise RecipeError(f"{owner} ends in the middle of a line: it is cut; write its end anew, with a line end")
-    try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        at = f" at line {place.line + 1}" if place else ""
-        raise RecipeError(f"{owner} is not YAML{at}: compare it with 'robustfair list recipes'") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{owner} holds no keys: it needs at least 'train' and 'data'")
-    schema = values.pop("schema", SCHEMA)
-    if schema != SCHEMA:
-        raise RecipeError(f"{owner}: schema must be {SCHEMA!r}, got {schema!r}")
-    return values

@@ -39,6 +39,7 @@ from robustfair.repairs import Repair
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.load import load_named
 from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe, read_recipe
+from robustfair.runs.shipped import find_row
 from robustfair.training.engine import require_compiler
 from robustfair.training.fit import Fitted, fit
 from robustfair.training.schedule import Schedule
@@ -70,12 +71,18 @@ def plan_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -
     """The plan of a composition string, a shipped recipe or a YAML file, nothing else read or built but plugins."""
     (stage, plan), *more = plans_of(what, allow, plugins)
     if plan is None or more:
-        raise RecipeError(f"{what} has stages ({stage}, ...), each with a plan of its own: see `plans_of`")
+        raise RecipeError(f"{what} has not one plan ({stage}, ...): see `plans_of`")
     return plan
 
 
 def plans_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> list[tuple[str, Plan | None]]:
-    """What `plan_of` gives, or of a recipe of stages each stage in a line, with the plan of one that trains."""
+    """What `plan_of` gives, or of a recipe of stages each stage in a line, with the plan of one that trains.
+
+    Of a row of a table that has nothing to train a line says why.
+    """
+    row = find_row(what)
+    if row is not None and not row.values:
+        return [(row.stops, None)]
     given = {"allow": tuple(allow), "plugin": tuple(plugins)}
     recipe = read_recipe(what, {"data": "any"} | {key: value for key, value in given.items() if value})
     if not recipe.stages:
