@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,10 @@ class StandInRun:
         """`images` with the classes in turn, in either split; attacked, they are other images of the batch."""
         for x in self.images:
             y = torch.arange(len(x)) % self.num_classes
-            x_adv = None if attack is None else x.flip(0)
-            yield Batch(x=x, y=y, index=torch.arange(len(x)), seed=0, x_adv=x_adv)
+            batch = Batch(x=x, y=y, index=torch.arange(len(x)), seed=0)
+            if attack is not None:
+                batch = replace(self.objective.prepare(batch, self.networks), x_adv=x.flip(0))
+            yield batch
 
     def predict(self, x: Tensor) -> Tensor:
         with torch.no_grad():
