@@ -35,7 +35,17 @@ ORDER = (
 )
 """Left to right; a module may import its own package too."""
 
-METHOD_MAY_IMPORT = {"values", "losses", "metrics", "config", "registry", "errors", "models.modes", "methods.base"}
+METHOD_MAY_IMPORT = {
+    "values",
+    "losses",
+    "metrics",
+    "config",
+    "registry",
+    "errors",
+    "models.modes",
+    "models.averages",
+    "methods.base",
+}
 CENTRE = ("methods.base", "methods.compose")
 HEAVY = {"datasets", "pyarrow", "matplotlib", "sklearn", "scipy", "jinja2"}
 """Third-party packages that are slow to import."""

@@ -13,7 +13,7 @@ from reference import averaging as reference
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
 from robustfair.methods import AWP, EMA, SWA
-from robustfair.methods.averaging import UPDATES, reestimated, reinitialised
+from robustfair.models.averages import UPDATES, reestimated, reinitialised
 from robustfair.objectives import PGDAT, Standard
 from robustfair.runs.checkpoint import read_state, write_state
 from robustfair.runs.run import read_composition
@@ -177,7 +177,7 @@ def test_reestimation_on_one_batch_is_its_mean_and_unbiased_variance(tiny_net: N
     model = tiny_net(dtype=torch.float64)
     x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     run = stand_in_run(model=model, images=(x,))
-    found = reestimated(model, model.state_dict(), run)
+    found = reestimated(model, model.state_dict(), run.batches("train"))
     with torch.no_grad():
         features = model.conv(x)
     for channel in range(4):
@@ -209,7 +209,7 @@ def test_reestimation_leaves_the_model_as_it_is(stand_in_run: Run) -> None:
     run = stand_in_run(images=(torch.rand(4, 1, 5, 5),))
     run.model.norm.eval()
     before, momentum = copied(run.model.state_dict()), run.model.norm.momentum
-    reestimated(run.model, run.model.state_dict(), run)
+    reestimated(run.model, run.model.state_dict(), run.batches("train"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
     assert run.model.training
     assert not run.model.norm.training
