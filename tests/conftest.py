@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ def tiny_data() -> Callable[..., ImageDataset]:
     return build
 
 
+HELD = ClassTally(torch.tensor([[4, 1, 0], [0, 3, 0], [0, 0, 4]]), torch.tensor([[1, 1, 2], [2, 2, 0], [1, 1, 2]]))
+"""What a run that is none measures: four images of each class, of which 4, 3, 4 are right, under attack 1, 2, 2."""
+
+
 @dataclass
 class StandInRun:
     """What a method may see of a run, without one."""
@@ -92,12 +96,31 @@ class StandInRun:
     step: int = 0
     train: ClassTally | None = None
     images: tuple[Tensor, ...] = ()
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
     seed: int = 0
+    validation: ClassTally = HELD
 
-    def batches(self, split: str) -> Iterator[Batch]:
-        assert split == "train", f"a method under test asked for {split} images, which this run has not"
+    @property
+    def labels(self) -> Tensor:
+        return torch.cat([batch.y for batch in self.batches("train")])
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.epochs
+
+    def validate(self, steps: int = 10) -> ClassTally:
+        return self.validation
+
+    def batches(self, split: str, attack: Callable[[Batch], Any] | None = None) -> Iterator[Batch]:
+        """`images` with the classes in turn, in either split; attacked, they are other images of the batch."""
         for x in self.images:
-            yield Batch(x=x, y=torch.zeros(len(x), dtype=torch.int64), index=torch.arange(len(x)), seed=0)
+            y = torch.arange(len(x)) % self.num_classes
+            x_adv = None if attack is None else x.flip(0)
+            yield Batch(x=x, y=y, index=torch.arange(len(x)), seed=0, x_adv=x_adv)
+
+    def predict(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model(x)
 
     def total(self, part: Tensor) -> Tensor:
         return part
