@@ -23,8 +23,21 @@ from robustfair.data import loader as loading
 from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.loader import Loader
 from robustfair.losses import MaximiseCE, MaximiseMargin
-from robustfair.methods import AWP, CCM, CCR, EMA, SWA, AVmixup, FriendlyAT, LabelSmoothing, Method
-from robustfair.methods.compose import compose
+from robustfair.methods import (
+    AWP,
+    CCM,
+    CCR,
+    EMA,
+    SWA,
+    AVmixup,
+    ClassBalanced,
+    FriendlyAT,
+    LabelSmoothing,
+    LfF,
+    LogitAdjustment,
+    Method,
+)
+from robustfair.methods.compose import Plan, compose
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.objectives.base import Objective
 from robustfair.training import Schedule
@@ -138,6 +151,8 @@ def test_attacks_wait_for_nothing(tiny_net: Callable[..., nn.Module], changes: d
 
 COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (Standard(), (LabelSmoothing(),)),
+    (Standard(), (LogitAdjustment(), LfF(), EMA())),
+    (PGDAT(steps=2), (ClassBalanced(kind="focal"),)),
     (PGDAT(steps=2), (CCM(begin=1), LabelSmoothing(), EMA(ramp=True))),
     (PGDAT(steps=2), (FriendlyAT(tau=1, omega=0.01), EMA())),
     (PGDAT(steps=2), (FriendlyAT(variant="cfa"), SWA(begin=0, per="step"))),
@@ -173,6 +188,8 @@ def test_steps_of_training_wait_for_nothing(
 ) -> None:
     model = network(tiny_net).train()
     schedule = Schedule(batch_size=4, epochs=2)
+    beside = {name: net.to(DEVICE) for name, net in compose(objective, methods).networks(tiny_net(), 0).items()}
+    monkeypatch.setattr(Plan, "networks", lambda plan, model, seed: beside)
     training = Training(
         model=model,
         engine=Engine(model, device=DEVICE),
@@ -183,8 +200,9 @@ def test_steps_of_training_wait_for_nothing(
         select="last",
         seed=0,
     )
-    with monkeypatch.context() as patch:  # boundaries may wait
+    with monkeypatch.context() as patch:  # boundaries may wait, and count labels
         patch.setattr(torch, "equal", lambda a, b: True)
+        patch.setattr(training.run, "labels", tiny_data((14, 12, 10)).labels)
         training.begin(None)
     statistics = EpochStatistics(3, DEVICE)
     batches = training.loader.epoch(0)
