@@ -98,10 +98,10 @@ class StandInRun:
     methods: tuple[str, ...] = ()
     groups: Tensor | None = None
     images: tuple[Tensor, ...] = ()
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
     seed: int = 0
     validation: ClassTally = HELD
     lr_share: float = 1.0
-    networks: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def labels(self) -> Tensor:

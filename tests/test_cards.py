@@ -13,28 +13,31 @@ import pytest
 
 from robustfair.cli.app import app
 from robustfair.data.augment.crops import AUGMENTATIONS, parse_augmentation
+from robustfair.data.edits import read_edit
 from robustfair.errors import ConflictError
 from robustfair.grammar import format_value
 from robustfair.methods import compose
-from robustfair.registry import BUNDLES, METHODS, OBJECTIVES
+from robustfair.registry import BUNDLES, EDITS, METHODS, OBJECTIVES
 from robustfair.runs.recipe import read_recipe
-from robustfair.runs.run import plan_of
+from robustfair.runs.run import plans_of, read_repair
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
 CARDS = sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "README")
+EDITED = {"long-tail": "long-tail", "jtt": "upweight"}
+"""Cards of edits, and the edit that each is about."""
 SECTIONS = ["Formula", "Use", "Parameters", "Where paper, code and this library differ", "Composes with", "Measured"]
 
 
 def settings(name: str) -> dict[str, str]:
     """Parameter -> default of what a card is about, as a composition string would have it."""
-    registry = next((r for r in (OBJECTIVES, METHODS, BUNDLES) if name in r), None)
-    described: Any = AUGMENTATIONS[name] if registry is None else registry.get(name)
+    registry = next((r for r in (OBJECTIVES, METHODS, BUNDLES) if name in r), EDITS)
+    described: Any = AUGMENTATIONS[name] if name in AUGMENTATIONS else registry.get(EDITED.get(name, name))
     found = {field.name: field.default for field in dataclasses.fields(described)}
     return {key: str(value) if isinstance(value, tuple) else format_value(value) for key, value in found.items()}
 
 
 def test_everything_that_composes_has_a_card_and_nothing_else() -> None:
-    assert set(CARDS) == {*OBJECTIVES, *METHODS, *BUNDLES, "crop-flip", "crop-shift", "idbh"}
+    assert set(CARDS) == {*OBJECTIVES, *METHODS, *BUNDLES, *EDITED, "crop-flip", "crop-shift", "idbh"}
 
 
 def test_the_index_links_every_card_and_says_what_acts_on_what() -> None:
@@ -80,10 +83,16 @@ def test_the_commands_of_a_card_are_commands(name: str) -> None:
         command, *_ = app.parse_args(argv, exit_on_error=False, print_error=False)
         assert command.__name__ == argv[0]
         if argv[0] == "train":
-            plan = plan_of(argv[1], ())
             own = read_recipe(argv[1], {"data": "cifar10"}).augment
             augment = argv[argv.index("--augment") + 1] if "--augment" in argv else own
             parse_augmentation(augment or "none")
-            acting = [*plan.methods, *(became.bundle for became in plan.bundles)]
-            used |= {plan.objective.name, *(entry.name for entry in acting), augment or "none"}
+            plans = [plan for _, plan in plans_of(argv[1]) if plan is not None]
+            for plan in plans:
+                acting = [*plan.methods, *(became.bundle for became in plan.bundles)]
+                used |= {plan.objective.name, *(entry.name for entry in acting)}
+            used |= {augment or "none", argv[1]}
+            if "--edit" in argv:
+                used.add(read_edit(argv[argv.index("--edit") + 1]).name)
+        if argv[0] == "repair":
+            read_repair(argv[argv.index("--method") + 1])
     assert name in used | {word.removesuffix("-strong") for word in used}

@@ -23,7 +23,7 @@ from robustfair.methods.base import Method
 from robustfair.models.build import create_model
 from robustfair.objectives.base import Objective
 from robustfair.registry import BUNDLES, METHODS, OBJECTIVES
-from robustfair.runs.recipe import read_recipe, shipped_recipes
+from robustfair.runs.recipe import Recipe, read_recipe, shipped_recipes
 from robustfair.runs.run import plan_of
 from robustfair.training.schedule import Schedule
 
@@ -142,10 +142,18 @@ def test_torchvision_is_never_imported(path: Path) -> None:
 # Recipes
 
 
-@pytest.mark.parametrize("name", list(shipped_recipes()))
-def test_shipped_recipes_compose_and_name_what_there_is(name: str) -> None:
+def trains(name: str) -> list[Recipe]:
+    """What a shipped recipe trains: itself, or each of its stages that trains."""
     recipe = read_recipe(name, {})
-    plan = plan_of(name, recipe.allow)
+    stages = [number for number, stage in enumerate(recipe.stages) if stage.does == "train"]
+    return [recipe.of_stage(number) for number in stages] if recipe.stages else [recipe]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [pytest.param(name, recipe, id=name) for name in shipped_recipes() for recipe in trains(name)]
+)
+def test_shipped_recipes_compose_and_name_what_there_is(name: str, recipe: Recipe) -> None:
+    plan = plan_of(recipe.train, recipe.allow)
     assert [term.name for term in parse_composition(recipe.train)] == [
         plan.objective.name,
         *(method.name for method in plan.methods),

@@ -161,6 +161,13 @@ class Forward:
     clean: Tensor | None = None
     adv: Tensor | None = None
 
+    def at(self, images: Literal["x", "x_adv"]) -> Tensor:
+        """(B, C) logits at these images; at the others where that pass was not made."""
+        first, other = (self.clean, self.adv) if images == "x" else (self.adv, self.clean)
+        logits = other if first is None else first
+        assert logits is not None, "a loss comes from the logits of some images"
+        return logits
+
 
 @dataclass(frozen=True)
 class Loss:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustfair.data import ImageDataset, edits
+from robustfair.data import ImageDataset, edits, load_dataset
 from robustfair.data.edits import Add, Edited, LongTail, PseudoLabel, Upweight, profile
-from robustfair.errors import DataError, RobustFairError
+from robustfair.errors import ConfigError, DataError, RecipeError, RobustFairError, RobustFairWarning
 
 Data = Callable[..., ImageDataset]
 
@@ -38,6 +38,25 @@ def test_the_profile_falls_by_the_factor() -> None:
     assert min(profile(10, 10, 1000)) == 1
 
 
+@pytest.mark.parametrize("factor", [1, 10, 20, 50, 100, 200])
+@pytest.mark.parametrize(("largest", "classes"), [(5000, 10), (500, 100), (4900, 10), (490, 100)])
+def test_the_profile_is_that_of_the_published_long_tails(largest: int, classes: int, factor: int) -> None:
+    """The formula of the codes of the field, up to where rounding of the power crosses a whole number."""
+    theirs = [int(largest * (1 / factor) ** (c / (classes - 1.0))) for c in range(classes)]
+    ours = profile(largest, classes, factor)
+    exact = [largest * factor ** (-c / (classes - 1)) for c in range(classes)]
+    for own, other, value in zip(ours, theirs, exact, strict=True):
+        assert own == other or abs(value - round(value)) < 1e-9
+    assert sum(profile(5000, 10, 100)) == 12406
+    assert sum(profile(500, 100, 100)) == 10847
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 11])
+def test_a_step_keeps_the_first_half_of_the_classes(classes: int) -> None:
+    counts = profile(200, classes, 8, "step")
+    assert counts == [200] * (classes // 2) + [25] * (classes - classes // 2)
+
+
 def test_a_long_tail_keeps_images_of_their_class_and_draws_by_seed(tiny_data: Data) -> None:
     data = tiny_data((40, 32, 36))
     one, again, other = (LongTail(factor=8)(data, nobody, seed) for seed in (0, 0, 1))
@@ -49,6 +68,48 @@ def test_a_long_tail_keeps_images_of_their_class_and_draws_by_seed(tiny_data: Da
     assert len(set(one.index.tolist())) == len(one.index)
     whole = LongTail(factor=1)(tiny_data((9, 9, 9)), nobody, 0)
     assert whole.index.tolist() == list(range(27))
+    fixed = [LongTail(factor=8, seed=5)(data, nobody, seed) for seed in (0, 1)]
+    assert torch.equal(fixed[0].index, fixed[1].index)
+    assert torch.equal(fixed[0].index, LongTail(factor=8)(data, nobody, 5).index)
+    steps = LongTail(factor=8, profile="step")(data, nobody, 0).apply(data)
+    assert steps.class_counts().tolist() == [32, 4, 4]
+
+
+def test_another_number_of_images_of_one_class_does_not_move_the_draw_of_another(tiny_data: Data) -> None:
+    one, two = tiny_data((20, 20, 20)), tiny_data((20, 20, 20)).subset(range(60))
+    kept = LongTail(factor=4)(one, nobody, 0).index
+    cut = two.subset([row for row in range(60) if two.labels[row] != 2 or row % 2])
+    assert min(cut.class_counts().tolist()) < 20
+    less = LongTail(factor=1)(cut, nobody, 0).apply(cut)
+    assert less.class_counts().tolist() == [min(cut.class_counts().tolist())] * 3
+    assert len(kept) == sum(profile(20, 3, 4))
+
+
+def test_a_tail_that_is_shorter_than_asked_for_is_said(tiny_data: Data) -> None:
+    with pytest.warns(RobustFairWarning, match="of 20 a factor of 100 leaves none, so that it is 20 here"):
+        found = LongTail(factor=100)(tiny_data((20, 20, 20)), nobody, 0)
+    assert found.labels.bincount().tolist() == [20, 2, 1]
+
+
+def test_classes_without_images_cannot_be_thinned(tiny_data: Data) -> None:
+    with pytest.raises(DataError, match="long-tail: tiny has no training image of class class 1 to keep"):
+        LongTail(factor=2)(tiny_data((4, 0, 4)), nobody, 0)
+
+
+def test_a_data_set_is_edited_in_one_call() -> None:
+    train = load_dataset("digits").train
+    tail = edits.edit(train, "long-tail(factor=10)")
+    least = int(train.class_counts().min())
+    assert tail.class_counts().tolist() == profile(least, 10, 10)
+    assert (tail.class_names, tail.name, tail.augment) == (train.class_names, train.name, train.augment)
+    assert torch.equal(tail.images, edits.edit(train, LongTail(factor=10)).images)
+    assert not torch.equal(tail.images, edits.edit(train, LongTail(factor=10), seed=1).images)
+    with pytest.raises(
+        ConfigError, match=r"edit: what must be one that asks no model, got 'upweight'. Make it a stage"
+    ):
+        edits.edit(train, "upweight")
+    with pytest.raises(RecipeError, match="names 2 edits"):
+        edits.edit(train, "long-tail + long-tail")
 
 
 @pytest.mark.parametrize("times", [0, 1, 20])
@@ -62,6 +123,14 @@ def test_images_that_are_wrong_come_once_and_so_often_again(tiny_data: Data, tim
     edited = found.apply(data)
     assert torch.equal(edited.labels, data.labels[found.index])
     assert torch.equal(edited.images, data.images[found.index])
+    if times:
+        fewer = Counter(Upweight(times=times, count="paper")(data, answers(wrong), 0).index.tolist())
+        assert [fewer[row] for row in range(7)] == [times if row in (1, 4) else 1 for row in range(7)]
+
+
+def test_nothing_is_repeated_where_nothing_is_wrong(tiny_data: Data) -> None:
+    data = tiny_data((3, 2, 2))
+    assert Upweight(times=20)(data, answers(data.labels.tolist()), 0).index.tolist() == list(range(7))
 
 
 @pytest.fixture
@@ -132,7 +201,15 @@ def test_an_edit_is_read_as_it_was_saved_and_refused_on_other_images(tiny_data: 
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda: LongTail(factor=0.5), lambda: Upweight(times=-1), lambda: PseudoLabel(data="x", confidence=2)]
+    "wrong",
+    [
+        lambda: LongTail(factor=0.5),
+        lambda: LongTail(factor=float("inf")),
+        lambda: LongTail(profile="linear"),  # type: ignore[arg-type]
+        lambda: Upweight(times=-1),
+        lambda: Upweight(times=0, count="paper"),
+        lambda: PseudoLabel(data="x", confidence=2),
+    ],
 )
 def test_values_out_of_range_are_refused(wrong: Callable[[], object]) -> None:
     with pytest.raises(RobustFairError):

@@ -228,9 +228,9 @@ def test_a_file_that_does_not_fit_is_refused_with_its_line(written, lines: tuple
 
 
 def test_what_is_no_file_or_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.csv does not exist: group by superclass, or by a CSV file"):
+    with pytest.raises(DataError, match=r"absent\.csv does not exist: group by superclass, shot, difficulty, or"):
         read_groups(tmp_path / "absent.csv", pets())
-    with pytest.raises(DataError, match=r" is a folder: group by superclass, or by a CSV file"):
+    with pytest.raises(DataError, match=r" is a folder: group by superclass, shot, difficulty, or by a CSV file"):
         read_groups(tmp_path, pets())
     for content in (b"class,group\n\xff\xfe,a\n", b'class,group\n"cat,a\n'):
         (tmp_path / "bad.csv").write_bytes(content)

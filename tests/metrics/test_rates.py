@@ -253,6 +253,45 @@ def test_thirds_of_ten_classes_are_those_of_csr():
     )
 
 
+@pytest.mark.parametrize("classes", [0, 1, 2, 3, 4, 10, 65, 100])
+def test_every_class_is_in_one_third_and_hard_ones_are_no_fewer(classes):
+    by = torch.rand(classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64)
+    third = metrics.third_of_class(by)
+    sizes = [int((third == number).sum()) for number in range(3)]
+    assert sum(sizes) == classes
+    assert sizes == sorted(sizes)
+    assert sizes[2] - sizes[0] <= 1
+    for easier, harder in ((0, 1), (1, 2)):
+        if sizes[easier]:
+            assert by[third == easier].min() >= by[third == harder].max()
+    assert metrics.third_of_class(torch.full((4,), NAN)).tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize(("many", "few"), [(100, 20), (5, 5), (0, 0), (1000, 0)])
+def test_shots_are_means_over_the_classes_of_a_loop(many, few):
+    rng = torch.Generator().manual_seed(many)
+    counts = torch.randint(0, 200, (40,), generator=rng)
+    counts[:4] = torch.tensor([many, many + 1, few, max(few - 1, 0)])
+    acc = torch.rand(40, generator=rng, dtype=torch.float64)
+    acc[5] = NAN
+    groups = {"many": [], "medium": [], "few": []}
+    for value, count in zip(acc.tolist(), counts.tolist(), strict=True):
+        if not math.isnan(value):
+            groups["many" if count > many else "few" if count < few else "medium"].append(value)
+    found = metrics.shots(acc, counts, many=many, few=few)
+    for name, values in groups.items():
+        mean = sum(values) / len(values) if values else NAN
+        assert getattr(found, name) == pytest.approx(mean, nan_ok=True)
+
+
+@pytest.mark.parametrize("few", [-1, 101])
+def test_thresholds_that_cross_are_refused(few):
+    with pytest.raises(ConfigError, match="shots: few must be from 0 to many, 100"):
+        metrics.shots(np.array([0.5]), np.array([3]), few=few)
+    with pytest.raises(ConfigError, match="shots: "):
+        metrics.shots(np.array([0.5, 0.5]), np.array([3]))
+
+
 vectors = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=2, max_size=10)
 
 

@@ -26,7 +26,7 @@ from robustfair.training.schedule import Schedule
 
 ROWS = {name: read_table(table).row(name) for table in tables() for name in read_table(table).names()}
 PAPERS = ("cfa", "confusional-spectral", "faal-logs", "fair-tat", "hwnwb-decosam", "training-dynamics")
-UNREGISTERED: set[str] = {"bat", "class-balanced", "csr", "lff", "logit-adjustment"}
+UNREGISTERED: set[str] = {"bat", "csr"}
 """Words of compositions that rows name and the library does not have."""
 UNKNOWN_DATA = {"imagenet", "imagenet-lt", "office-home/real-world", "stl10/unlabelled"}
 UNKNOWN_MODELS = {"timm:resnet50", "timm:resnext50_32x4d"}

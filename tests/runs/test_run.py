@@ -31,7 +31,16 @@ from robustfair.methods import CCM, CCR, EMA
 from robustfair.objectives import PGDAT, Standard, Trades
 from robustfair.repairs import HWNwB
 from robustfair.runs.recipe import Recipe, read_recipe, shipped_recipes
-from robustfair.runs.run import RESOLVED, plan_of, prepare, read_composition, read_repair, resolve_device, train
+from robustfair.runs.run import (
+    RESOLVED,
+    plan_of,
+    plans_of,
+    prepare,
+    read_composition,
+    read_repair,
+    resolve_device,
+    train,
+)
 from robustfair.training.fit import Fitted
 from robustfair.training.selection import SPLIT_SEED
 from robustfair.training.state import TrainState
@@ -102,10 +111,12 @@ def test_a_plan_refuses_a_clash_before_anything_is_read() -> None:
 @pytest.mark.parametrize("name", list(shipped_recipes()))
 def test_the_plan_of_a_shipped_recipe_is_that_of_its_keys(name: str) -> None:
     given = read_recipe(name, {"data": "digits"})
-    plan = plan_of(name, ())
-    assert plan.objective.name in given.train
-    if given.eps is not None:
-        assert plan.objective.eps == given.eps
+    trained = [stage.what for stage in given.stages if stage.does == "train"] or [given.train]
+    plans = [plan for _, plan in plans_of(name) if plan is not None]
+    for plan, what in zip(plans, trained, strict=True):
+        assert plan.objective.name in what
+        if given.eps is not None:
+            assert plan.objective.eps == given.eps
 
 
 def test_a_repair_is_read_with_its_settings() -> None:

@@ -180,6 +180,57 @@ def test_a_teacher_stays_as_it_is_in_eval_mode(tiny_net: Net, tiny_data: Data) -
     assert not any(name.startswith("taught") for name in state.optimizer)
 
 
+@pytest.mark.parametrize("others", [(), (EMA(init="random"),)])
+def test_weights_of_networks_are_drawn_by_the_seed_of_the_run_and_the_method(
+    tiny_net: Net, tiny_data: Data, others: tuple[Method, ...]
+) -> None:
+    drawn: list[Tensor] = []
+
+    class Draws(Method):
+        def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
+            drawn.append(torch.randn(4))
+            return {}
+
+    class First(Draws):
+        name = "first"
+
+    class Second(Draws):
+        name = "second"
+
+    def draws(seed: int, *methods: Method) -> list[Tensor]:
+        drawn.clear()
+        torch.manual_seed(3)
+        before = torch.random.get_rng_state()
+        train(tiny_net(), tiny_data(), *methods, *others, seed=seed)
+        assert torch.equal(before, torch.random.get_rng_state())
+        return list(drawn)
+
+    first, second = draws(0, First(), Second())
+    second_again, first_again = draws(0, Second(), First())
+    assert torch.equal(first, first_again)
+    assert torch.equal(second, second_again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, draws(1, First())[0])
+
+
+def test_images_that_a_method_cannot_act_on_are_refused_before_the_first_step(tiny_net: Net, tiny_data: Data) -> None:
+    seen: list[list[int]] = []
+
+    class Picky(Method):
+        name = "picky"
+
+        def check_classes(self, counts: Tensor) -> None:
+            seen.append(counts.tolist())
+            raise ConfigError(self.name, "images", allowed="others", got=counts.tolist())
+
+    model = tiny_net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="picky: images must be others"):
+        train(model, tiny_data((8, 4, 12)), Picky())
+    assert seen == [[6, 3, 9]], "of the images that are left to train on"
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 # More than one attack
 
 

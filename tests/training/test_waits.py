@@ -37,14 +37,17 @@ from robustfair.methods import (
     SWA,
     WAT,
     AVmixup,
+    ClassBalanced,
     FairARD,
     FairTAT,
     FriendlyAT,
     LabelSmoothing,
+    LfF,
+    LogitAdjustment,
     Method,
     VarianceFAT,
 )
-from robustfair.methods.compose import compose
+from robustfair.methods.compose import Plan, compose
 from robustfair.methods.fair_ard import StillRight
 from robustfair.objectives import ARD, FGSMAT, MART, PGDAT, RSLAD, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.objectives.base import Objective
@@ -162,6 +165,8 @@ def test_attacks_wait_for_nothing(tiny_net: Callable[..., nn.Module], changes: d
 
 COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (Standard(), (LabelSmoothing(),)),
+    (Standard(), (LogitAdjustment(), LfF(), EMA())),
+    (PGDAT(steps=2), (ClassBalanced(kind="focal"),)),
     (PGDAT(steps=2), (CCM(begin=1), LabelSmoothing(), EMA(ramp=True))),
     (PGDAT(steps=2), (FriendlyAT(tau=1, omega=0.01), EMA())),
     (Trades(steps=2), (FairTAT(), FAWA())),
@@ -209,6 +214,8 @@ def test_steps_of_training_wait_for_nothing(
     if isinstance(objective, TaughtObjective):
         objective = replace(objective, teacher=network(tiny_net))
     schedule = Schedule(batch_size=4, epochs=2)
+    beside = {name: net.to(DEVICE) for name, net in compose(objective, methods).networks(tiny_net(), 0).items()}
+    monkeypatch.setattr(Plan, "networks", lambda plan, model, seed: beside)
     training = Training(
         model=model,
         engine=Engine(model, device=DEVICE),
@@ -219,8 +226,9 @@ def test_steps_of_training_wait_for_nothing(
         select="last",
         seed=0,
     )
-    with monkeypatch.context() as patch:  # boundaries may wait
+    with monkeypatch.context() as patch:  # boundaries may wait, and count labels
         patch.setattr(torch, "equal", lambda a, b: True)
+        patch.setattr(training.run, "labels", tiny_data((14, 12, 10)).labels)
         training.begin(None)
     statistics = EpochStatistics(3, DEVICE)
     batches = training.loader.epoch(0)

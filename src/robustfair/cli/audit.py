@@ -83,7 +83,9 @@ def audit(
         A gate, such as worst.robust=0.30, average.clean=80%, interval.worst.robust.lower=0.25 or "range.robust<=0.5";
         may be repeated. Exit code 1 if one fails.
     group_by
-        Rates of groups too: superclass, or a CSV file of class,group or index,group.
+        Rates of groups too: superclass, shot (many, medium and few training images), difficulty (thirds of the classes
+        by accuracy of --baseline), or a CSV file of class,group or index,group. With settings in quotes, such as
+        "shot(many=50, few=10)" or "difficulty(attack=pgd-20)".
     baseline
         Audit JSON of another model on the same images, shown side by side; in JSON as "comparison".
     out
@@ -137,14 +139,16 @@ def audit(
         hint = "It is only read: name the run or the weights to audit them anew"
         require(not given, "audit", "flags of a stored audit", allowed=allowed, got=given, hint=hint)
         stored = load_audit(target)
-        rates, checked = _judged(stored, gates, read_groups(group_by, stored) if group_by else None)
+        rates, checked = _judged(stored, gates, read_groups(group_by, stored, baseline=before) if group_by else None)
         return _show(stored, form, rates, checked, baseline=before, report=report)
     loaded = None if read_path(target).is_dir() else request.dataset()
     found = flags.load(target, loaded)
     require_outputs(found, out=out, report=report, points=points)
     if loaded is None and (gates or group_by):
         loaded = request.dataset(found.meta.get("data"))
-    groups = read_groups(group_by, loaded[0]) if group_by and loaded else None
+    counts = found.meta.get("images_per_class")
+    named = {"trained_on": counts, "baseline": before}
+    groups = read_groups(group_by, loaded[0], **named) if group_by and loaded else None
     if gates and loaded:
         names = [attack.name for attack in parse_attacks(attacks)]
         known = None if groups is None else groups.names

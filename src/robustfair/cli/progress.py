@@ -71,9 +71,10 @@ class TrainingProgress(_Bar):
         self._task = self.bar.add_task("training", total=epochs * self._steps, completed=done * self._steps)
         parameters = sum(parameter.numel() for parameter in ready.model.parameters())
         resumed = f", resumed after epoch {done}" if done else ""
+        edited = "" if ready.recipe.edit is None else f" after {ready.recipe.edit}"
         self.console.print(
-            f"{ready.recipe.train} on {len(ready.train):,} images of {ready.recipe.data}, {ready.recipe.model} with "
-            f"{parameters:,} parameters, {epochs} epochs{resumed}"
+            f"{ready.recipe.train} on {len(ready.train):,} images of {ready.recipe.data}{edited}, {ready.recipe.model} "
+            f"with {parameters:,} parameters, {epochs} epochs{resumed}"
         )
         parts = {"train": ready.train, "validation": ready.validation, "test": ready.splits.parts.get("test")}
         self.say(*(data.count_line(part) for part, data in parts.items() if data is not None), *ready.notes)

@@ -1,26 +1,30 @@
-"""Edits of the training images between two stages: which ones the next stage trains on, how often, with which labels.
+"""Edits of the training images: which ones are trained on, how often, with which labels.
 
-An edit acts on what is left for training once the validation images are out, so that no copy of a held out image and
-no label that a model has made up is ever measured on. What it decides is kept as rows and labels, never as pixels: the
-images of the data set, followed by those of the sources it adds, are the rows.
+An edit comes before all training, or between two stages. It acts on what is left for training once the validation
+images are out, so that no copy of a held out image and no label that a model has made up is ever measured on. What it
+decides is kept as rows and labels, never as pixels: the images of the data set, followed by those of the sources it
+adds, are the rows.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustfair.config import Bounds, Count, Share, Whole, config, require
+from robustfair.config import Bounds, Count, Share, Whole, build, config, require
 from robustfair.data.datasets import ImageDataset, load_dataset
-from robustfair.errors import DataError
+from robustfair.data.load.parts import listed
+from robustfair.errors import DataError, RecipeError, RobustFairWarning
+from robustfair.grammar import parse_composition
 from robustfair.registry import EDITS
 from robustfair.values import seeded_generator
 
@@ -100,62 +104,115 @@ class Edit(Protocol):
         ...
 
 
+def read_edit(text: str) -> Edit:
+    """The edit that `long-tail` or `long-tail(factor=100)` names."""
+    terms = parse_composition(text, example="long-tail(factor=100)")
+    if len(terms) != 1:
+        raise RecipeError(f"edit {text!r} names {len(terms)} edits: give one, and a stage for each")
+    return build(EDITS.get(terms[0].name), terms[0].args, owner=terms[0].name)
+
+
+def edit(images: ImageDataset, what: str | Edit, *, seed: int = 0) -> ImageDataset:
+    """Training images after an edit that asks no model, as `Recipe.edit` has it before all training.
+
+    Hold out the validation images first: of thinned classes little would be left to measure on.
+
+    Args:
+        what: such as "long-tail(factor=100)".
+        seed: of its draws.
+
+    Raises:
+        ConfigError: the edit asks a model.
+    """
+    chosen = read_edit(what) if isinstance(what, str) else what
+    hint = "Make it a stage, after one that trains"
+    require(not chosen.needs_model, "edit", "what", allowed="one that asks no model", got=chosen.name, hint=hint)
+    return chosen(images, _asks_nobody, seed).apply(images)
+
+
+def _asks_nobody(images: ImageDataset) -> Tensor:
+    raise AssertionError("this edit says that it asks no model")
+
+
+Profile = Literal["exponential", "step"]
+
+
 @EDITS.register("long-tail")
 @config
 class LongTail:
-    """Keep n_c = n factor^(-c / (C - 1)) images of class c, n those of the smallest class: an exponential profile.
+    """Thin the classes to a long tail, from all images of the first to 1 / factor of them in the last.
 
-    Classes are thinned in their order, as Cui et al. 2019 do; which images stay is drawn anew for every seed.
+    n_c = n factor^(-c / (C - 1)), with n the images of the smallest class: the profile of Cui et al. 2019, under which
+    classes are thinned in their order. Under "step" the first half of the classes keeps n and the others n / factor.
 
     Attributes:
         factor: of the first class's images to the last one's, at least 1.
+        profile: "exponential" or "step".
+        seed: of the draw of the images that stay; None takes that of the stage, and 0 before all training.
     """
 
     name: ClassVar[str] = "long-tail"
     needs_model: ClassVar[bool] = False
     factor: Annotated[float, Bounds(ge=1)] = 100.0
+    profile: Profile = "exponential"
+    seed: int | None = None
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
-        kept = []
-        counts = profile(int(images.class_counts().min()), images.num_classes, self.factor)
+        kept, there = [], images.class_counts().tolist()
+        absent = [name for name, count in zip(images.class_names, there, strict=True) if count == 0]
+        if absent:
+            raise DataError(f"long-tail: {images.name} has no training image of class {listed(absent)} to keep")
+        counts = profile(min(there), images.num_classes, self.factor, self.profile)
+        if counts[-1] * self.factor > min(there) * (1 + 1e-9):
+            text = f"long-tail keeps one image at least: of {min(there):,} a factor of {self.factor:g} leaves none"
+            warnings.warn(f"{text}, so that it is {counts[0] / counts[-1]:g} here", RobustFairWarning, stacklevel=2)
+        drawn = seed if self.seed is None else self.seed
         for label, count in enumerate(counts):
             rows = (images.labels == label).nonzero().squeeze(1).cpu()
-            order = torch.randperm(len(rows), generator=seeded_generator("cpu", seed, self.name, label))
+            order = torch.randperm(len(rows), generator=seeded_generator("cpu", drawn, self.name, label))
             kept.append(rows[order[:count]])
         index = torch.cat(kept).sort().values
         return Edited(index, images.labels.cpu()[index], len(images))
 
 
-def profile(largest: int, num_classes: int, factor: float) -> list[int]:
-    """Images of each class, falling from `largest` by `factor` to the last; at least one.
+def profile(largest: int, num_classes: int, factor: float, kind: Profile = "exponential") -> list[int]:
+    """Images of each class, falling from `largest` by `factor` to the last, rounded down; at least one.
 
     >>> profile(5000, 10, 100)
     [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    >>> profile(500, 5, 10, "step")
+    [500, 500, 50, 50, 50]
     """
     last = max(num_classes - 1, 1)
-    return [max(int(largest * factor ** (-label / last)), 1) for label in range(num_classes)]
+    steps = [label / last if kind == "exponential" else label >= num_classes // 2 for label in range(num_classes)]
+    return [max(int(largest * factor**-step), 1) for step in steps]
 
 
 @EDITS.register("upweight")
 @config
 class Upweight:
-    """Add copies of the training images that the model before gets wrong (JTT, Liu et al. 2021).
-
-    The authors' code appends `times` copies, so that such an image is seen 1 + times as often; the paper's count is
-    one less.
+    """Repeat the training images that the model before gets wrong (JTT, Liu et al. 2021).
 
     Attributes:
-        times: copies to add of each, at least 0.
+        times: lambda_up, at least 0; the authors sweep 20, 50 and 100 on images.
+        count: how often such an image is there afterwards: 1 + times ("official": their code appends so many copies),
+            or times ("paper"), at least 1.
     """
 
     name: ClassVar[str] = "upweight"
     needs_model: ClassVar[bool] = True
     times: Whole = 20
+    count: Literal["official", "paper"] = "official"
+
+    def __post_init__(self) -> None:
+        kept = self.times > 0 or self.count == "official"
+        require(kept, self.name, "times", allowed="at least 1 under count paper", got=self.times)
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
         labels = images.labels.cpu()
         wrong = (predict(images).argmax(1) != labels).nonzero().squeeze(1)
-        index = torch.cat([torch.arange(len(labels)), wrong.repeat(self.times)])
+        copies = self.times - (self.count == "paper")
+        index = torch.cat([torch.arange(len(labels)), wrong.repeat(copies)])
         return Edited(index, labels[index], len(images))
 
 

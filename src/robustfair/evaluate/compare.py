@@ -19,6 +19,8 @@ from torch import Tensor
 from robustfair import metrics
 from robustfair.config import require
 from robustfair.errors import DataError
+from robustfair.evaluate.grouping import Difficulty, Groups
+from robustfair.evaluate.groups import GroupRates, Rates, regroup
 from robustfair.evaluate.rates import WorstClass
 from robustfair.evaluate.result import CLEAN, ROBUST, Audit, find_attack, shortfall
 from robustfair.files import as_json
@@ -138,6 +140,7 @@ class Comparison:
         level: coverage of the intervals; a test is significant from 1 - level down.
         attacks: one entry an attack, "clean" first and "robust" last.
         notes: what limits the comparison, one sentence each.
+        groups: where the groups come from that stand in place of the classes; "" for classes.
     """
 
     before: str
@@ -149,6 +152,7 @@ class Comparison:
     level: float
     attacks: tuple[AttackComparison, ...]
     notes: tuple[str, ...] = ()
+    groups: str = ""
 
     def under(self, attack: str) -> AttackComparison:
         """The entry of one attack.
@@ -169,6 +173,7 @@ class Comparison:
                 "data": {"name": self.data, "images": self.images},
                 "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
                 "level": self.level,
+                **({"groups": self.groups} if self.groups else {}),
                 "attacks": {entry.attack: entry.to_dict() for entry in self.attacks},
                 "notes": self.notes,
             }
@@ -176,7 +181,12 @@ class Comparison:
 
 
 def compare(
-    before: Audit, after: Audit, *, attacks: str | Sequence[str] | None = None, level: float = 0.95
+    before: Audit,
+    after: Audit,
+    *,
+    attacks: str | Sequence[str] | None = None,
+    level: float = 0.95,
+    groups: Groups | None = None,
 ) -> Comparison:
     """Compare two models on the images that both were audited on.
 
@@ -186,9 +196,11 @@ def compare(
             robust beside at least one attack. Robust is over the attacks that both hold, so that neither model answers
             for more.
         level: coverage of the intervals.
+        groups: compare these in place of the classes, see `read_groups`.
 
     Raises:
-        DataError: the audits are not of the same images, classes or threat, or an attack ran with other settings.
+        DataError: the audits are not of the same images, classes or threat, or an attack ran with other settings;
+            groups as for `regroup`.
         UnknownNameError: an attack that one of the audits lacks.
         ConfigError: no attack, level outside (0, 1), or something else than audits.
     """
@@ -213,26 +225,42 @@ def compare(
         notes.append(f"of a sample: {after.provenance['sample']}")
     if after.reweighted:
         notes.append("the average weighs every class by its share of all images; its test does not")
-    first, second = _of(before, shared), _of(after, shared)
+    first: Rates = _of(before, shared)
+    second: Rates = _of(after, shared)
+    if groups is not None:
+        first, second = (regroup(_of(audit, shared), groups) for audit in (before, after))
+        notes += _about_groups(second)
     return Comparison(
         before=before.model,
         after=after.model,
         data=after.data,
         images=len(after.labels),
-        class_names=after.class_names,
+        class_names=second.class_names,
         threat=after.threat,
         level=level,
+        groups="" if groups is None else groups.source,
         attacks=tuple(compare_under(first, second, name, level) for name in chosen),
         notes=tuple(notes),
     )
 
 
+def _about_groups(rates: GroupRates) -> list[str]:
+    notes = [rates.about.rstrip(".")] if rates.about else []
+    if rates.source == Difficulty.name:
+        notes.append("thirds of one of the two models hold its luck too: those of another seed do not")
+    return notes
+
+
 def compare_many(
-    audits: Sequence[Audit], *, attacks: str | Sequence[str] | None = None, level: float = 0.95
+    audits: Sequence[Audit],
+    *,
+    attacks: str | Sequence[str] | None = None,
+    level: float = 0.95,
+    groups: Groups | None = None,
 ) -> tuple[Comparison, ...]:
     """Every later audit against the first; arguments and errors as for `compare`."""
     require(len(audits) >= 2, "compare", "audits", allowed="at least two", got=len(audits))
-    return tuple(compare(audits[0], later, attacks=attacks, level=level) for later in audits[1:])
+    return tuple(compare(audits[0], later, attacks=attacks, level=level, groups=groups) for later in audits[1:])
 
 
 def check_comparable(before: Audit, after: Audit) -> None:
@@ -263,7 +291,7 @@ def check_comparable(before: Audit, after: Audit) -> None:
         raise DataError(f"{models} are under different threats, {' and '.join(threats)}: audit both under one")
 
 
-def compare_under(before: Audit, after: Audit, attack: str, level: float = 0.95) -> AttackComparison:
+def compare_under(before: Rates, after: Rates, attack: str, level: float = 0.95) -> AttackComparison:
     """Compare two models under one attack, "robust" over the attacks that each audit holds: what every report shows.
 
     The audits must be comparable, see `check_comparable`.
@@ -281,10 +309,10 @@ def compare_under(before: Audit, after: Audit, attack: str, level: float = 0.95)
     )
 
 
-def _average(table: Tensor, before: Audit, after: Audit, attack: str, level: float) -> PairedTest:
+def _average(table: Tensor, before: Rates, after: Rates, attack: str, level: float) -> PairedTest:
     """Over all images. Of a sample whose classes have other shares than the data, each class has its share there."""
     pooled = _tested(table.sum(0, keepdim=True), (AVERAGE,), level)[0]
-    if not after.reweighted:
+    if isinstance(after, GroupRates) or not after.reweighted:
         return pooled
     n, lost, won = table.sum((1, 2)), table[:, 1, 0], table[:, 0, 1]
     lower, upper = metrics.stratified_paired_interval(lost, won, n, after.shares, level)

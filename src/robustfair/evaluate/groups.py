@@ -1,8 +1,8 @@
 """Super-classes and any other grouping of the images, from the stored predictions: rates per group, without attacking.
 
-Groups come from the data set (the 20 super-classes of CIFAR-100) or from a CSV file with a header: `class,group` rows,
-a class by name or by number, or `index,group` rows, an image by its position in the audited data set. The file is read
-strictly: every class or image stands in it once.
+Groups come from the data set (the 20 super-classes of CIFAR-100), from the training images or a baseline (see
+`grouping`), or from a CSV file with a header: `class,group` rows, a class by name or by number, or `index,group` rows,
+an image by its position in the audited data set. The file is read strictly: every class or image stands in it once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robustfair.config import require
+from robustfair.config import build, require
 from robustfair.data import ImageDataset
 from robustfair.errors import DataError, UnknownNameError
+from robustfair.evaluate.grouping import NAMED, Groups, Shot, recorded_counts
 from robustfair.evaluate.rates import ClassRates
-from robustfair.evaluate.result import CLEAN, ROBUST, Audit, find_attack
+from robustfair.evaluate.result import CLEAN, ROBUST, Audit, find_attack, load_audit
 from robustfair.files import as_json
-from robustfair.grammar import read_path
+from robustfair.grammar import parse_composition, read_path
 from robustfair.registry import canonical
 from robustfair.values import Threat
 
@@ -31,23 +32,6 @@ SCHEMA = "robustfair.groups/1"
 SUPERCLASS = "superclass"
 
 Within = Literal["class", "group"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Groups:
-    """A division of classes, or of single images, into groups.
-
-    Attributes:
-        names: (G,).
-        by: what is grouped, "class" or "index".
-        member: (C,) or (N,) int64, the group of each.
-        source: "superclass" or the path of the file.
-    """
-
-    names: tuple[str, ...]
-    by: Literal["class", "index"]
-    member: Tensor
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,6 +47,7 @@ class GroupRates(ClassRates):
         right: attack -> (N,) bool, "clean" first and "robust" last.
         within: "class" if an image counts as right by its own class, "group" if by any class of its group.
         source: where the groups come from.
+        about: a sentence on what they are, "" where their names say it.
         cut: attack -> its parts that a time budget cut short and how far each came, see `Audit.unfinished`.
     """
 
@@ -74,6 +59,7 @@ class GroupRates(ClassRates):
     right: Mapping[str, Tensor]
     within: Within
     source: str
+    about: str = ""
     cut: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     kind: ClassVar[str] = "groups"
 
@@ -112,6 +98,7 @@ class GroupRates(ClassRates):
                 "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
                 "groups": self.class_names,
                 "source": self.source,
+                **({"about": self.about} if self.about else {}),
                 "within": self.within,
                 "count": self.count(),
                 "attacks": {name: self._numbers(name) for name in self.right},
@@ -133,6 +120,9 @@ class GroupRates(ClassRates):
             "upper_bound": self.is_upper_bound(attack),
             "unfinished": self.unfinished(attack),
         }
+
+
+Rates = Audit | GroupRates
 
 
 def regroup(audit: Audit, groups: Groups, *, within: Within = "class") -> GroupRates:
@@ -175,28 +165,46 @@ def regroup(audit: Audit, groups: Groups, *, within: Within = "class") -> GroupR
         right=right,
         within=within,
         source=groups.source,
+        about=_about(groups, audit.count()),
         cut={name: audit.unfinished(name) for name in names},
     )
 
 
-def read_groups(by: str | Path, images: ImageDataset | Audit) -> Groups:
-    """The groups that a user names: "superclass" for those of the data set, else the path of a CSV file.
+def read_groups(
+    by: str | Path,
+    images: ImageDataset | Audit,
+    *,
+    trained_on: Sequence[int] | None = None,
+    baseline: Audit | None = None,
+    also: Sequence[Audit] = (),
+) -> Groups:
+    """The groups that a user names: "superclass" for those of the data set, "shot" or "difficulty" with or without
+    settings, such as "shot(many=50, few=10)" and "difficulty(attack=pgd-20)", else the path of a CSV file.
 
     Args:
         by: see the head of this module for the file.
         images: the data set to audit, or an audit of it.
+        trained_on: (C,) images of each class that the model was trained on, for "shot"; what the audit recorded if not
+            given.
+        baseline: for "difficulty", where it names no audit itself.
+        also: further audits that are to be grouped alike.
 
     Raises:
-        DataError: no super-classes, no such file, or a line that does not fit; with the file and the line. A sample as
-            for `regroup`.
+        DataError: no super-classes, no such file, or a line that does not fit; with the file and the line. Training
+            images or a baseline that are not known, or of other classes. A sample as for `regroup`.
+        ConfigError, UnknownNameError: settings that "shot" or "difficulty" do not have.
     """
     _require_even(images)
     if canonical(str(by)).replace("-", "") == SUPERCLASS:
         return _superclasses(images)
     path = read_path(by)
+    if canonical(str(by).partition("(")[0]) in NAMED and not path.is_file():
+        audits = [*([images] if isinstance(images, Audit) else []), *also]
+        return _named(str(by), images.class_names, audits, trained_on, baseline)
     if not path.is_file():
         why = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {why}: group by {SUPERCLASS}, or by a CSV file with the header class,group")
+        named = ", ".join((SUPERCLASS, *NAMED))
+        raise DataError(f"{path} {why}: group by {named}, or by a CSV file with the header class,group")
     kind, rows = _read_csv(path)
     shown = images.class_names if kind == "class" else _positions(images)
     slots = _slots(shown, numbered=kind == "class")
@@ -215,6 +223,43 @@ def read_groups(by: str | Path, images: ImageDataset | Audit) -> Groups:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{path}, line {last}: the file ends without {kind} {missing[0]}{more}: give each a group")
     return Groups(names=tuple(names), by=kind, member=torch.tensor(member), source=str(path))
+
+
+def _named(
+    by: str, classes: Sequence[str], audits: Sequence[Audit], trained_on: Sequence[int] | None, baseline: Audit | None
+) -> Groups:
+    """What "shot" or "difficulty" means for these classes."""
+    terms = parse_composition(by, example="shot(many=100, few=20)")
+    require(len(terms) == 1, "groups", "by", allowed="one grouping", got=by)
+    chosen = build(NAMED[terms[0].name], terms[0].args, owner=terms[0].name)
+    if isinstance(chosen, Shot):
+        counts = recorded_counts(*audits) if trained_on is None else trained_on
+        if counts is None:
+            raise DataError(
+                "shot: this model does not say how many images of each class it was trained on, as a run does: group "
+                "by a CSV file with the header class,group"
+            )
+        if len(counts) != len(classes):
+            raise DataError(f"shot: {len(counts)} classes were trained on, and {len(classes)} are audited")
+        return chosen.groups(counts)
+    found = baseline if chosen.baseline is None else load_audit(chosen.baseline)
+    if found is None:
+        raise DataError(
+            "difficulty: the thirds are those of a baseline: add `baseline` with the JSON of its audit, or name it as "
+            "difficulty(baseline=...)"
+        )
+    if found.class_names != tuple(classes):
+        raise DataError(f"difficulty: the baseline {found.model} was audited on other classes than these")
+    return chosen.groups(found)
+
+
+def _about(groups: Groups, count: Tensor) -> str:
+    """What the groups are; and where classes weigh unequally in them, `count` (C,) their images, that they do."""
+    if not groups.about:
+        return ""
+    sizes = [set(count[groups.member == group].tolist()) - {0} for group in range(len(groups.names))]
+    uneven = any(len(found) > 1 for found in sizes)
+    return groups.about + (" Rates are over images: a class with more test images weighs more." if uneven else "")
 
 
 def _superclasses(images: ImageDataset | Audit) -> Groups:

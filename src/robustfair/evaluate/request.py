@@ -152,6 +152,7 @@ def audit_target(
         split=part,
         on_progress=on_progress,
     )
+    result = replace(result, provenance={**result.provenance, **_trained_on(target)})
     if not request.checks:
         return result
     spent = (time.monotonic() - began) / 60
@@ -172,6 +173,15 @@ def audit_target(
         found = (diagnostics_cut(str(error), "the audit itself is whole"),)
     checks = [*result.provenance["checks"], *map(asdict, found)]
     return replace(result, provenance={**result.provenance, "checks": checks})
+
+
+def _trained_on(target: Target) -> dict[str, Any]:
+    """The images of each class that the run recorded, and the edit that left them, for the provenance of an audit."""
+    counts = target.meta.get("images_per_class")
+    if counts is None:
+        return {}
+    edit = target.meta["data"].get("edit")
+    return {"trained_on": {"images_per_class": counts, **({} if edit is None else {"edit": edit})}}
 
 
 def _require_comparable(baseline: Audit, data: ImageDataset, limits: Threat) -> None:

@@ -130,7 +130,10 @@ class Method:
     second_stage: ClassVar[bool] = False
 
     def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Networks beside the model, saved with the run: those with `requires_grad` train with it, others stay."""
+        """Networks beside the model, saved with the run: those with `requires_grad` train with it, others stay.
+
+        Called with torch's own stream seeded by the run and the name of the method: starting weights come from there.
+        """
         return {}
 
     def prepare(self, batch: Batch, state: State, run: Run) -> Batch:
@@ -164,6 +167,13 @@ class Method:
     def export(self, state: State, run: Run) -> Mapping[str, StateDict]:
         """Named weights to validate and save beside the raw ones, such as an average."""
         return {}
+
+    def check_classes(self, counts: Tensor) -> None:
+        """Refuse training images, `counts` (C,) of each class, that it cannot act on; called before the first step.
+
+        Raises:
+            ConfigError: a class that it needs has none, or its settings are for another number of classes.
+        """
 
     def remark(self, epochs: int) -> str | None:
         """A sentence for the user if this config will do nothing, or something surprising, in a run of `epochs`."""

@@ -9,13 +9,13 @@ from itertools import permutations
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustfair.errors import ConflictError
 from robustfair.methods.base import Bundle, LossAt, Method, Run
 from robustfair.objectives.base import Objective
 from robustfair.registry import OBJECTIVES
-from robustfair.values import Attack, Batch, Loss, Model, State, StateDict
+from robustfair.values import Attack, Batch, Loss, Model, State, StateDict, derive_seed
 
 Edited = TypeVar("Edited", Attack, Batch)
 
@@ -227,9 +227,22 @@ class Plan:
         """Whether a method may move the weights between the attack and the loss."""
         return any("around_gradient" in method.hooks() for method in self.methods)
 
-    def networks(self, model: nn.Module) -> dict[str, nn.Module]:
-        """All networks that objective and methods want beside the model, as "method/name"."""
-        return {f"{part.name}/{name}": net for part in self.parts for name, net in part.networks(model).items()}
+    def networks(self, model: nn.Module, seed: int) -> dict[str, nn.Module]:
+        """All networks that objective and methods want beside the model, as "method/name"; draws are keyed by seed and
+        method.
+        """
+        found: dict[str, nn.Module] = {}
+        devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):
+            for part in self.parts:
+                torch.manual_seed(derive_seed(seed, "networks", part.name))
+                found |= {f"{part.name}/{name}": network for name, network in part.networks(model).items()}
+        return found
+
+    def check_classes(self, counts: Tensor) -> None:
+        """Let every method refuse training images, `counts` (C,) of each class, that it cannot act on."""
+        for method in self.methods:
+            method.check_classes(counts)
 
     def prepare(self, batch: Batch, states: Mapping[str, State], run: Run) -> Batch:
         """The batch as the attack finds it."""

@@ -131,9 +131,68 @@ def thirds(acc: Array, *, by: Array) -> Thirds:
     Thirds(easy=0.5, medium=0.75, hard=0.25)
     """
     values, baseline = _paired_present(acc, by, owner="thirds")
-    order = torch.argsort(baseline, descending=True, stable=True).flip(0)
-    hard, medium, easy = (float(part.mean()) for part in torch.tensor_split(values[order], 3))
+    third = third_of_class(baseline)
+    easy, medium, hard = (float(values[third == number].mean()) for number in range(3))
     return Thirds(easy=easy, medium=medium, hard=hard)
+
+
+def third_of_class(by: Array) -> Tensor:
+    """(C,) int64: 0 for the third of the classes with the largest values of `by` (C,), 1 for the next, 2 for the last.
+
+    Split as `thirds` has it; -1 for a class that is nan.
+
+    >>> third_of_class(np.array([0.1, 0.9, 0.5, 0.4])).tolist()
+    [2, 0, 1, 2]
+    """
+    values = class_vector(by, owner="third_of_class")
+    kept = (~values.isnan()).nonzero().squeeze(1)
+    order = kept[torch.argsort(values[kept], descending=True, stable=True).flip(0)]
+    third = torch.full_like(values, -1, dtype=torch.int64)
+    for number, members in enumerate(torch.tensor_split(order, 3)):
+        third[members] = 2 - number
+    return third
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shots:
+    """Mean accuracy over the classes with many, medium and few training images; nan where there is no such class."""
+
+    many: float
+    medium: float
+    few: float
+
+
+def shots(acc: Array, counts: Array, *, many: int = 100, few: int = 20) -> Shots:
+    """Mean of `acc` (C,) over the classes with more than `many` of `counts` (C,), with fewer than `few`, and between.
+
+    Source: Liu et al. (2019), "Large-scale long-tailed recognition in an open world", whose thresholds are the default.
+    A class without test images is left out.
+
+    Raises:
+        ConfigError: vectors of different length, or `few` above `many`.
+
+    >>> shots(np.array([0.75, 0.5, 0.25, 0.0]), np.array([500, 100, 20, 19]))
+    Shots(many=0.75, medium=0.375, few=0.0)
+    """
+    values, images = _paired_present(acc, counts, owner="shots")
+    shot = shot_of_class(images, many=many, few=few)
+    means = (float(values[shot == number].mean()) for number in range(3))
+    return Shots(**dict(zip(("many", "medium", "few"), means, strict=True)))
+
+
+def shot_of_class(counts: Array, *, many: int = 100, few: int = 20) -> Tensor:
+    """(C,) int64: 0 for a class with more than `many` of `counts` (C,), 2 with fewer than `few`, else 1.
+
+    Raises:
+        ConfigError: `few` above `many`.
+
+    >>> shot_of_class(np.array([500, 100, 20, 19])).tolist()
+    [0, 1, 1, 2]
+    """
+    if not 0 <= few <= many:
+        raise ConfigError("shots", "few", allowed=f"from 0 to many, {many}", got=few)
+    images = class_vector(counts, owner="shots")
+    return (images <= many).long() + (images < few).long()
 
 
 # Confusion between classes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from robustfair.data import ImageDataset
 from robustfair.registry import REPAIRS
 
 
@@ -16,7 +18,9 @@ class Repair(Protocol):
     """
 
     name: ClassVar[str]
-    needs_data: ClassVar[bool]
+
+    @property
+    def needs_data(self) -> bool: ...
 
     def __call__(self, model: nn.Module, *, example: Tensor | None = None) -> nn.Module:
         """A new model; `model` stays as it is. `example` (B, ...) is an input of a foreign model, see `find_head`."""
@@ -24,6 +28,23 @@ class Repair(Protocol):
 
     def describe(self) -> str:
         """One line that says what changes, for logs and reports."""
+        ...
+
+
+@runtime_checkable
+class ReadsRun(Protocol):
+    """A repair that reads something of the run whose model it repairs."""
+
+    def of_run(self, counts: Sequence[int] | None, held: Callable[[], ImageDataset | None]) -> Repair:
+        """The same repair with what it reads filled in, where the user has not given it.
+
+        Args:
+            counts: (C,) images of each class that the run trained on; None where it did not record them.
+            held: gives its validation images; None where it held none out.
+
+        Raises:
+            ConfigError: the run lacks what it needs.
+        """
         ...
 
 

@@ -64,14 +64,19 @@ def before_after_lines(before: Audit, after: Audit, screen: Screen = ALL_ROWS) -
     return [render(before_after_table(before, after), screen), *map(screen.fold, lines)]
 
 
-def comparison_text(found: Sequence[Comparison], form: str, screen: Screen = ALL_ROWS) -> str:
-    """Comparisons as "table", "json", "markdown" or "latex"."""
+def comparison_text(
+    found: Sequence[Comparison], form: str, screen: Screen = ALL_ROWS, grouped: Sequence[Comparison] = ()
+) -> str:
+    """Comparisons as "table", "json", "markdown" or "latex"; `grouped` are the same ones by group."""
     if form == "json":
         dicts = [one.to_dict() for one in found]
+        for about, by_group in zip(dicts, grouped, strict=False):
+            about["by_group"] = by_group.to_dict()
         return json.dumps(dicts if len(dicts) > 1 else dicts[0], allow_nan=False)
+    parts = [*found, *grouped]
     if form == "table":
-        return "\n".join(render(comparison_table(one), screen) for one in found)
-    return "\n".join({"markdown": markdown, "latex": latex}[form](table_of(one)) for one in found)
+        return "\n".join(render(comparison_table(one), screen) for one in parts)
+    return "\n".join({"markdown": markdown, "latex": latex}[form](table_of(one)) for one in parts)
 
 
 def _diagnostic_lines(found: Iterable[Diagnostic]) -> list[str]:

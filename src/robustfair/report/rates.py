@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustfair.evaluate.groups import GroupRates
+from robustfair.evaluate.groups import Rates
 from robustfair.evaluate.result import CLEAN, ROBUST, Audit
 from robustfair.evaluate.sequential import until_line
 from robustfair.report.words import percent, printable, span
-
-Rates = Audit | GroupRates
 
 
 def shown_attacks(audit: Rates) -> tuple[str, ...]:
@@ -78,11 +76,25 @@ def summary_lines(audit: Audit) -> list[str]:
 
 
 def image_lines(audit: Audit) -> list[str]:
-    """Of an audit of a sample: how it was drawn, or when a sequential audit stopped; and what its average is."""
+    """Of an audit of a sample: how it was drawn, or when a sequential audit stopped; and what its average is. Of a
+    model whose classes had very different numbers of training images: these.
+    """
     drawn = until_line(audit) or audit.provenance.get("sample", "")
     of = sum(audit.drawn_from or ())
     weighed = f"average: every class weighs by its share of the {of:,} images" if audit.reweighted else ""
-    return [printable(line) for line in (drawn, weighed) if line]
+    return [printable(line) for line in (drawn, weighed, _tail_line(audit)) if line]
+
+
+def _tail_line(audit: Audit) -> str:
+    """How many images the model was trained on, where some class had twice as many as another; else ""."""
+    about = audit.provenance.get("trained_on", {})
+    counts = about.get("images_per_class") or [0]
+    if max(counts) < 2 * min(counts) or not any(counts):
+        return ""
+    edit = f" ({about['edit']})" if about.get("edit") else ""
+    return (
+        f"trained on {sum(counts):,} images{edit}: {max(counts):,} of the largest class, {min(counts):,} of the least"
+    )
 
 
 def member_lines(audit: Audit) -> list[str]:

@@ -187,12 +187,14 @@ def _rates(rates: Rates, attacks: Sequence[str] | None) -> Table:
 
 
 def _group_notes(groups: GroupRates, attacks: Sequence[str]) -> list[str]:
+    about = [groups.about] if groups.about else []
     if groups.within == "class":
-        return ["An image counts as right if its class is."]
+        return [*about, "An image counts as right if its class is."]
     bound = any(groups.misses_groups(attack) for attack in attacks)
     return [
+        *about,
         "An image counts as right if any class of its group is predicted."
-        + (" The attacks aimed at another class, so the rates under attack are upper bounds." if bound else "")
+        + (" The attacks aimed at another class, so the rates under attack are upper bounds." if bound else ""),
     ]
 
 
@@ -208,6 +210,7 @@ def _comparison(comparison: Comparison, attacks: Sequence[str] | None) -> Table:
         [tested.n for tested in chosen[0].classes],
         [_change_columns(entry, tests=True) for entry in chosen],
         title=heading(f"{comparison.before} -> {comparison.after}", comparison),
+        kind="group" if comparison.groups else "class",
     )
     level = f"{100 * comparison.level:g} %"
     return replace(

@@ -97,6 +97,9 @@ class Recipe:
     data: Annotated[str, "Name of a data set, or a path to images."]
     image_size: Annotated[int | None, "Resize images to squares of this side."] = None
     limit_per_class: Annotated[int | None, "Train on the first N images of each class only."] = None
+    edit: Annotated[str | None, "Edit of the training images before all training, such as 'long-tail(factor=100)'."] = (
+        None
+    )
     model: Annotated[str, "Architecture by name."] = "preact-resnet18"
     width: Annotated[int | None, "Width of the architecture; its own if not given."] = None
     norm: Annotated[Norm | None, "Norm of the attack: linf or l2 (the objective's default)."] = None

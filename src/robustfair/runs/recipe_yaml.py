@@ -12,7 +12,7 @@ from robustfair.errors import RecipeError
 SCHEMA = "robustfair.recipe/1"
 SCRATCH, PREVIOUS = "scratch", "previous"
 """Where a stage starts: with new weights, with the model before it."""
-SHARED = ("data", "image_size", "limit_per_class", "validation", "device", "plugin")
+SHARED = ("data", "image_size", "limit_per_class", "validation", "edit", "device", "plugin")
 """Keys that hold for all stages: one data set, one validation split, taken out before any edit; what can be named."""
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from robustfair.errors import CheckpointError, ModelError, RobustFairWarning
+import torch
+
+from robustfair.data import ImageDataset
+from robustfair.errors import CheckpointError, DataError, ModelError, RobustFairWarning
 from robustfair.files import write_text
 from robustfair.grammar import read_path
 from robustfair.models.head import head_norms
 from robustfair.registry import load_plugin
-from robustfair.repairs import Repair
+from robustfair.repairs import ReadsRun, Repair
 from robustfair.runs.checkpoint import Checkpoint, write_checkpoint
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.load import Target, load_target
-from robustfair.runs.recipe import Stage, read_recipe
-from robustfair.runs.run import read_repair
+from robustfair.runs.recipe import Recipe, Stage, read_recipe
+from robustfair.runs.run import read_repair, training_images
+
+COPIED = ("model", "class_names", "data", "images_per_class", "recipe", "threat", "seed")
+"""What a repaired run's manifest takes over from that of the run it came from."""
 
 
 def repair_run(
@@ -84,14 +91,17 @@ def repair_into(
 ) -> tuple[Target, str]:
     """Repair `before` into `folder`, where a call of the same repair may have come before and not to its end."""
     assert before.folder is not None
-    source, repaired = before.folder, fix(before.model)
+    source = before.folder
     begun = read_recipe(str(source.recipe), {})
+    if isinstance(fix, ReadsRun):
+        fix = fix.of_run(before.meta.get("images_per_class"), partial(_held_out, begun, before))
+    repaired = fix(before.model)
     named = {"plugin": (*begun.plugin, *plugins)} if plugins else {}
     recipe = read_recipe(str(source.recipe), named).then(Stage(does="repair", what=method))
     about = {key: value for key, value in before.meta.items() if key not in ("schema", "files", "methods")}
     made = {"repair": method, "repaired_from": {"run": str(source.path), "checkpoint": before.checkpoint}}
     known = source.manifest()
-    kept = {key: known[key] for key in ("model", "class_names", "data", "recipe", "threat", "seed") if key in known}
+    kept = {key: known[key] for key in COPIED if key in known}
 
     def write(folder: RunFolder) -> None:
         write_text(folder.recipe, recipe.to_yaml())
@@ -105,11 +115,24 @@ def repair_into(
         with folder.filling(environment() | kept | made | {"status": "running"}) as new:
             write(new)
     old, new_norms = head_norms(before.model), head_norms(repaired)
-    text = (
-        f"{method}: head norms {old.min():.3f} to {old.max():.3f} (ratio {old.max() / old.min():.2f}) became "
-        f"{new_norms.min():.3f} to {new_norms.max():.3f}; {source.path} is unchanged, the repaired run is {folder.path}"
-    )
+    what = f"head norms {old.min():.3f} to {old.max():.3f} (ratio {old.max() / old.min():.2f}) became "
+    what += f"{new_norms.min():.3f} to {new_norms.max():.3f}"
+    if torch.equal(old, new_norms):
+        what = fix.describe()
+    text = f"{method}: {what}; {source.path} is unchanged, the repaired run is {folder.path}"
     return load_target(str(folder.path)), text
+
+
+def _held_out(recipe: Recipe, before: Target) -> ImageDataset | None:
+    """The validation images of the run that trained a model by `recipe`.
+
+    Raises:
+        DataError: the images of its data set changed since.
+    """
+    splits, _, held, _ = training_images(recipe)
+    if splits.train.fingerprint != before.meta["data"]["fingerprint"]:
+        raise DataError(f"repair: the images of {recipe.data} changed since the run {before.label}")
+    return held
 
 
 def _run_to_repair(source: str, checkpoint: str | None) -> Target:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustfair.config import build
 from robustfair.data import ImageDataset, Splits, evaluation_batches, load_dataset, split_hash
 from robustfair.data.augment.crops import Augmentation, parse_augmentation
-from robustfair.data.edits import Edited
+from robustfair.data.edits import Edit, Edited, edit, read_edit
 from robustfair.errors import (
     CheckpointError,
     DivergedError,
@@ -43,7 +43,7 @@ from robustfair.runs.shipped import find_row
 from robustfair.training.engine import require_compiler
 from robustfair.training.fit import Fitted, fit
 from robustfair.training.schedule import Schedule
-from robustfair.training.selection import held_out, require_every_class, require_validation
+from robustfair.training.selection import SPLIT_SEED, held_out, require_every_class, require_validation
 from robustfair.training.state import TrainState
 from robustfair.training.way import Way
 from robustfair.values import derive_seed
@@ -78,16 +78,24 @@ def plan_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -
 def plans_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> list[tuple[str, Plan | None]]:
     """What `plan_of` gives, or of a recipe of stages each stage in a line, with the plan of one that trains.
 
-    Of a row of a table that has nothing to train a line says why.
+    Of a row of a table that has nothing to train a line says why. An edit of the training images before all training is
+    in the line of the plan, or has one before those of stages.
     """
     row = find_row(what)
     if row is not None and not row.values:
         return [(row.stops, None)]
     given = {"allow": tuple(allow), "plugin": tuple(plugins)}
     recipe = read_recipe(what, {"data": "any"} | {key: value for key, value in given.items() if value})
+    for path in recipe.plugin:
+        load_plugin(path)
+    edited = ""
+    if recipe.edit is not None:
+        require_modelless(recipe.edit)
+        edited = f"before all training, edit: {recipe.edit}"
     if not recipe.stages:
-        return [("", _plan(recipe))]
-    return [
+        return [(edited, _plan(recipe))]
+    first: list[tuple[str, Plan | None]] = [(edited, None)] if edited else []
+    return first + [
         (
             f"stage {number}, {stage.does}: {stage.what}",
             _plan(recipe.of_stage(number - 1, start=SCRATCH)) if stage.does == "train" else None,
@@ -97,16 +105,31 @@ def plans_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) 
 
 
 def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset | None, Tensor | None]:
-    """All parts of the data, what is left to train on once the validation images are out, these images, their rows."""
+    """All parts of the data; what is left to train on once the validation images are out, after the edit that comes
+    before all training; the validation images, and their rows.
+    """
     require_validation(recipe.validation, recipe.select)
     splits = load_dataset(recipe.data, image_size=recipe.image_size)
     train = splits.train
     if recipe.limit_per_class is not None:
         train = train.limit_per_class(recipe.limit_per_class)
-    if recipe.validation == 0:
-        return splits, train, None, None
-    kept, held = held_out(train.labels, recipe.validation)
-    return splits, train.subset(kept), train.subset(held), held
+    kept, held = (None, None) if recipe.validation == 0 else held_out(train.labels, recipe.validation)
+    left = train if kept is None else train.subset(kept)
+    if recipe.edit is not None:
+        left = edit(left, require_modelless(recipe.edit), seed=SPLIT_SEED)
+    return splits, left, None if held is None else train.subset(held), held
+
+
+def require_modelless(text: str) -> Edit:
+    """The edit that `text` names, which comes before all training.
+
+    Raises:
+        RecipeError: it asks a model, and there is none yet.
+    """
+    found = read_edit(text)
+    if found.needs_model:
+        raise RecipeError(f"recipe: edit is {text}, which asks a model, and none is trained yet: make it a stage")
+    return found
 
 
 def _plan(recipe: Recipe) -> Plan:
@@ -198,6 +221,7 @@ def prepare(recipe: Recipe) -> Prepared:
     require_every_class(validation, plan.methods)
     if recipe.images is not None:
         train = Edited.read(read_path(recipe.images)).apply(train)
+    plan.check_classes(train.class_counts())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "init"))
         classes, channels = train.num_classes, train.images.shape[1]
@@ -375,7 +399,9 @@ def _train(
             "name": _from_anywhere(recipe.data),
             "fingerprint": ready.splits.train.fingerprint,
             "image_size": recipe.image_size,
+            "edit": recipe.edit,
         },
+        "images_per_class": ready.train.class_counts().tolist(),
         "split_hash": None if ready.held is None else split_hash(ready.held),
         "recipe": recipe.train,
         "threat": _threat(ready.plan.objective),

@@ -20,16 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustfair.config import build
 from robustfair.data import ImageDataset
-from robustfair.data.edits import Edit, Edited, Predict
+from robustfair.data.edits import Edited, Predict, read_edit
 from robustfair.data.loader import evaluation_batches
 from robustfair.errors import RecipeError
 from robustfair.execution.device import resolve_device
 from robustfair.files import write_text
-from robustfair.grammar import parse_composition, read_path
+from robustfair.grammar import read_path
 from robustfair.models.modes import attacking
-from robustfair.registry import EDITS, load_plugin
+from robustfair.registry import load_plugin
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe
 from robustfair.runs.repair import repair_run
@@ -147,14 +146,6 @@ def require_runnable(recipe: Recipe) -> list[str]:
     if not left:
         raise RecipeError("recipe: no stage trains or repairs, so that no model comes of it: add one that does")
     return [f"{number}-{stage.does}" for number, stage in enumerate(recipe.stages, 1)]
-
-
-def read_edit(text: str) -> Edit:
-    """The edit that `long-tail` or `long-tail(factor=100)` names."""
-    terms = parse_composition(text, example="long-tail(factor=100)")
-    if len(terms) != 1:
-        raise RecipeError(f"edit {text!r} names {len(terms)} edits: give one, and a stage for each")
-    return build(EDITS.get(terms[0].name), terms[0].args, owner=terms[0].name)
 
 
 def _run_stage(

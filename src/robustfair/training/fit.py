@@ -113,8 +113,8 @@ def fit(
 
     Raises:
         ConflictError: methods that cannot act together, before any step.
-        ConfigError: `resume` was left by other methods, or another objective, network or optimizer; or a run that goes
-            on shall choose its way.
+        ConfigError: a method cannot act on images of these classes; `resume` was left by other methods, or another
+            objective, network or optimizer; or a run that goes on shall choose its way.
         DataError: no images to train on, or none held out of a class that a method measures.
         ModelError: the model's output does not fit the classes, in eval or in train mode; the gradient of the images
             cannot be taken, and an attack needs it; it cannot be compiled, and shall be; or a teacher does not fit.
@@ -146,6 +146,7 @@ def fit(
     require_validation(validation, select)
     train, held = with_validation(train, validation)
     require_every_class(held, plan.methods)
+    plan.check_classes(train.class_counts().cpu())
     few = "" if held is None else few_validation_images(train.labels, held.labels, select)
     if few:
         text = f"{few}: give `validation` a larger share, or take `select=last`"

@@ -49,7 +49,7 @@ class Training:
         self.model = model
         self.device = loader.dataset.images.device
         self.shares_clean = plan.objective.clean_pass and not plan.moves_weights
-        self.networks = {name: network.to(self.device) for name, network in plan.networks(model).items()}
+        self.networks = {name: network.to(self.device) for name, network in plan.networks(model, seed).items()}
         self.trainable = schedule.trainable(self.model)
         for name, network in self.networks.items():
             own = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
