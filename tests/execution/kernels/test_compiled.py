@@ -49,6 +49,13 @@ def test_a_3x3_convolution(at_hand: Kernels, size: tuple[int, int], channels: in
     assert_close(at_hand.convolve(x, at_hand.transformed(weight)), wanted)
 
 
+def test_a_convolution_of_no_images(at_hand: Kernels) -> None:
+    x, weight = images(0, at_hand.lanes, 5, 4), images(2 * at_hand.lanes, at_hand.lanes, 3, 3)
+    taps = at_hand.taps_of(weight, step=1, padding=(1, 1), dilation=1)
+    assert at_hand.convolve(x, at_hand.transformed(weight)).shape == (0, 2 * at_hand.lanes, 5, 4)
+    assert at_hand.sum(x, taps, (0, 2 * at_hand.lanes, 5, 4)).shape == (0, 2 * at_hand.lanes, 5, 4)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (8, 8), (9, 15), (17, 6)])
 @pytest.mark.parametrize(("channels", "out"), [(1, 2), (2, 1)])
 def test_a_3x3_convolution_with_stride_two_and_its_way_back(
