@@ -45,20 +45,25 @@ class TorchStep:
 
     Attributes:
         call: takes the values.
+        in_place: it may write to them, and is given copies, since autograd lets nobody write to what it starts from.
     """
 
     call: Callable[..., Any]
+    in_place: bool = False
 
     def refresh(self) -> None:
         """Nothing: a call reads what it needs."""
 
     def forward(self, values: Sequence[Any], keep: bool) -> tuple[Any, Any]:
         if not keep:
-            return self.call(*values), None
+            return self.call(*self._given(values)), None
         with torch.enable_grad():
             leaves = [_leaf(value) for value in values]
-            made = self.call(*leaves)
+            made = self.call(*self._given(leaves))
         return (made.detach(), (leaves, made)) if isinstance(made, Tensor) else (made, None)
+
+    def _given(self, values: Sequence[Any]) -> Sequence[Any]:
+        return [value.clone() if self.in_place and isinstance(value, Tensor) else value for value in values]
 
     def backward(self, kept: Any, gradient: Tensor, known: Gradients) -> Gradients:
         if kept is None:

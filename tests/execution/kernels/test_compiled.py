@@ -217,7 +217,17 @@ def test_they_are_compiled_once_and_kept_for_their_owner(anew: Path) -> None:
 def test_without_a_compiler_they_are_missing(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compiled.kernels() is None
-    assert "no C++ compiler" in str(compiled.missing())
+    assert compiled.missing() == "no C++ compiler was found: there is no no-such-compiler, which CXX names"
+
+
+def test_a_compiler_may_come_with_arguments(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env LANG=C c++")
+    assert compiled.missing() is None
+
+
+def test_a_compiler_that_cannot_be_read_is_no_error(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "c++ '-O2")
+    assert compiled.missing() == "CXX=c++ '-O2 cannot be read: No closing quotation"
 
 
 def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
