@@ -158,3 +158,82 @@ def test_a_network_that_no_program_can_be_is_searched_all_the_same() -> None:
     model = Shifting().eval()
     x = torch.rand(2, 3, 9, 9)
     assert_same(search_network(model, x, "fp32"), model, x)
+
+
+class Halving(nn.Module):
+    """Numbers that the kernels do not take, between layers that they take."""
+
+    def __init__(self, *, adds: bool) -> None:
+        super().__init__()
+        self.adds = adds
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        y = self.two(x) + x.bfloat16() if self.adds else self.norm(x.tanh().bfloat16())
+        return y.mean((2, 3)).float()
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_numbers_of_another_kind_are_not_read_as_float32(adds: bool) -> None:
+    torch.manual_seed(0)
+    model = Halving(adds=adds).eval()
+    x = torch.rand(8, 3, 64, 64)
+    with pytest.raises(TypeError, match=r"float32 on a CPU, not torch\.bfloat16"):
+        as_program(model)(x)
+    assert torch.allclose(search_network(model, x, "fp32")(x), model(x), atol=1e-2)
+
+
+def test_images_of_other_channels_are_refused() -> None:
+    torch.manual_seed(0)
+    plain = as_program(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).eval())
+    normed = as_program(nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()).eval())
+    for network in (plain, normed):
+        with pytest.raises(ValueError, match="images of 8 channels"):
+            network(torch.rand(2, 8, 5, 5))
+
+
+def test_a_pass_over_no_images() -> None:
+    torch.manual_seed(0)
+    model = with_statistics(create_model("preact-resnet18", width=8))
+    x = torch.rand(0, 3, 16, 16, requires_grad=True)
+    logits = as_program(model)(x)
+    assert logits.shape == (0, 10)
+    assert torch.autograd.grad(logits.sum(), x)[0].shape == x.shape
+
+
+class InPlace(nn.Module):
+    """Layers that no kernel takes, each followed by one that writes to what it returned."""
+
+    def __init__(self, *, again: bool = False) -> None:
+        super().__init__()
+        self.again = again
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.grouped, self.last = (nn.Conv2d(16, 16, 3, padding=1, groups=4) for _ in range(2))
+        self.norm, self.act = nn.BatchNorm2d(16), nn.ReLU6(inplace=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        y = self.grouped(x)
+        z = self.act(y)
+        h = F.silu(self.norm(self.last(z)), inplace=True)
+        h += x
+        h = self.two(h).mul_(2).relu_()
+        return self.head((h + (y if self.again else z)).mean((2, 3)))
+
+
+def test_layers_that_write_to_what_they_read() -> None:
+    torch.manual_seed(0)
+    model, x = with_statistics(InPlace()), torch.rand(3, 3, 9, 7)
+    assert_same(as_program(model), model, x)
+    assert isinstance(search_network(model, x, "fp32").get_submodule("model"), Program)
+
+
+def test_a_value_that_is_read_after_it_was_written_to_is_no_program() -> None:
+    torch.manual_seed(0)
+    model, x = with_statistics(InPlace(again=True)), torch.rand(3, 3, 9, 7)
+    network = search_network(model, x, "fp32")
+    assert not isinstance(network.get_submodule("model"), Program)
+    assert_same(network, model, x)

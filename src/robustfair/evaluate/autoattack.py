@@ -152,7 +152,7 @@ class AutoAttackRun:
             if isinstance(getattr(network.model, "model", None), Program):
                 said.append("convolutions by kernels of its own")
             elif self.precision == "fp32" and (why := missing()):
-                said.append(f"convolutions by torch, two to three times as slow ({why})")
+                said.append(f"convolutions by torch, about half as fast ({why})")
             said.append(f"{count} thread{'s' * (count > 1)}")
         return ", ".join([*said, f"up to {size:,} at a time"])
 

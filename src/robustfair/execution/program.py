@@ -32,6 +32,7 @@ from robustfair.execution.steps import (
 )
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
+WRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 POSITIVE_PARTS = (F.relu, torch.relu, torch.relu_)
 
 
@@ -214,7 +215,14 @@ class _Reader:
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-        return TorchStep(call), inputs
+        return TorchStep(call, in_place=self._is_in_place(node)), inputs
+
+    def _is_in_place(self, node: fx.Node) -> bool:
+        """Whether a node, going by its name or a flag, writes to what it reads."""
+        if node.op == "call_module":
+            return bool(getattr(self.layers.get(str(node.target)), "inplace", False))
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        return node.kwargs.get("inplace") is True or name.endswith("_") or node.target in WRITING
 
     def _layer(self, node: fx.Node) -> Any:
         """The layer that a node calls on one value; None for any other node."""

@@ -45,20 +45,25 @@ class TorchStep:
 
     Attributes:
         call: takes the values.
+        in_place: it may write to them, and is given copies, since autograd lets nobody write to what it starts from.
     """
 
     call: Callable[..., Any]
+    in_place: bool = False
 
     def refresh(self) -> None:
         """Nothing: a call reads what it needs."""
 
     def forward(self, values: Sequence[Any], keep: bool) -> tuple[Any, Any]:
         if not keep:
-            return self.call(*values), None
+            return self.call(*self._given(values)), None
         with torch.enable_grad():
             leaves = [_leaf(value) for value in values]
-            made = self.call(*leaves)
+            made = self.call(*self._given(leaves))
         return (made.detach(), (leaves, made)) if isinstance(made, Tensor) else (made, None)
+
+    def _given(self, values: Sequence[Any]) -> Sequence[Any]:
+        return [value.clone() if self.in_place and isinstance(value, Tensor) else value for value in values]
 
     def backward(self, kept: Any, gradient: Tensor, known: Gradients) -> Gradients:
         if kept is None:
@@ -86,7 +91,7 @@ class Convolution:
         """Its weights (K, C, h, w), and what is added to its sums, (K,) or nothing."""
         weight, bias = self.layer.weight.detach(), self.layer.bias
         if self.norm is None:
-            return weight, None if bias is None else bias.detach()
+            return weight, None if bias is None else bias.detach().contiguous()
         scale, shift = scale_and_shift(self.norm)
         return weight * scale.view(-1, 1, 1, 1), shift if bias is None else shift + scale * bias.detach()
 
@@ -167,6 +172,8 @@ class PointwiseStep:
 
     def forward(self, values: Sequence[Tensor], keep: bool) -> tuple[Tensor, Any]:
         (x,) = map(_last, values)
+        if x.shape[1] != self.norm.num_features:
+            raise ValueError(f"images of {x.shape[1]} channels for a batch norm of {self.norm.num_features}")
         signs = self.kernels.signs(x.shape) if keep and self.positive else None
         done = Pointwise(scale=self.scale, shift=self.shift, positive=self.positive, keep=signs)
         return self.kernels.pointwise(x, done), signs
@@ -265,6 +272,8 @@ def geometry(layer: nn.Conv2d) -> tuple[Any, ...]:
 
 def _shape_of(layer: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
     """The shape of what a convolution makes of `x`."""
+    if x.shape[1] != layer.in_channels:
+        raise ValueError(f"images of {x.shape[1]} channels for a convolution of {layer.in_channels}")
     sizes = []
     for axis, size in enumerate(x.shape[2:]):
         room = size + 2 * int(layer.padding[axis]) - layer.dilation[axis] * (layer.kernel_size[axis] - 1) - 1
@@ -301,4 +310,7 @@ def _leaf(value: Any) -> Any:
 
 
 def _last(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) as the kernels read them, by their address alone: other numbers would lead out of memory."""
+    if not is_float32_on_cpu(x):
+        raise TypeError(f"the kernels take float32 on a CPU, not {x.dtype} on {x.device}")
     return x.contiguous(memory_format=torch.channels_last)

@@ -49,6 +49,13 @@ def test_a_3x3_convolution(at_hand: Kernels, size: tuple[int, int], channels: in
     assert_close(at_hand.convolve(x, at_hand.transformed(weight)), wanted)
 
 
+def test_a_convolution_of_no_images(at_hand: Kernels) -> None:
+    x, weight = images(0, at_hand.lanes, 5, 4), images(2 * at_hand.lanes, at_hand.lanes, 3, 3)
+    taps = at_hand.taps_of(weight, step=1, padding=(1, 1), dilation=1)
+    assert at_hand.convolve(x, at_hand.transformed(weight)).shape == (0, 2 * at_hand.lanes, 5, 4)
+    assert at_hand.sum(x, taps, (0, 2 * at_hand.lanes, 5, 4)).shape == (0, 2 * at_hand.lanes, 5, 4)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (8, 8), (9, 15), (17, 6)])
 @pytest.mark.parametrize(("channels", "out"), [(1, 2), (2, 1)])
 def test_a_3x3_convolution_with_stride_two_and_its_way_back(
@@ -210,7 +217,17 @@ def test_they_are_compiled_once_and_kept_for_their_owner(anew: Path) -> None:
 def test_without_a_compiler_they_are_missing(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compiled.kernels() is None
-    assert "no C++ compiler" in str(compiled.missing())
+    assert compiled.missing() == "no C++ compiler was found: there is no no-such-compiler, which CXX names"
+
+
+def test_a_compiler_may_come_with_arguments(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env LANG=C c++")
+    assert compiled.missing() is None
+
+
+def test_a_compiler_that_cannot_be_read_is_no_error(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "c++ '-O2")
+    assert compiled.missing() == "CXX=c++ '-O2 cannot be read: No closing quotation"
 
 
 def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -296,25 +297,54 @@ def _compiled() -> Path:
     capability = torch.backends.cpu.get_cpu_capability()
     if sys.platform != "linux" or capability not in ("AVX2", "AVX512"):
         raise RuntimeError("they are for Linux on processors with AVX2")
-    named = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, (named,) if named else COMPILERS)), None)
-    if compiler is None:
-        raise RuntimeError("no C++ compiler such as g++ was found")
+    compiler = _compiler()
     flags = FLAGS if capability == "AVX512" else (*FLAGS, WITHOUT_AVX512)
     folder = _own_folder()
     path = folder / f"kernels-{_identity(compiler, flags)}.so"
     if not path.exists():
         made = folder / f".{path.name}.{os.getpid()}.tmp"
         try:
-            command = [compiler, *flags, str(SOURCE), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+            done = _run([*compiler, *flags, str(SOURCE), "-o", str(made)])
             if done.returncode != 0:
                 first = (done.stderr.strip() or "no message").splitlines()[0]
-                raise RuntimeError(f"{Path(compiler).name} cannot compile them: {first}")
+                raise RuntimeError(f"{Path(compiler[0]).name} cannot compile them: {first}")
             made.replace(path)
         finally:
             made.unlink(missing_ok=True)
     return path
+
+
+def _compiler() -> list[str]:
+    """The command of a C++ compiler: `CXX`, which may hold arguments too, as in "ccache g++", or one of `COMPILERS`.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    named = os.environ.get("CXX", "").strip()
+    try:
+        wanted = [shlex.split(named)] if named else [[name] for name in COMPILERS]
+    except ValueError as error:
+        raise RuntimeError(f"CXX={named} cannot be read: {error}") from error
+    for name, *arguments in wanted:
+        found = shutil.which(name)
+        if found is not None:
+            return [found, *arguments]
+    if named:
+        raise RuntimeError(f"no C++ compiler was found: there is no {named}, which CXX names")
+    raise RuntimeError("no C++ compiler such as g++ was found")
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """What a command says, whatever the encoding of its words."""
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=LONGEST,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def _own_folder() -> Path:
@@ -332,14 +362,15 @@ def _own_folder() -> Path:
     return folder
 
 
-def _identity(compiler: str, flags: tuple[str, ...]) -> str:
+def _identity(compiler: Sequence[str], flags: tuple[str, ...]) -> str:
     """Of everything that the library depends on."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=LONGEST, check=True)
+    version = _run([*compiler, "--version"])
+    version.check_returncode()
     info = Path("/proc/cpuinfo")
     processor = next(
         (line for line in info.read_text(errors="replace").splitlines() if line.startswith("flags")), platform.machine()
     )
-    parts = (SOURCE.read_bytes(), version.stdout.encode(), repr(flags).encode(), processor.encode())
+    parts = (SOURCE.read_bytes(), version.stdout.encode(), repr((*compiler[1:], *flags)).encode(), processor.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -356,10 +356,11 @@ void multiply_all(const float* left, int64_t left_row, const float* weights, int
     (pairs ? multiply<2> : multiply<1>)(left, left_row, weights + k * in, in, to + k, to_row, rows);
 }
 
-// How many of `all` tiles or pixels a thread takes at a time, where each takes so many bytes of its buffer.
+// How many of `all` tiles or pixels a thread takes at a time, at least one block, where each takes so many bytes of its
+// buffer.
 int64_t at_a_time(int64_t all, int64_t each, int64_t weights, int threads) {
   const int64_t most = std::max(BUFFER / each, weights > LARGE ? FEWEST_LARGE : FEWEST);
-  return whole_blocks(std::min(most, (all + threads - 1) / threads));
+  return whole_blocks(std::max<int64_t>(1, std::min(most, (all + threads - 1) / threads)));
 }
 
 template <class Scheme>
