@@ -186,6 +186,8 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (PGDAT(steps=2), (WAT(),)),
     (RSLAD(steps=2), (ABSLD(), FairARD())),
     (ARD(steps=2, alpha=0.5), (FairARD(), FriendlyAT(tau=1))),
+    (Standard(), (LogitAdjustment(), LfF(), EMA())),
+    (PGDAT(steps=2), (ClassBalanced(kind="focal"),)),
 ]
 
 
