@@ -151,7 +151,7 @@ def test_a_run_of_stages_that_is_killed_goes_on_to_the_same_end(
 ) -> None:
     """Killed in the middle of whatever it does, several times, at moments that the clock chooses."""
     recipe(tmp_path, ALL)
-    src = str(Path(__file__).parents[1] / "src")
+    src = str(Path(__file__).parents[2] / "src")
     env = {**os.environ, "PYTHONPATH": src, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     base = [sys.executable, "-m", "robustfair.cli", "train"]
     begun = [*base, "recipe.yaml", "--out", "run", "--quiet"]
