@@ -7,7 +7,7 @@ import pytest
 from reference.commands import Command
 from robustfair.report.listing import listing
 
-KINDS = ["recipes", "objectives", "methods", "models", "datasets", "attacks", "repairs", "edits"]
+KINDS = ["recipes", "objectives", "methods", "models", "datasets", "attacks", "repairs", "edits", "corruptions"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,12 +10,12 @@ from robustfair.report.console import say, screen
 
 
 def list_(kind: str, /, *, plugin: PluginFlag = None, json_: JsonSwitch = False) -> int:
-    """List what can be named: recipes, objectives, methods, augmentations, models, datasets, attacks, repairs or edits.
+    """List what can be named: recipes, objectives, methods, models, datasets, attacks, repairs, edits, ...
 
     Parameters
     ----------
     kind
-        One of these words.
+        One of these words, or augmentations, or corruptions.
     json_
         Print JSON.
     """
