@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from robustfair.config import build
 from robustfair.data import ImageDataset, Splits, load_dataset, split_hash
 from robustfair.data.augment.crops import Augmentation, parse_augmentation
+from robustfair.data.catalog import UNLABELLED
 from robustfair.data.edits import Edited
-from robustfair.errors import DivergedError, ModelError, RecipeError, RobustFairWarning, UnknownNameError
+from robustfair.errors import DataError, DivergedError, ModelError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.execution.device import resolve_device
 from robustfair.grammar import Term, format_value, parse_composition, parse_norm, read_path
 from robustfair.methods.base import Method
@@ -86,6 +87,11 @@ def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset 
     require_validation(recipe.validation, recipe.select)
     splits = load_dataset(recipe.data, image_size=recipe.image_size)
     train = splits.train
+    if train.class_names == (UNLABELLED,):
+        raise DataError(
+            f"{recipe.data}: its images have no labels: train on labelled ones, and add these by a stage "
+            f"'edit: pseudo-label(data={recipe.data})'"
+        )
     if recipe.limit_per_class is not None:
         train = train.limit_per_class(recipe.limit_per_class)
     if recipe.validation == 0:
