@@ -451,7 +451,7 @@ def _no_images(root: Folder) -> str:
     hint = "; name the .npz itself" if any(file.suffix == ".npz" for file in files) else ""
     return (
         f"{root.path} holds no images that can be read: expected <class>/<image> or <split>/<class>/<image>, parquet "
-        f"files, a saved data set, or the original files of CIFAR, MNIST or Tiny-ImageNet; found {found}{hint}. "
+        f"files, a saved data set, or the original files of CIFAR, MNIST, STL-10 or ImageNet; found {found}{hint}. "
         "Bring the images into one of these layouts, or store them in an .npz (images, labels)"
     )
 
