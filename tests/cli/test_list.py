@@ -10,7 +10,7 @@ import pytest
 from reference.commands import Command
 from robustfair.report.listing import listing
 
-KINDS = ["recipes", "objectives", "methods", "models", "datasets", "attacks", "repairs", "edits"]
+KINDS = ["recipes", "objectives", "methods", "models", "datasets", "attacks", "repairs", "edits", "corruptions"]
 TABLES_OF_CFA = ["table-1", "table-2", "table-3", "text-3.3"]
 
 

@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from reference.layouts import IMAGE, cells, class_label, pixels, write_images, write_parquet
 from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.catalog import CATALOG, CIFAR10_CLASSES
+from robustfair.data.corruptions.names import CORRUPTIONS, FAIR_TAT, STANDARD
 from robustfair.data.datasets import ImageDataset, Splits, load_dataset
 from robustfair.data.load import cache
 from robustfair.errors import ConfigError, DataError, RobustFairWarning, UnknownNameError
@@ -291,6 +292,36 @@ def test_cifar10_c_as_arrays(root: Path) -> None:
         load_dataset("cifar10-c/gaussian_noise/3")
 
 
+@pytest.mark.parametrize(("which", "members"), [("fair-tat", FAIR_TAT), ("all", CORRUPTIONS), ("standard", STANDARD)])
+def test_a_set_of_corruptions_follow_one_another(root: Path, which: str, members: tuple[str, ...]) -> None:
+    folder = root / "CIFAR-10-C"
+    folder.mkdir()
+    images = {name: pixels(10, size=4, seed=seed).transpose(0, 2, 3, 1) for seed, name in enumerate(CORRUPTIONS)}
+    for name, rows in images.items():
+        np.save(folder / f"{name}.npy", rows)
+    np.save(folder / "labels.npy", np.tile(np.array([3, 8], dtype=np.uint8), 5))
+    data = load_dataset(f"cifar10-c/{which}/2").test
+    expected = np.concatenate([images[name][2:4] for name in members]).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(data.images.numpy(), expected)
+    assert data.labels.tolist() == [3, 8] * len(members)
+    assert data.name == f"cifar10-c/{which}/2"
+    (folder / "spatter.npy").unlink()
+    (folder / "snow.npy").unlink()
+    with pytest.raises(DataError, match=r"cifar10-c/.*/2: .*CIFAR-10-C lacks snow\.npy"):
+        load_dataset(f"cifar10-c/{which}/2")
+
+
+def test_a_set_of_corruptions_of_a_table(root: Path) -> None:
+    names = [name for name in CORRUPTIONS for _ in range(2)]
+    columns = {"image": cells(pixels(38)), "label": [1, 2] * 19, "corruption_name": names, "corruption_level": [3] * 38}
+    features = {"image": IMAGE, "label": class_label(CIFAR10_CLASSES)}
+    write_parquet(root / "cifar10-c/data/train-00000-of-00001.parquet", columns, features)
+    for which, count in (("all", 38), ("fair_tat", 36), ("standard", 30), ("extra", 8), ("fog", 2)):
+        assert len(load_dataset(f"cifar10-c/{which}/3").test) == count
+    with pytest.raises(UnknownNameError, match="unknown part of cifar10-c/all/2 'gaussian-noise/2'"):
+        load_dataset("cifar10-c/all/2")
+
+
 def test_cifar10_c_as_a_table(root: Path) -> None:
     images = pixels(12)
     columns = {
@@ -312,7 +343,8 @@ def test_cifar10_c_as_a_table(root: Path) -> None:
 @pytest.mark.parametrize("name", ["cifar10-c", "cifar10-c/fog", "cifar10-c/fog/6", "cifar10-c/fog/3/1"])
 def test_cifar10_c_needs_a_corruption_and_a_severity(root: Path, name: str) -> None:
     with pytest.raises(
-        DataError, match=r"name a corruption and a severity of 1 to 5, as in cifar10-c/gaussian_noise/3"
+        DataError,
+        match=r"name a corruption or a set \(standard, fair-tat, extra, all\) and a severity of 1 to 5, as in cifar10",
     ):
         load_dataset(name)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustfair.data import ImageDataset, edits, load_dataset
 from robustfair.data.edits import Add, Edited, LongTail, PseudoLabel, Upweight, profile
-from robustfair.errors import ConfigError, DataError, RecipeError, RobustFairError, RobustFairWarning
+from robustfair.errors import ConfigError, DataError, ModelError, RecipeError, RobustFairError, RobustFairWarning
 
 Data = Callable[..., ImageDataset]
 
@@ -165,6 +165,21 @@ def test_images_are_labelled_by_the_model(tiny_data: Data, other: ImageDataset) 
     assert edited.labels.tolist() == [*data.labels.tolist(), *labels]
     with pytest.raises(RobustFairError, match="pseudo-label: confidence"):
         PseudoLabel(data="more", confidence=0.95)(data, answers(labels), 0)
+
+
+def test_a_teacher_of_other_classes_is_refused(tiny_data: Data, other: ImageDataset) -> None:
+    data = tiny_data((2, 2, 2, 2))
+    for edit in (PseudoLabel(data="more"), Upweight()):
+        with pytest.raises(ModelError, match=f"{edit.name}: the model before has 3 classes and tiny 4: let a stage"):
+            edit(data, answers([0] * 9), 0)
+
+
+def test_many_rows_are_taken_in_pieces(tiny_data: Data, other: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edits, "_ROWS_AT_A_TIME", 4)
+    data = tiny_data((5, 6, 7))
+    index = torch.randint(27, (50,), generator=torch.Generator().manual_seed(0))
+    found = Edited(index, torch.zeros(50, dtype=torch.int64), 27, ("more",)).apply(data)
+    assert torch.equal(found.images, torch.cat([data.images, other.images])[index])
 
 
 def test_one_edit_after_another_is_one_edit(tiny_data: Data, other: ImageDataset) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from reference.public_networks import Plain, Viewing, WritingOnImages
 from robustfair import metrics
 from robustfair.data import ImageDataset
-from robustfair.data.corruptions.generate import CORRUPTIONS, FAIR_TAT, SEVERITIES, STANDARD, corrupt
+from robustfair.data.corruptions.generate import corrupt
+from robustfair.data.corruptions.names import CORRUPTIONS, FAIR_TAT, SEVERITIES, STANDARD
 from robustfair.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from robustfair.evaluate.corruption_images import open_published
 from robustfair.evaluate.corruptions import (

@@ -11,6 +11,7 @@ from robustfair.models import build_model, create_model, describe_model
 from robustfair.registry import MODELS
 
 SMALL = {"small-cnn": 8, "resnet9": 8, "resnet18": 8, "preact-resnet18": 8, "wrn-10-1": 1, "dm-wrn-10-1": 1}
+SMALL |= {"xcit-s12-p2": 8, "xcit-s12-p16": 8}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -57,7 +58,8 @@ def test_every_registered_model_builds_with_its_own_name_and_published_width():
         with torch.device("meta"):
             model = create_model(name)
         assert model.name == name
-        assert model.width == widths.get(name, int(name.split("-")[-1]) if "wrn" in name else None)
+        published = int(name.split("-")[-1]) if "wrn" in name else 384 if "xcit" in name else None
+        assert model.width == widths.get(name, published)
 
 
 def test_any_wide_resnet_can_be_named():

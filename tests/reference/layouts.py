@@ -58,3 +58,20 @@ def write_images(root: Path, classes: Mapping[str, np.ndarray]) -> None:
         (root / name).mkdir(parents=True, exist_ok=True)
         for position, image in enumerate(images):
             picture(image).save(root / name / f"{position:03d}.png")
+
+
+def write_stl10(folder: Path, *, each: int = 1, unlabelled: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """STL-10's binary version, columns first and labels from 1: `each` images a class to train on, two to test on.
+
+    Returns:
+        The labelled images, the two last; those without labels.
+    """
+    folder.mkdir(parents=True)
+    images, rest = pixels(10 * each + 2, size=96), pixels(unlabelled, size=96, seed=1)
+    for name, rows, labels in (("train", images[:-2], [*range(1, 11)] * each), ("test", images[-2:], [10, 3])):
+        (folder / f"{name}_X.bin").write_bytes(rows.transpose(0, 1, 3, 2).tobytes())
+        (folder / f"{name}_y.bin").write_bytes(bytes(labels))
+    (folder / "unlabeled_X.bin").write_bytes(rest.transpose(0, 1, 3, 2).tobytes())
+    (folder / "class_names.txt").write_text("\n".join(f"class {n}" for n in range(10)))
+    (folder / "fold_indices.txt").write_text("0 1\n")
+    return images, rest

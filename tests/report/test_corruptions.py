@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from robustfair.data.corruptions.generate import CORRUPTIONS, STANDARD
+from robustfair.data.corruptions.names import CORRUPTIONS, STANDARD
 from robustfair.errors import ConfigError
 from robustfair.evaluate.corruptions import CorruptionAudit
 from robustfair.report.corruptions import (

@@ -8,9 +8,10 @@ import pytest
 
 from robustfair.attacks.named import AUTOATTACK_NAMES, parse_attacks
 from robustfair.data import AUGMENTATIONS, CATALOG
+from robustfair.data.corruptions.names import CORRUPTIONS
 from robustfair.errors import UnknownNameError
 from robustfair.models import create_model
-from robustfair.registry import BUNDLES, METHODS, MODELS, OBJECTIVES, REPAIRS
+from robustfair.registry import BUNDLES, EDITS, METHODS, MODELS, OBJECTIVES, REPAIRS
 from robustfair.report.listing import listing
 from robustfair.runs.shipped import shipped_recipes, tables
 
@@ -19,10 +20,12 @@ ENTRIES: dict[str, Callable[[], list[str]]] = {
     "objectives": lambda: list(OBJECTIVES),
     "methods": lambda: [*METHODS, *BUNDLES],
     "augmentations": lambda: list(AUGMENTATIONS),
-    "models": lambda: [*MODELS, "wrn-D-W", "dm-wrn-D-W"],
+    "models": lambda: [*MODELS, "wrn-D-W", "dm-wrn-D-W", "xcit-s12-pP"],
     "datasets": lambda: sorted(CATALOG),
     "attacks": lambda: ["clean", "cw-K", "fgsm", "pgd-K", *AUTOATTACK_NAMES],
     "repairs": lambda: list(REPAIRS),
+    "edits": lambda: list(EDITS),
+    "corruptions": lambda: ["standard", "fair-tat", "extra", "all", *CORRUPTIONS],
 }
 
 
@@ -46,7 +49,10 @@ def test_kinds_in_any_spelling(word: str) -> None:
     [
         ("method", "unknown kind of entry 'method': did you mean methods"),
         ("modles", "did you mean models"),
-        ("zzz", "known: attacks, augmentations, datasets, edits, methods, models, objectives, recipes, repairs"),
+        (
+            "zzz",
+            "known: attacks, augmentations, corruptions, datasets, edits, methods, models, objectives, recipes",
+        ),
         ("", "known: attacks"),
     ],
 )
@@ -69,4 +75,5 @@ def test_attack_patterns_are_names() -> None:
 
 @pytest.mark.parametrize("name", [name for name, _ in listing("models")])
 def test_listed_models_can_be_built(name: str) -> None:
-    create_model(name.replace("D-W", "10-1"), num_classes=3, in_channels=1, width=1)
+    width = 8 if "xcit" in name else 1
+    create_model(name.replace("D-W", "10-1").replace("pP", "p4"), num_classes=3, in_channels=1, width=width)

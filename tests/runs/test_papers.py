@@ -28,7 +28,7 @@ ROWS = {name: read_table(table).row(name) for table in tables() for name in read
 PAPERS = ("cfa", "confusional-spectral", "faal-logs", "fair-tat", "hwnwb-decosam", "training-dynamics")
 UNREGISTERED: set[str] = {"bat", "csr"}
 """Words of compositions that rows name and the library does not have."""
-UNKNOWN_DATA = {"imagenet", "imagenet-lt", "office-home/real-world", "stl10/unlabelled"}
+UNKNOWN_DATA: set[str] = set()
 UNKNOWN_MODELS = {"timm:resnet50", "timm:resnext50_32x4d"}
 """What rows name and `create_model` does not build."""
 

@@ -15,9 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from reference.layouts import write_stl10
 from robustfair.data import load_dataset
 from robustfair.data.edits import Edited
-from robustfair.errors import CheckpointError, ConfigError, ModelError, RecipeError, RobustFairError, RobustFairWarning
+from robustfair.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    RecipeError,
+    RobustFairError,
+    RobustFairWarning,
+)
 from robustfair.runs.folder import RunFolder
 from robustfair.runs.load import load_target
 from robustfair.runs.recipe import Recipe, read_recipe
@@ -151,7 +160,7 @@ def test_a_run_of_stages_that_is_killed_goes_on_to_the_same_end(
 ) -> None:
     """Killed in the middle of whatever it does, several times, at moments that the clock chooses."""
     recipe(tmp_path, ALL)
-    src = str(Path(__file__).parents[1] / "src")
+    src = str(Path(__file__).parents[2] / "src")
     env = {**os.environ, "PYTHONPATH": src, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     base = [sys.executable, "-m", "robustfair.cli", "train"]
     begun = [*base, "recipe.yaml", "--out", "run", "--quiet"]
@@ -343,3 +352,39 @@ def test_what_cannot_be_done_later_is_refused_before_the_first(tmp_path: Path, s
 def test_a_flag_that_a_stage_overrides_is_said(tmp_path: Path) -> None:
     with pytest.warns(RobustFairWarning, match="stage 2 keeps its own epochs, 2"):
         recipe(tmp_path, "- train: standard\n- train: standard\n  epochs: 2\n", epochs=1)
+
+
+def test_a_teacher_labels_images_that_have_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HWNwB's setting for STL-10: a network trained on the labelled part labels the rest, then one trains on both."""
+    monkeypatch.setenv("ROBUSTFAIR_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("ROBUSTFAIR_CACHE", str(tmp_path / "cache"))
+    write_stl10(tmp_path / "data" / "stl10_binary", each=4, unlabelled=30)
+    stages = """
+- train: standard
+- edit: pseudo-label(data=stl10/unlabelled)
+- train: pgd-at
+  start: scratch
+"""
+    run_stages(recipe(tmp_path, stages, data="stl10", image_size=8), tmp_path / "run")
+    edited = Edited.read(tmp_path / "run/stages/2-edit/images.safetensors")
+    assert (edited.rows, edited.added) == (60, ("stl10/unlabelled",))
+    teacher = RunFolder(tmp_path / "run/stages/1-train").read()[0].eval()
+    rest = load_dataset("stl10/unlabelled", image_size=8).only
+    with torch.no_grad():
+        expected = teacher(rest.images / 255).argmax(1)
+    assert torch.equal(edited.labels[30:], expected)
+    assert edited.index.tolist() == list(range(60))
+
+
+def test_images_without_labels_are_neither_added_nor_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROBUSTFAIR_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("ROBUSTFAIR_CACHE", str(tmp_path / "cache"))
+    write_stl10(tmp_path / "data" / "stl10_binary", each=4, unlabelled=30)
+    given = {"data": "stl10", "image_size": 8}
+    stages = "- edit: add(data=stl10/unlabelled)\n- train: standard"
+    with pytest.raises(DataError, match="its labels would not mean the same; add images without them by pseudo-label"):
+        run_stages(recipe(tmp_path, stages, **given), tmp_path / "added")
+    with pytest.raises(DataError, match="stl10/unlabelled: its images have no labels: train on labelled ones, and add"):
+        run_stages(recipe(tmp_path, "- train: standard", **given | {"data": "stl10/unlabelled"}), tmp_path / "alone")

@@ -53,7 +53,7 @@ def corruptions(
         Print the audit as JSON.
     """
     from robustfair.cli.progress import AuditProgress
-    from robustfair.data.corruptions.generate import SEVERITIES
+    from robustfair.data.corruptions.names import SEVERITIES
     from robustfair.evaluate.request import AuditRequest, corruptions_of
     from robustfair.report.corruptions import corruption_table, summary_lines
     from robustfair.report.files import require_outputs, write_corruptions

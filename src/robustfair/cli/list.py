@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def list_(kind: str, word: str = "", /, *, plugin: PluginFlag = None, json_: JsonSwitch = False) -> int:
-    """List what can be named: recipes, objectives, methods, augmentations, models, datasets, attacks, repairs or edits.
+    """List what can be named: recipes, objectives, methods, models, datasets, attacks, repairs, edits, ...
 
     Parameters
     ----------
     kind
-        One of these words.
+        One of these words, or augmentations, or corruptions.
     word
         Only entries that have it in their names. Of recipes it also opens the tables of papers: "cfa" or "cfa/table-1"
         lists their rows with what is reported, "fawa" every row that names it.

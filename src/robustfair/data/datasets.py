@@ -19,8 +19,9 @@ from torch import Tensor
 
 from robustfair.data.load import cache
 from robustfair.data.load.decode import bytes_hint, fingerprint
+from robustfair.data.load.find import find_source
 from robustfair.data.load.parts import listed
-from robustfair.data.load.sources import Source, find_source, hold_out
+from robustfair.data.load.sources import Source, hold_out
 from robustfair.errors import ConfigError, DataError, RobustFairWarning
 from robustfair.grammar import read_path
 from robustfair.values import seeded_generator

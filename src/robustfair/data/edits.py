@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Protocol
@@ -23,11 +23,12 @@ from torch import Tensor
 from robustfair.config import Bounds, Count, Share, Whole, build, config, require
 from robustfair.data.datasets import ImageDataset, load_dataset
 from robustfair.data.load.parts import listed
-from robustfair.errors import DataError, RecipeError, RobustFairWarning
+from robustfair.errors import DataError, ModelError, RecipeError, RobustFairWarning
 from robustfair.grammar import parse_composition
 from robustfair.registry import EDITS
 from robustfair.values import seeded_generator
 
+_ROWS_AT_A_TIME = 4096
 Predict = Callable[[ImageDataset], Tensor]
 """(N, C) probabilities that the model of the stage before gives the images of a data set, on the CPU."""
 
@@ -60,8 +61,7 @@ class Edited:
             raise DataError(
                 f"{images.name}: its images changed since an edit of {self.rows:,}, there are {found:,} now"
             )
-        pixels = (torch.cat(parts) if self.added else images.images)[self.index]
-        return replace(images, images=pixels, labels=self.labels)
+        return replace(images, images=_rows_of(parts, self.index), labels=self.labels)
 
     def save(self, path: Path) -> None:
         """Write rows and labels, with what is added in the header."""
@@ -91,6 +91,17 @@ class Edited:
         own = first.index[self.index.clamp(max=left - 1)]
         index = torch.where(self.index < left, own, first.rows + self.index - left)
         return Edited(index, self.labels, first.rows + self.rows - left, first.added + self.added)
+
+
+def _rows_of(parts: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Rows `index` of images that follow one another in `parts`, which are never put together: they may be large."""
+    found = torch.empty((len(index), *parts[0].shape[1:]), dtype=parts[0].dtype)
+    first = 0
+    for part in parts:
+        for rows in torch.nonzero((index >= first) & (index < first + len(part))).squeeze(1).split(_ROWS_AT_A_TIME):
+            found[rows] = part[index[rows] - first]
+        first += len(part)
+    return found
 
 
 class Edit(Protocol):
@@ -210,7 +221,7 @@ class Upweight:
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
         labels = images.labels.cpu()
-        wrong = (predict(images).argmax(1) != labels).nonzero().squeeze(1)
+        wrong = (_answers(self.name, predict(images), images).argmax(1) != labels).nonzero().squeeze(1)
         copies = self.times - (self.count == "paper")
         index = torch.cat([torch.arange(len(labels)), wrong.repeat(copies)])
         return Edited(index, labels[index], len(images))
@@ -249,7 +260,10 @@ class Add:
 @EDITS.register("pseudo-label")
 @config
 class PseudoLabel:
-    """Train on the images of another source too, labelled by the model before.
+    """Train on the images of another source too, labelled by the model before: by its most probable class.
+
+    STL-10's 100,000 images without labels are `stl10/unlabelled`; HWNwB's table 3 trains on them beside the labelled
+    ones, labelled by a teacher that was trained on these.
 
     Attributes:
         data: name or path, as `--data` takes it; its own labels are not read.
@@ -263,12 +277,26 @@ class PseudoLabel:
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
         more = source_images(self.data, images)
-        sure, labels = predict(more).max(1)
+        sure, labels = _answers(self.name, predict(more), images).max(1)
         rows = (sure >= self.confidence).nonzero().squeeze(1)
         require(len(rows) > 0, self.name, "confidence", allowed="reached by an image", got=self.confidence)
         index = torch.cat([torch.arange(len(images)), len(images) + rows])
         labels = torch.cat([images.labels.cpu(), labels[rows]])
         return Edited(index, labels, len(images) + len(more), (self.data,))
+
+
+def _answers(owner: str, probabilities: Tensor, images: ImageDataset) -> Tensor:
+    """(N, C) probabilities, one a class of `images`.
+
+    Raises:
+        ModelError: the model has other classes.
+    """
+    if probabilities.shape[1] != images.num_classes:
+        raise ModelError(
+            f"{owner}: the model before has {probabilities.shape[1]} classes and {images.name} {images.num_classes}: "
+            "let a stage train one on these images before it"
+        )
+    return probabilities
 
 
 def source_images(name: str, images: ImageDataset) -> ImageDataset:

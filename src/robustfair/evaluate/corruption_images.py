@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from robustfair.data import ImageDataset
-from robustfair.data.corruptions.generate import SEVERITIES, corrupt
+from robustfair.data.corruptions.generate import corrupt
+from robustfair.data.corruptions.names import SEVERITIES
 from robustfair.errors import DataError
 from robustfair.grammar import canonical_key, read_path
 

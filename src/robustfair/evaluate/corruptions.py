@@ -22,16 +22,8 @@ from robustfair import metrics
 from robustfair.attacks.predict import predict
 from robustfair.config import require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.data.corruptions.generate import (
-    CORRUPTIONS,
-    EXTRA,
-    FAIR_TAT,
-    SEVERITIES,
-    STANDARD,
-    frost_source,
-    parameter_scale,
-    parse_corruption,
-)
+from robustfair.data.corruptions.generate import frost_source, parameter_scale, parse_corruption
+from robustfair.data.corruptions.names import ALL, CORRUPTIONS, SETS, SEVERITIES
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
 from robustfair.evaluate.corruption_images import Generated, Images, open_published
 from robustfair.evaluate.files import paths, read_pair
@@ -49,9 +41,6 @@ from robustfair.models.modes import attacking
 from robustfair.runs.folder import versions
 
 SCHEMA = "robustfair.corruptions/1"
-ALL = "all"
-SETS: Mapping[str, tuple[str, ...]] = {"standard": STANDARD, "fair_tat": FAIR_TAT, "extra": EXTRA, ALL: CORRUPTIONS}
-"""Names for several corruptions at once. In an audit of some corruptions, "all" is all of those."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

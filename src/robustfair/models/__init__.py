@@ -8,6 +8,7 @@ from robustfair.models.networks.resnet9 import ResNet9
 from robustfair.models.networks.resnet18 import ResNet18
 from robustfair.models.networks.small_cnn import SmallCNN
 from robustfair.models.networks.wide_resnet import WideResNet
+from robustfair.models.networks.xcit import XCiT
 from robustfair.models.normalise import Normalise, Normalised
 from robustfair.models.weights import LoadReport, load_weights, read_weight_file
 
@@ -23,6 +24,7 @@ __all__ = [
     "ResNet18",
     "SmallCNN",
     "WideResNet",
+    "XCiT",
     "build_model",
     "check_outputs",
     "create_model",

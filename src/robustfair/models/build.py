@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from robustfair.errors import ModelError
 from robustfair.models.head import unwrap
 from robustfair.models.networks.dm_wide_resnet import dm_wide_resnet_factory
 from robustfair.models.networks.wide_resnet import wide_resnet_factory
+from robustfair.models.networks.xcit import xcit_factory
 from robustfair.models.normalise import Normalisation, Normalise, named_statistics
 from robustfair.registry import MODELS
 
@@ -28,10 +29,12 @@ def create_model(
     """A network with fresh weights (drawn from torch's global generator), taking images in [0, 1] of any size from 8x8.
 
     Args:
-        name: an entry of the model registry, or `wrn-DEPTH-WIDTH` or `dm-wrn-DEPTH-WIDTH` for any depth 6 n + 4.
+        name: an entry of the model registry, or `wrn-DEPTH-WIDTH` or `dm-wrn-DEPTH-WIDTH` for any depth 6 n + 4, or
+            `xcit-s12-pP` for a patch embedding of stride P.
         num_classes: outputs C.
         in_channels: channels of an image, 1 for grey.
-        width: channels of the first convolution, for a `wrn` the factor on its base of 16; None is the published one.
+        width: channels of the first convolution, for a `wrn` the factor on its base of 16, for `xcit` the channels of a
+            token; None is the published one.
         normalise: input statistics inside the model. "auto" is the model's own choice, "cifar10" for most with three
             channels and 0.5, 0.5 for others; "none" passes pixels through, as TRADES and WAT train; see
             `named_statistics`.
@@ -43,7 +46,9 @@ def create_model(
     >>> create_model("small-cnn", in_channels=1, width=8).head
     Linear(in_features=32, out_features=10, bias=True)
     """
-    factory = wide_resnet_factory(name) or dm_wide_resnet_factory(name) or MODELS.get(name)
+    factory: Callable[..., nn.Module] = (
+        wide_resnet_factory(name) or dm_wide_resnet_factory(name) or xcit_factory(name) or MODELS.get(name)
+    )
     mean, std = named_statistics(normalise, in_channels) or (None, None)
     sizes = {} if width is None else {"width": width}
     return factory(num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **sizes)

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from markupsafe import Markup
 
-from robustfair.evaluate.corruptions import ALL, SETS, CorruptionAudit
+from robustfair.data.corruptions.names import ALL, SETS
+from robustfair.evaluate.corruptions import CorruptionAudit
 from robustfair.evaluate.rates import WorstClass
 from robustfair.evaluate.result import CLEAN
 from robustfair.files import write_text

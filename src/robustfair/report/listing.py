@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from robustfair.attacks.named import list_attacks
 from robustfair.data import AUGMENTATIONS, CATALOG
+from robustfair.data.corruptions.names import CORRUPTIONS, SETS
 from robustfair.errors import UnknownNameError
 from robustfair.registry import BUNDLES, EDITS, METHODS, MODELS, OBJECTIVES, REPAIRS, Registry, canonical
 from robustfair.report.explain import summary
@@ -16,7 +17,7 @@ def listing(kind: str, word: str = "") -> list[tuple[str, str]]:
     """(name, what it is) of every entry.
 
     Args:
-        kind: recipes, objectives, methods, augmentations, models, datasets, attacks, repairs or edits.
+        kind: recipes, objectives, methods, augmentations, models, datasets, attacks, repairs, edits or corruptions.
         word: only entries with it in their name; of recipes it opens tables, see `report.recipes`.
 
     Raises:
@@ -32,6 +33,7 @@ def listing(kind: str, word: str = "") -> list[tuple[str, str]]:
         "attacks": list_attacks,
         "repairs": lambda: _registered(REPAIRS),
         "edits": lambda: _registered(EDITS),
+        "corruptions": _corruptions,
     }
     if canonical(kind) not in kinds:
         raise UnknownNameError("kind of entry", kind, kinds)
@@ -53,6 +55,22 @@ def _models() -> list[tuple[str, str]]:
         *_registered(MODELS),
         ("wrn-D-W", "WideResNet of depth D = 6 n + 4 and width W"),
         ("dm-wrn-D-W", "DeepMind's WideResNet with SiLU, of depth D = 6 n + 4 and width W"),
+        ("xcit-s12-pP", "XCiT-S12 with a patch embedding of stride P = 1, 2, 4, 8 or 16; xcit-s12 is xcit-s12-p2"),
+    ]
+
+
+def _corruptions() -> list[tuple[str, str]]:
+    """The sets, then each corruption with the sets that hold it."""
+    sets = {canonical(name): members for name, members in SETS.items()}
+    about = {
+        "standard": "of the benchmark",
+        "fair-tat": "of FAIR-TAT's tables, all but glass_blur",
+        "extra": "that the benchmark has beside the standard ones",
+        "all": "there are",
+    }
+    return [(name, f"the {len(members)} {about[name]}") for name, members in sets.items()] + [
+        (name, f"of the sets {', '.join(each for each, members in sets.items() if name in members)}")
+        for name in CORRUPTIONS
     ]
 
 

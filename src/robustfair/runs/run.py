@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from robustfair.config import build
 from robustfair.data import ImageDataset, Splits, evaluation_batches, load_dataset, split_hash
 from robustfair.data.augment.crops import Augmentation, parse_augmentation
+from robustfair.data.catalog import UNLABELLED
 from robustfair.data.edits import Edit, Edited, edit, read_edit
 from robustfair.errors import (
     CheckpointError,
+    DataError,
     DivergedError,
     ModelError,
     RecipeError,
@@ -111,6 +113,11 @@ def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset 
     require_validation(recipe.validation, recipe.select)
     splits = load_dataset(recipe.data, image_size=recipe.image_size)
     train = splits.train
+    if train.class_names == (UNLABELLED,):
+        raise DataError(
+            f"{recipe.data}: its images have no labels: train on labelled ones, and add these by a stage "
+            f"'edit: pseudo-label(data={recipe.data})'"
+        )
     if recipe.limit_per_class is not None:
         train = train.limit_per_class(recipe.limit_per_class)
     kept, held = (None, None) if recipe.validation == 0 else held_out(train.labels, recipe.validation)

@@ -200,13 +200,13 @@ def _edit(recipe: Recipe, number: int, place: RunFolder, model: RunFolder | None
     given = kept if before is None else before.apply(kept)
     found = edit(given, _asks(model, recipe.device), int(stage.keys.get("seed", recipe.seed)))
     whole = found if before is None else found.after(before)
-    edited = whole.apply(kept)
-    counts = {"before": given.class_counts().tolist(), "after": edited.class_counts().tolist()}
+    after = torch.bincount(found.labels, minlength=given.num_classes)
+    counts = {"before": given.class_counts().tolist(), "after": after.tolist()}
     about = {"edit": stage.what, "images_per_class": counts}
     with place.owned(), place.filling(environment() | about | {"status": "complete"}) as new:
         write_text(new.recipe, recipe.up_to(number).to_yaml())
         whole.save(new.images)
-    return f"{stage.what}: {len(given):,} images became {len(edited):,}, by class {counts['after']}"
+    return f"{stage.what}: {len(given):,} images became {len(found.labels):,}, by class {counts['after']}"
 
 
 def _asks(model: RunFolder | None, device: str) -> Predict:

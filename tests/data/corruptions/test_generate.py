@@ -18,13 +18,8 @@ from reference import corruptions as reference
 from robustfair.data.corruptions import generate as corruptions
 from robustfair.data.corruptions.filters import height_map, zoom, zoom_grid
 from robustfair.data.corruptions.generate import (
-    CORRUPTIONS,
-    EXTRA,
-    FAIR_TAT,
     MUD,
     PARAMETERS,
-    SEVERITIES,
-    STANDARD,
     WATER,
     Draws,
     corrupt,
@@ -32,6 +27,7 @@ from robustfair.data.corruptions.generate import (
     parameter_scale,
     parse_corruption,
 )
+from robustfair.data.corruptions.names import CORRUPTIONS, EXTRA, FAIR_TAT, SEVERITIES, STANDARD
 from robustfair.errors import ConfigError, DataError, UnknownNameError
 from robustfair.values import seeded_generator
 

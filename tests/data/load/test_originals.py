@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reference.layouts import IMAGE, cells, class_label, pixels, write_images, write_parquet
+from reference.layouts import IMAGE, cells, class_label, pixels, write_images, write_parquet, write_stl10
 from robustfair.data.catalog import CIFAR10_CLASSES
 from robustfair.data.datasets import load_dataset
 from robustfair.data.load.originals import load_pickle
-from robustfair.errors import DataError
+from robustfair.errors import DataError, UnknownNameError
 
 IMAGES = pixels(12, size=32)
 LABELS = [label % 10 for label in range(12)]
@@ -167,6 +167,57 @@ def test_two_layouts_in_one_folder_are_refused(root: Path) -> None:
         (root / "cifar10" / f"{name}.bin").write_bytes(records.tobytes())
     with pytest.raises(DataError, match=r"holds the original files of several data sets .*: name the folder of one"):
         load_dataset("cifar10")
+
+
+# STL-10
+
+
+@pytest.mark.parametrize("folder", ["stl10_binary", "stl10/stl10_binary", "stl10"])
+def test_stl10_binary_version(root: Path, folder: str) -> None:
+    images, rest = write_stl10(root / folder)
+    for _ in range(2):
+        data = load_dataset("stl10")
+        np.testing.assert_array_equal(data.train.images.numpy(), images[:10])
+        np.testing.assert_array_equal(data.test.images.numpy(), images[10:])
+        assert (data.train.labels.tolist(), data.test.labels.tolist()) == (list(range(10)), [9, 2])
+        assert data.train.class_names[9] == "class 9"
+        assert data.notes == (
+            "read as the binary version of STL-10",
+            "left out: unlabeled_X.bin (its images have no labels)",
+        )
+        unlabelled = load_dataset("stl10/unlabelled")
+        np.testing.assert_array_equal(unlabelled.only.images.numpy(), rest)
+        assert unlabelled.counts == ("stl10/unlabelled, train part: 3 images of 1 class (3 each)",)
+        assert (unlabelled.train.class_names, unlabelled.notes) == (("unlabelled",), ())
+    assert load_dataset("stl10/unlabelled", image_size=32).train.images.shape == (3, 3, 32, 32)
+
+
+def test_stl10_that_is_not_whole(root: Path) -> None:
+    with pytest.raises(DataError, match=r"no folder of it: expected stl10_binary/unlabeled_X\.bin"):
+        load_dataset("stl10/unlabelled")
+    write_stl10(root / "stl10")
+    for name, damage, message in (
+        ("unlabeled_X.bin", b"x" * 100, r"unlabeled_X\.bin is cut: 100 bytes are no multiple of 27648"),
+        ("train_X.bin", b"", r"train_X\.bin is cut: 0 bytes"),
+        ("test_y.bin", b"\x01", r"test_X\.bin holds 2 images and test_y\.bin 1 labels"),
+        ("test_y.bin", b"\x01\x00", r"stl10: labels outside the range 0 to 9, the first is -1 at index 1"),
+    ):
+        whole = (root / "stl10" / name).read_bytes()
+        (root / "stl10" / name).write_bytes(damage)
+        with pytest.raises(DataError, match=message):
+            load_dataset("stl10/unlabelled" if name.startswith("un") else "stl10")
+        (root / "stl10" / name).write_bytes(whole)
+    (root / "stl10" / "test_y.bin").unlink()
+    with pytest.raises(DataError, match=r"is not the whole of the binary version of STL-10: test_y\.bin missing"):
+        load_dataset("stl10")
+    (root / "stl10" / "unlabeled_X.bin").unlink()
+    with pytest.raises(DataError, match=r"stl10 holds no unlabeled_X\.bin: expected stl10_binary/unlabeled_X\.bin"):
+        load_dataset("stl10/unlabelled")
+
+
+def test_the_name_has_one_spelling(root: Path) -> None:
+    with pytest.raises(UnknownNameError, match="unknown data set 'stl10/unlabeled': did you mean stl10/unlabelled"):
+        load_dataset("stl10/unlabeled")
 
 
 # Pickles

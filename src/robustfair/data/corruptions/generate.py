@@ -47,6 +47,7 @@ from robustfair.data.corruptions.filters import (
     zoom,
     zoom_grid,
 )
+from robustfair.data.corruptions.names import CORRUPTIONS, SEVERITIES
 from robustfair.errors import DataError, UnknownNameError
 from robustfair.grammar import canonical_key, read_path
 from robustfair.values import seeded_generator
@@ -55,30 +56,6 @@ Scale = Literal["cifar", "imagenet"]
 ScaleChoice = Literal["auto", "cifar", "imagenet"]
 Row = tuple[float, ...]
 """The parameters of one severity."""
-
-STANDARD = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
-"""The 15 of the standard benchmark, over which mean corruption errors are taken."""
-EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-CORRUPTIONS = STANDARD + EXTRA
-FAIR_TAT = tuple(name for name in CORRUPTIONS if name != "glass_blur")
-"""The 18 of FAIR-TAT's tables."""
-SEVERITIES = (1, 2, 3, 4, 5)
 
 SMALL_SIDE = 64
 """Images up to this side take the CIFAR parameters, larger ones those of ImageNet."""

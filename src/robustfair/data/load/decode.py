@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from robustfair.data.load.memory import require_memory
 from robustfair.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,12 +52,41 @@ class Picture(NamedTuple):
     content: bytes | Path
 
 
+def decode_parts(
+    owner: str,
+    parts: Mapping[str, tuple[Iterable[Sequence[Picture]], int]],
+    image_size: int | None,
+    converted: Counter[str],
+) -> dict[str, np.ndarray]:
+    """Decode the pictures of every part, with one (C, H, W); what all of them take is checked at the first.
+
+    Args:
+        parts: part -> its pictures in batches, and how many they are.
+        converted: counts the pictures of every kind whose pixels are not kept as they are stored.
+
+    Returns:
+        Part -> uint8 (N, C, H, W).
+
+    Raises:
+        DataError: as `decode_pictures`; a part is empty, or the parts differ in height or width; or they do not fit in
+            memory.
+    """
+    left = sum(count for _, count in parts.values())
+    images = {}
+    for part, (batches, count) in parts.items():
+        images[part] = decode_pictures(owner, batches, count, image_size, converted, left=left)
+        left -= count
+    return share_shape(owner, images)
+
+
 def decode_pictures(
     owner: str,
     batches: Iterable[Sequence[Picture]],
     count: int,
     image_size: int | None,
     converted: Counter[str] | None = None,
+    *,
+    left: int | None = None,
 ) -> np.ndarray:
     """Decode `count` pictures.
 
@@ -64,14 +94,16 @@ def decode_pictures(
 
     Args:
         converted: counts the pictures of every kind whose pixels are not kept as they are stored.
+        left: how many pictures will be held beside what is held now, where these are not all.
 
     Returns:
         uint8 (count, C, H, W).
 
     Raises:
-        DataError: a picture cannot be decoded, or differs in size from the first and `image_size` is None.
+        DataError: a picture cannot be decoded, or differs in size from the first and `image_size` is None; or there is
+            no memory for all of them.
     """
-    canvas = _Canvas(owner, count)
+    canvas = _Canvas(owner, count, count if left is None else left)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for batch in batches:
             pixels = pool.map(lambda picture: _decode(picture, image_size), batch)
@@ -192,8 +224,8 @@ def fingerprint(images: np.ndarray, labels: np.ndarray, class_names: Sequence[st
 class _Canvas:
     """The array under construction: allocated at the first picture, widened once should colour follow grey."""
 
-    def __init__(self, owner: str, count: int) -> None:
-        self._owner, self._count, self._filled = owner, count, 0
+    def __init__(self, owner: str, count: int, left: int) -> None:
+        self._owner, self._count, self._left, self._filled = owner, count, left, 0
         self._grey = 0
         self.images = np.empty((0, 1, 0, 0), dtype=np.uint8)
 
@@ -205,6 +237,7 @@ class _Canvas:
     def add(self, where: str, array: np.ndarray) -> None:
         """Append one picture, uint8 (C, H, W)."""
         if self._filled == 0:
+            require_memory(self._owner, self._left, array.shape)
             self.images = np.empty((self._count, *array.shape), dtype=np.uint8)
         if array.shape[1:] != self.images.shape[2:]:
             got, first = (f"{height}x{width}" for height, width in (array.shape[1:], self.images.shape[2:]))

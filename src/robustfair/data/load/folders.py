@@ -6,11 +6,13 @@ A folder whose names can be read in two ways is refused with both; `class_names.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from robustfair.data.load.ground_truth import META, GroundTruth, read_ground_truth
 from robustfair.data.load.parts import as_parts, by_role, is_role, listed, role_of, text_order
 from robustfair.errors import DataError
 
@@ -56,6 +58,14 @@ class Folder:
     def all_pictures(self) -> list[Path]:
         """Image files in it and below, sorted."""
         return sorted(file for folder in self.walk() for file in folder.pictures)
+
+    def by_name(self) -> dict[str, Path]:
+        """The files in it and below that are no images, the topmost of each name."""
+        found: dict[str, Path] = {}
+        for folder in self.walk():
+            for file in folder.others:
+                found.setdefault(file.name, file)
+        return found
 
     def with_pictures(self) -> dict[str, Folder]:
         """The folders in it that hold an image somewhere."""
@@ -114,20 +124,37 @@ def _key(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def list_images(owner: str, root: Folder, single: str | None) -> Listing:
+def list_images(
+    owner: str,
+    root: Folder,
+    single: str | None,
+    *,
+    layout: str = "",
+    given: Sequence[str] = (),
+    domains: Sequence[str] = (),
+    known_domains: Sequence[str] = (),
+) -> Listing:
     """Classes and parts of an image folder.
 
     `root/<class>/...` or `root/<split>/<class>/...`; one folder around all is entered, and the images below a class
-    folder are of that class. A test part without class folders, or with one that is no class, has no labels.
+    folder are of that class. A test part without class folders, or with one that is no class, has no labels, unless a
+    file that authors of benchmarks ship tells them.
 
     Args:
         single: the part that a source without splits is.
+        layout: what a named data set is expected to hold; its images to test on must have labels.
+        given: the classes that are meant, in their order; those of all folders if empty.
+        domains: folders that hold class folders and are read together; a source without them if empty.
+        known_domains: names that such folders can have.
 
     Raises:
-        DataError: there are no images in class folders; or the names can mean two things.
+        DataError: there are no images in class folders; or the names can mean two things; or a domain is missing.
     """
-    reader = _Reader(owner, root)
-    parts = reader.parts(single)
+    reader = _Reader(owner, root, layout=layout, given=tuple(given))
+    if known_domains and (held := _domain_folders(owner, root, domains, known_domains, layout)):
+        parts = {single or "train": reader.classes("", held)}
+    else:
+        parts = reader.parts(single)
     chosen = reader.chosen
     names = list(chosen) if chosen else sorted({name for classes in parts.values() for name in classes})
     for part, classes in parts.items():
@@ -141,8 +168,9 @@ def list_images(owner: str, root: Folder, single: str | None) -> Listing:
         for part, classes in parts.items()
     }
     used = {file for rows in files.values() for _, file in rows}
-    read = {CLASS_NAMES, ANNOTATIONS} if chosen else {ANNOTATIONS}
-    notes = [*reader.notes, *_notes_on_classes(root, names, bool(chosen)), *_left_out(root, used, read)]
+    read = {ANNOTATIONS, *([CLASS_NAMES] if chosen else []), *([reader.truth.file.name, META] if reader.truth else [])}
+    own = bool(chosen) and not given
+    notes = [*reader.notes, *_notes_on_classes(root, names, own), *_left_out(root, used, read)]
     return Listing(class_names=tuple(names), files=files, notes=tuple(notes))
 
 
@@ -156,8 +184,14 @@ class _Reader:
 
     owner: str
     root: Folder
+    layout: str = ""
+    given: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
+    truth: GroundTruth | None = None
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.truth = read_ground_truth(self.owner, self.root.by_name())
 
     def parts(self, single: str | None) -> dict[str, Classes]:
         """Part -> its classes."""
@@ -165,13 +199,15 @@ class _Reader:
         top = self.root if self.chosen else self._entered(self.root)
         if top is not self.root:
             self.chosen = _class_names(top)
+        self.chosen = self.given or self.chosen
         held = top.with_pictures()
         splits = {name: folder for name, folder in held.items() if role_of(name) and self._is_split(folder)}
         if not set(splits).isdisjoint(self.chosen):
             splits = {}
+        self._require_labels(top, held, splits)
         if not splits:
             self._require_classes(top, held)
-            return {single or "train": self._classes("", [top])}
+            return {single or "train": self.classes("", [top])}
         rest = [name for name in held if name not in splits]
         flat = [name for name in rest if role_of(name)]
         doubtful = [name for name in splits if not is_role(name)]
@@ -189,7 +225,7 @@ class _Reader:
         entered = {
             role: [self._entered(folder, in_part=True) for folder in folders] for role, folders in pieces.items()
         }
-        classes = {role: self._classes(role, folders) for role, folders in entered.items()}
+        classes = {role: self.classes(role, folders) for role, folders in entered.items()}
         known = set().union(*(names for role, names in classes.items() if role != "test"))
         test = classes.get("test", {})
         unlabelled = {"test"} if known and len(test) <= 1 and known.isdisjoint(test) else set()
@@ -201,12 +237,33 @@ class _Reader:
         return found
 
     def _is_split(self, folder: Folder) -> bool:
-        return bool(folder.with_pictures()) or any(file.name == ANNOTATIONS for file in folder.others)
+        annotated = any(file.name == ANNOTATIONS for file in folder.others)
+        return bool(folder.with_pictures()) or annotated or self._annotation(folder) is not None
+
+    def _annotation(self, folder: Folder) -> Path | None:
+        """The file that names the class of every image of a part, unless its images lie in class folders since."""
+        held = set(folder.with_pictures())
+        file = next((file for file in folder.others if file.name == ANNOTATIONS), None)
+        if file is not None and held <= {"images"}:
+            return file
+        if self.truth is None or held or not folder.pictures:
+            return None
+        return self.truth.file if folder.pictures[0].stem in self.truth.classes else None
+
+    def _require_labels(self, top: Folder, held: Mapping[str, Folder], splits: Mapping[str, Folder]) -> None:
+        """Refuse a named data set whose images to test on are there, and nothing that tells their classes."""
+        flat = [name for name in held if role_of(name) and name not in splits and name not in self.chosen]
+        tested = [name for name in splits if role_of(name) != "train"]
+        if self.layout and flat and not tested:
+            raise DataError(
+                f"{self.owner}: the images of {listed(flat)} in {top.path} lie in no class folder, and no file tells "
+                f"their classes: expected {self.layout}"
+            )
 
     def _entered(self, folder: Folder, *, in_part: bool = False) -> Folder:
         """The folder that holds parts or classes: below folders that hold nothing but one folder around all."""
         held = folder.with_pictures()
-        if folder.pictures or len(held) != 1 or _annotated(folder):
+        if folder.pictures or len(held) != 1 or self._annotation(folder):
             return folder
         ((name, inner),) = held.items()
         if is_role(name) and self._is_split(inner) and not in_part:
@@ -247,7 +304,7 @@ class _Reader:
     def _choice(self, names: Sequence[str]) -> str:
         return f"For the second list the class names, a line each ({listed(names)}), in {self.root.path / CLASS_NAMES}"
 
-    def _classes(self, role: str, folders: Sequence[Folder]) -> Classes:
+    def classes(self, role: str, folders: Sequence[Folder]) -> Classes:
         """Class name -> images of one part, which may lie in several folders."""
         found: Classes = {}
         seen: dict[tuple[int, int], Path] = {}
@@ -259,9 +316,9 @@ class _Reader:
                         "count twice. Remove one of the two"
                     )
                 seen[inner.key] = inner.path
-            if annotated := _annotated(folder):
-                self.notes.append(f"the classes of the {role} part are those in {ANNOTATIONS}")
-                pieces = _read_annotations(annotated, folder)
+            if annotated := self._annotation(folder):
+                self.notes.append(f"the classes of the {role} part are those in {annotated.name}")
+                pieces = self._annotated(role, annotated, folder)
             elif self.chosen:
                 pieces = _by_chosen(folder, self.chosen)
             else:
@@ -272,6 +329,17 @@ class _Reader:
             if not self.chosen and not annotated:
                 self._note_nested(folder)
         return found
+
+    def _annotated(self, role: str, file: Path, folder: Folder) -> Classes:
+        """The images of a part by the classes that a file names; of all classes, those that are meant."""
+        if self.truth is not None and file == self.truth.file:
+            pieces, missing = _by_ground_truth(self.truth, folder)
+            if missing:
+                total = len(self.truth.classes)
+                self.notes.append(f"the {role} part is not whole: {missing:,} of its {total:,} images are missing")
+        else:
+            pieces = _read_annotations(file, folder)
+        return {name: files for name, files in pieces.items() if not self.chosen or name in self.chosen}
 
     def _require_readable(self, folder: Folder) -> None:
         for name, inner in folder.folders.items():
@@ -289,10 +357,47 @@ class _Reader:
             self.notes.append(f"images in sub-folders count for the class folder above: {listed(several)}")
 
 
-def _annotated(folder: Folder) -> Path | None:
-    """The file that names the class of every image of a part, unless its images lie in class folders since."""
-    file = next((file for file in folder.others if file.name == ANNOTATIONS), None)
-    return file if set(folder.with_pictures()) <= {"images"} else None
+def _domain_folders(
+    owner: str, root: Folder, domains: Sequence[str], known: Sequence[str], layout: str
+) -> list[Folder] | None:
+    """The folders of these domains, however their names are spaced; None where no folder bears the name of any.
+
+    Raises:
+        DataError: some domains have a folder, and one of these has none; or one of them alone is asked for.
+    """
+    for folder in root.walk():
+        held = {_plain(name): inner for name, inner in folder.with_pictures().items()}
+        if held.keys().isdisjoint(map(_plain, known)):
+            continue
+        missing = [domain for domain in domains if _plain(domain) not in held]
+        if missing:
+            raise DataError(
+                f"{owner}: {folder.path} lacks {listed(missing)}, it has {listed(list(folder.with_pictures()))}: "
+                f"expected {layout}"
+            )
+        return [held[_plain(domain)] for domain in domains]
+    if len(domains) < len(known):
+        raise DataError(f"{owner}: {root.path} holds no folder {listed(domains)}: expected {layout}")
+    return None
+
+
+def _plain(name: str) -> str:
+    """A name without what is neither letter nor digit: "Real World", "real_world" and "RealWorld" are one."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _by_ground_truth(truth: GroundTruth, folder: Folder) -> tuple[Classes, int]:
+    """Class -> images, and how many images that have a class are missing.
+
+    Raises:
+        DataError: an image has none.
+    """
+    found: Classes = {}
+    for picture in folder.pictures:
+        if picture.stem not in truth.classes:
+            raise DataError(f"{truth.file} names no class of {picture}: unpack the original files again")
+        found.setdefault(truth.classes[picture.stem], []).append(picture)
+    return found, len(truth.classes) - len(folder.pictures)
 
 
 def _read_annotations(file: Path, folder: Folder) -> Classes:
@@ -346,7 +451,7 @@ def _no_images(root: Folder) -> str:
     hint = "; name the .npz itself" if any(file.suffix == ".npz" for file in files) else ""
     return (
         f"{root.path} holds no images that can be read: expected <class>/<image> or <split>/<class>/<image>, parquet "
-        f"files, a saved data set, or the original files of CIFAR, MNIST or Tiny-ImageNet; found {found}{hint}. "
+        f"files, a saved data set, or the original files of CIFAR, MNIST, STL-10 or ImageNet; found {found}{hint}. "
         "Bring the images into one of these layouts, or store them in an .npz (images, labels)"
     )
 
@@ -376,7 +481,7 @@ def _notes_on_classes(root: Folder, names: Sequence[str], chosen: bool) -> list[
 
 def _left_out(root: Folder, used: set[Path], read: set[str]) -> list[str]:
     """What lies below `root` and is no image that is read, a line a reason."""
-    empty = [str(path.relative_to(root.path)) for path in _without_pictures(root)]
+    empty = [str(folder.path.relative_to(root.path)) for folder in _without_pictures(root) if not _has(folder, read)]
     hidden = sorted({name for folder in root.walk() for name in folder.hidden})
     loops = [str(path.relative_to(root.path)) for folder in root.walk() for path in folder.loops]
     unused = Counter(
@@ -396,11 +501,15 @@ def _left_out(root: Folder, used: set[Path], read: set[str]) -> list[str]:
     return [f"left out: {listed(names)} ({reason})" for reason, names in found.items() if names]
 
 
-def _without_pictures(folder: Folder) -> Iterator[Path]:
+def _has(folder: Folder, names: set[str]) -> bool:
+    return not names.isdisjoint(file.name for inner in folder.walk() for file in inner.others)
+
+
+def _without_pictures(folder: Folder) -> Iterator[Folder]:
     """The topmost folders that hold no image."""
     held = folder.with_pictures()
     for name, inner in folder.folders.items():
         if name in held:
             yield from _without_pictures(inner)
         else:
-            yield inner.path
+            yield inner

@@ -1,4 +1,4 @@
-"""Benchmarks in the files that their authors publish: CIFAR (python and binary version), MNIST and its kin.
+"""Benchmarks in the files that their authors publish: CIFAR (python and binary version), MNIST and its kin, STL-10.
 
 The python version of CIFAR is pickles. They are read by an unpickler that knows nothing but the arrays, text and
 containers of these files: whatever else a pickle asks for is refused before it is made.
@@ -23,6 +23,10 @@ from robustfair.errors import DataError
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
+_STL_SIDE = 96
+_STL_PIXELS = 3 * _STL_SIDE * _STL_SIDE
+_STL_FOLDS = "fold_indices.txt"
+"""Ten subsets of STL-10's training images, which nothing here reads."""
 _IDX = re.compile(r"(?P<set>.*?)(?P<part>train|t10k|test)-(?P<what>images|labels)[-.]idx[13]-ubyte(?P<gz>\.gz)?")
 
 
@@ -45,6 +49,7 @@ class Files:
         read: the rows of the files of one part.
         names: file of the class names, if there is one.
         coarse_names: file of the names of the super-classes, if there is one.
+        unread: further files of the layout.
         notes: what was left out, a line each.
     """
 
@@ -53,6 +58,7 @@ class Files:
     read: Callable[[Sequence[Path]], Iterator[Rows]]
     names: Path | None = None
     coarse_names: Path | None = None
+    unread: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -87,11 +93,27 @@ def find_originals(owner: str, root: Folder) -> Files | None:
         )
     if not found:
         return None
-    read = set(found[0].all)
+    read = {*found[0].all, *found[0].unread}
     rest = [file.name for folder in root.walk() for file in (*folder.pictures, *folder.others) if file not in read]
     left = (f"left out: {listed(rest)} (no files of that layout)",) if rest else ()
     notes = (f"read as {found[0].layout}", *found[0].notes, *left)
     return replace(found[0], notes=notes)
+
+
+def find_unlabelled(owner: str, root: Folder, name: str, layout: str) -> Files:
+    """STL-10's images without labels, as the train part of one class.
+
+    Args:
+        name: of their file.
+        layout: where it is expected, for the message.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    file = root.by_name().get(name)
+    if file is None:
+        raise DataError(f"{owner}: {root.path} holds no {name}: expected {layout}, of STL-10's binary version")
+    return Files(layout="the images without labels of STL-10", parts={"train": [file]}, read=_read_stl)
 
 
 def _in_folder(owner: str, folder: Folder) -> list[Files]:
@@ -101,22 +123,28 @@ def _in_folder(owner: str, folder: Folder) -> list[Files]:
     found = []
     if not at.keys().isdisjoint(batches):
         parts = {"train": batches, "test": ["test_batch"]}
-        found.append(_cifar(owner, at, f"{python} CIFAR-10", parts, _read_pickles, names="batches.meta"))
+        found.append(_whole(owner, at, f"{python} CIFAR-10", parts, _read_pickles, names="batches.meta"))
     if "meta" in at and not at.keys().isdisjoint(("train", "test")):
         parts = {"train": ["train"], "test": ["test"]}
-        found.append(_cifar(owner, at, f"{python} CIFAR-100", parts, _read_pickles, names="meta"))
+        found.append(_whole(owner, at, f"{python} CIFAR-100", parts, _read_pickles, names="meta"))
     if not at.keys().isdisjoint(f"{name}.bin" for name in batches):
         parts = {"train": [f"{name}.bin" for name in batches], "test": ["test_batch.bin"]}
-        found.append(_cifar(owner, at, f"{binary} CIFAR-10", parts, _read_binary, names="batches.meta.txt"))
+        found.append(_whole(owner, at, f"{binary} CIFAR-10", parts, _read_binary, names="batches.meta.txt"))
     if {"train.bin", "fine_label_names.txt"} <= at.keys():
         parts = {"train": ["train.bin"], "test": ["test.bin"]}
         fine, coarse = "fine_label_names.txt", "coarse_label_names.txt"
         layout = f"{binary} CIFAR-100"
-        found.append(_cifar(owner, at, layout, parts, _read_binary_fine, names=fine, coarse_names=coarse))
+        found.append(_whole(owner, at, layout, parts, _read_binary_fine, names=fine, coarse_names=coarse))
+    if not at.keys().isdisjoint(("train_X.bin", "test_X.bin")):
+        parts = {part: [f"{part}_X.bin", f"{part}_y.bin"] for part in ("train", "test")}
+        files = _whole(owner, at, "the binary version of STL-10", parts, _read_stl, names="class_names.txt")
+        unread = tuple(at[name] for name in ("unlabeled_X.bin", _STL_FOLDS) if name in at)
+        notes = ("left out: unlabeled_X.bin (its images have no labels)",) if "unlabeled_X.bin" in at else ()
+        found.append(replace(files, unread=unread, notes=notes))
     return [*found, *_idx(owner, folder.path, at)]
 
 
-def _cifar(
+def _whole(
     owner: str,
     at: Mapping[str, Path],
     layout: str,
@@ -286,6 +314,20 @@ def _records(file: Path, labels: int) -> np.ndarray:
     if len(raw) == 0 or len(raw) % (labels + _PIXELS):
         raise DataError(f"{file} is cut: {len(raw):,} bytes are no multiple of {labels + _PIXELS}, unpack it again")
     return raw.reshape(-1, labels + _PIXELS)
+
+
+def _read_stl(files: Sequence[Path]) -> Iterator[Rows]:
+    """Images, column after column, with a file of labels from 1, or without one."""
+    size = files[0].stat().st_size
+    if size == 0 or size % _STL_PIXELS:
+        raise DataError(f"{files[0]} is cut: {size:,} bytes are no multiple of {_STL_PIXELS}, unpack it again")
+    columns = np.memmap(files[0], np.uint8, "r").reshape(-1, 3, _STL_SIDE, _STL_SIDE)
+    labels = np.zeros(len(columns), np.int64)
+    if len(files) > 1:
+        labels = np.frombuffer(_bytes(files[1]), np.uint8).astype(np.int64) - 1
+        if len(labels) != len(columns):
+            raise DataError(f"{files[0]} holds {len(columns):,} images and {files[1].name} {len(labels):,} labels")
+    yield Rows(images=columns.transpose(0, 1, 3, 2), labels=labels)
 
 
 def _read_idx(files: Sequence[Path]) -> Iterator[Rows]:

@@ -1,4 +1,4 @@
-"""Where images come from: a name of the catalogue or a path, to a source that can be identified cheaply and decoded.
+"""Places that images come from, each a source that can be identified cheaply and decoded.
 
 A source knows its parts and its identity (paths, sizes, times of change) without opening a picture, so that a load
 which finds its cache file needs neither pyarrow nor Pillow. Packed data sets need neither at all.
@@ -6,45 +6,46 @@ which finds its cache file needs neither pyarrow nor Pillow. Packed data sets ne
 
 from __future__ import annotations
 
-import json
-import os
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from robustfair.data.catalog import CATALOG, CatalogEntry
+from robustfair.data.catalog import DOMAINS, CatalogEntry
+from robustfair.data.corruptions.names import SEVERITIES
 from robustfair.data.load.decode import (
     Decoded,
     Picture,
     bytes_hint,
     conversion_notes,
-    decode_pictures,
+    decode_parts,
     numbered_names,
     resize_arrays,
     share_shape,
     super_classes,
 )
-from robustfair.data.load.folders import Folder, kinds_of, list_images, scan
-from robustfair.data.load.originals import Files, find_originals
+from robustfair.data.load.folders import Folder, Listing, list_images
+from robustfair.data.load.memory import require_memory
+from robustfair.data.load.originals import Files
 from robustfair.data.load.parts import as_parts, by_role, listed, role_of
-from robustfair.data.pack import HEADER, Pack, find_pack, pack_stem, read_pack
+from robustfair.data.pack import HEADER, Pack, read_pack
 from robustfair.data.split import stratified_split
 from robustfair.errors import DataError, UnknownNameError, needed
-from robustfair.grammar import read_path
+from robustfair.grammar import canonical_key
 from robustfair.registry import canonical
 
 _IMAGE_KEYS = ("images", "x", "image")
 _LABEL_KEYS = ("labels", "y", "label")
-_ARCHIVES = frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"})
-_SEVERITIES = 5
 _BATCH = 256
+Rows = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
+"""Which rows of a table are read: columns, and the combinations of their values; none of either reads all."""
+ALL_ROWS: Rows = ((), ())
 
 
 class Source(Protocol):
@@ -76,27 +77,6 @@ class Source(Protocol):
     def decode(self, image_size: int | None) -> Decoded:
         """All parts in memory, with shared names and one (C, H, W); a part whose images have no labels is left out."""
         ...
-
-
-def find_source(name_or_path: str | Path) -> Source:
-    """The source that a user means: a name of the catalogue first, then a path (`./cifar10` is always a path).
-
-    Raises:
-        UnknownNameError: neither a name nor an existing path, but written like a name; shows the nearest ones.
-        DataError: the path does not exist or holds no images.
-    """
-    if not str(name_or_path).strip():
-        raise DataError("data: the name is empty: give a name such as cifar10, or a path")
-    head, *rest = str(name_or_path).split("/")
-    entry = CATALOG.get(canonical(head)) if isinstance(name_or_path, str) else None
-    if entry is not None and (not rest or (entry.selectors and rest != [""])):
-        return _named(entry, rest)
-    path = read_path(name_or_path)
-    if path.exists():
-        return _at(path.resolve(), path.resolve().stem if path.is_file() else path.resolve().name, None, {})
-    if isinstance(name_or_path, str) and not rest and not path.suffix:
-        raise UnknownNameError("data set", name_or_path, CATALOG)
-    raise DataError(f"data path {str(path)!r} does not exist")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,11 +227,16 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True)
 class CorruptionFiles:
-    """The corruption benchmark as its authors ship it: `<corruption>.npy`, five severities each, and `labels.npy`."""
+    """The corruption benchmark as its authors ship it: `<corruption>.npy`, five severities each, and `labels.npy`.
+
+    Attributes:
+        corruptions: canonical names; of several the images follow one another.
+        severity: from 1.
+    """
 
     folder: Path
     name: str
-    corruption: str
+    corruptions: tuple[str, ...]
     severity: int
     entry: CatalogEntry
     parts: tuple[str, ...] = ("test",)
@@ -260,20 +245,29 @@ class CorruptionFiles:
 
     def decode(self, image_size: int | None) -> Decoded:
         files = {canonical(path.stem): path for path in self.folder.glob("*.npy") if path.stem != "labels"}
-        if self.corruption not in files:
-            raise UnknownNameError("corruption", self.corruption, files)
-        path = files[self.corruption]
+        missing = [name for name in self.corruptions if name not in files]
+        if missing and len(self.corruptions) == 1:
+            raise UnknownNameError("corruption", missing[0], files)
+        if missing:
+            raise DataError(f"{self.name}: {self.folder} lacks {listed([f'{canonical_key(n)}.npy' for n in missing])}")
+        found = [self._rows(files[name]) for name in self.corruptions]
+        images = share_shape(self.name, {str(name): pixels for name, (pixels, _) in enumerate(found)})
+        pixels = resize_arrays(np.concatenate(list(images.values())), image_size)
+        labels = np.concatenate([indices for _, indices in found])
+        return Decoded(parts={"test": (pixels, labels)}, class_names=self.entry.class_names)
+
+    def _rows(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of one corruption at the severity."""
         images, labels = _load_npy(path), _load_npy(self.folder / "labels.npy")
-        if len(images) != len(labels) or len(images) % _SEVERITIES:
+        if len(images) != len(labels) or len(images) % len(SEVERITIES):
             raise DataError(
-                f"{path}: expected {_SEVERITIES} severities of equal length and as many labels, "
+                f"{path}: expected {len(SEVERITIES)} severities of equal length and as many labels, "
                 f"got {len(images)} images and {len(labels)} labels"
             )
-        count = len(images) // _SEVERITIES
+        count = len(images) // len(SEVERITIES)
         rows = slice((self.severity - 1) * count, self.severity * count)
-        pixels = resize_arrays(_channels_first(path, np.array(images[rows])), image_size)
-        indices = _class_indices(self.folder / "labels.npy", np.array(labels[rows]))
-        return Decoded(parts={"test": (pixels, indices)}, class_names=self.entry.class_names)
+        pixels = _channels_first(path, np.array(images[rows]))
+        return pixels, _class_indices(self.folder / "labels.npy", np.array(labels[rows]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +284,21 @@ class ImageFolder:
 
     @classmethod
     def open(cls, root: Folder, name: str, entry: CatalogEntry | None) -> ImageFolder:
-        found = list_images(name, root, entry.parts[0] if entry else None)
-        return cls(name=name, entry=entry, class_names=found.class_names, files=found.files, notes=found.notes)
+        if entry is None:
+            return cls.of(list_images(name, root, None), name, None)
+        known = DOMAINS if entry.domains else ()
+        found = list_images(name, root, entry.parts[0], layout=entry.layout, domains=entry.domains, known_domains=known)
+        return cls.of(found, name, entry)
+
+    @classmethod
+    def of(cls, found: Listing, name: str, entry: CatalogEntry | None) -> ImageFolder:
+        files, notes = found.files, found.notes
+        if entry is not None and entry.only:
+            files = {part: rows for part, rows in files.items() if part == entry.only}
+            if not files:
+                raise DataError(f"{name}: there is no {entry.only} part: expected {entry.layout}")
+            notes = (*notes, "left out: the train part")
+        return cls(name=name, entry=entry, class_names=found.class_names, files=files, notes=notes)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -304,11 +311,8 @@ class ImageFolder:
 
     def decode(self, image_size: int | None) -> Decoded:
         converted: Counter[str] = Counter()
-        images = {
-            part: decode_pictures(self.name, _in_batches(rows), len(rows), image_size, converted)
-            for part, rows in self.files.items()
-        }
-        images = share_shape(self.name, images)
+        pictures = {part: (_in_batches(rows), len(rows)) for part, rows in self.files.items()}
+        images = decode_parts(self.name, pictures, image_size, converted)
         labels = {part: np.array([label for label, _ in rows], np.int64) for part, rows in self.files.items()}
         return Decoded(
             parts={part: (images[part], labels[part]) for part in images},
@@ -325,7 +329,7 @@ class TableFiles:
     entry: CatalogEntry | None
     files: Mapping[str, Sequence[Path]]
     """"train", "test", "validation" -> its files."""
-    wanted: Mapping[str, str] = field(default_factory=dict)
+    rows: Rows = ALL_ROWS
     notes: tuple[str, ...] = ()
 
     @property
@@ -335,14 +339,14 @@ class TableFiles:
     @property
     def identity(self) -> object:
         stamps = {part: [_stamp(file) for file in files] for part, files in self.files.items()}
-        return [stamps, dict(self.wanted)]
+        return [stamps, _as_json(self.rows)]
 
     def decode(self, image_size: int | None) -> Decoded:
         from robustfair.data.load.tables import Selection, decode_tables, open_file
 
         shards = {part: [open_file(file) for file in files] for part, files in self.files.items()}
         return decode_tables(
-            self.name, shards, entry=self.entry, selection=Selection(self.wanted), image_size=image_size
+            self.name, shards, entry=self.entry, selection=Selection(*self.rows), image_size=image_size
         )
 
 
@@ -352,7 +356,7 @@ class Hub:
 
     name: str
     entry: CatalogEntry
-    wanted: Mapping[str, str]
+    rows: Rows = ALL_ROWS
     notes: tuple[str, ...] = ()
 
     @property
@@ -361,7 +365,7 @@ class Hub:
 
     @property
     def identity(self) -> object:
-        return [self.entry.hub, self.entry.config, dict(self.wanted)]
+        return [self.entry.hub, self.entry.config, _as_json(self.rows)]
 
     def decode(self, image_size: int | None) -> Decoded:
         from robustfair.data.load.tables import Selection, decode_tables, open_hub
@@ -374,7 +378,7 @@ class Hub:
                 f"{self.name}: expected {' and '.join(self.parts)}, {self.entry.hub} has {', '.join(splits)}"
             )
         decoded = decode_tables(
-            self.name, roles, entry=self.entry, selection=Selection(self.wanted), image_size=image_size
+            self.name, roles, entry=self.entry, selection=Selection(*self.rows), image_size=image_size
         )
         return replace(decoded, notes=(*notes, *decoded.notes))
 
@@ -403,7 +407,10 @@ class Originals:
         images, labels, coarse = {}, {}, {}
         for part, paths in self.files.parts.items():
             rows = list(self.files.read(paths))
-            images[part] = resize_arrays(np.concatenate([piece.images for piece in rows]), image_size)
+            shape = (sum(len(piece.labels) for piece in rows), *rows[0].images.shape[1:])
+            require_memory(self.name, shape[0], shape[1:])
+            whole = np.concatenate([piece.images for piece in rows], out=np.empty(shape, np.uint8))
+            images[part] = resize_arrays(whole, image_size)
             labels[part] = np.concatenate([piece.labels for piece in rows])
             coarse[part] = np.concatenate([piece.labels if piece.coarse is None else piece.coarse for piece in rows])
         names, group_names = self.files.class_names()
@@ -425,118 +432,10 @@ def hold_out(decoded: Decoded, fraction: float) -> Decoded:
     return replace(decoded, parts=parts)
 
 
-def _named(entry: CatalogEntry, values: Sequence[str]) -> Source:
-    if not entry.hub:
-        return Digits(entry=entry)
-    name = "/".join([entry.name, *values])
-    wanted = _wanted(entry, values)
-    folder = _local_folder(entry)
-    return Hub(name=name, entry=entry, wanted=wanted) if folder is None else _at(folder, name, entry, wanted)
-
-
-def _wanted(entry: CatalogEntry, values: Sequence[str]) -> dict[str, str]:
-    """Column -> canonical value, from what follows the name in `cifar10-c/gaussian_noise/3`."""
-    if not entry.selectors:
-        return {}
-    severities = [str(severity) for severity in range(1, _SEVERITIES + 1)]
-    if len(values) != len(entry.selectors) or values[-1] not in severities:
-        got = "/".join([entry.name, *values])
-        raise DataError(
-            f"{got}: name a corruption and a severity of 1 to {_SEVERITIES}, as in {entry.name}/gaussian_noise/3"
-        )
-    return {column: canonical(value) for column, value in zip(entry.selectors, values, strict=True)}
-
-
-def _local_folder(entry: CatalogEntry) -> Path | None:
-    """The folder of a named data set under ROBUSTFAIR_DATA in any spelling; None if there is none."""
-    root = os.environ.get("ROBUSTFAIR_DATA")
-    if not root:
-        return None
-    path = read_path(root)
-    if not path.is_dir():
-        raise DataError(f"ROBUSTFAIR_DATA is {root!r}, which is not a folder")
-    found = [folder for folder in sorted(path.iterdir()) if canonical(folder.name) in entry.folder_names]
-    for folder in sorted((folder for folder in found if folder.is_dir()), key=lambda folder: entry.rank(folder.name)):
-        inner = folder / entry.config if entry.config else folder
-        return (inner if inner.is_dir() else folder).resolve()
-    return None
-
-
-def _at(path: Path, name: str, entry: CatalogEntry | None, wanted: Mapping[str, str]) -> Source:
-    """The source at an existing path, by what lies there."""
-    pack = find_pack(path, pack_stem(name) if entry is not None and entry.selectors else None)
-    if pack is not None:
-        return Packed.open(pack, name, entry)
-    if path.is_file():
-        if path.suffix == ".npz":
-            return Npz.open(path, name)
-        if path.suffix == ".parquet":
-            return TableFiles(name=name, entry=entry, files={"train": [path]}, wanted=wanted)
-        hint = "unpack it and name the folder" if path.suffix.lower() in _ARCHIVES else "name the folder it lies in"
-        raise DataError(f"{path} is a file of unknown kind; expected .npz, .parquet or a folder of images: {hint}")
-    if entry is not None and entry.selectors and (path / "labels.npy").is_file():
-        corruption, severity = wanted.values()
-        return CorruptionFiles(folder=path, name=name, corruption=corruption, severity=int(severity), entry=entry)
-    parts = entry.parts if entry is not None else ("train", "test")
-    if saved := _saved_files(path):
-        files, notes = by_role(name, saved, parts)
-        return TableFiles(name=name, entry=entry, files=files, wanted=wanted, notes=tuple(notes))
-    root = scan(path)
-    originals = find_originals(name, root)
-    tables = sorted(file for folder in root.walk() for file in folder.others if file.suffix.lower() == ".parquet")
-    _require_one_layout(name, root, originals, tables)
-    if originals is not None:
-        return Originals(name=name, entry=entry, files=originals)
-    if tables:
-        files, notes = by_role(name, [(str(file.relative_to(path)), file) for file in tables], parts)
-        read = set(tables)
-        rest = [file for folder in root.walk() for file in (*folder.pictures, *folder.others) if file not in read]
-        notes += [f"left out: {kinds_of(rest)} (no tables)"] if rest else []
-        return TableFiles(name=name, entry=entry, files=files, wanted=wanted, notes=tuple(notes))
-    return ImageFolder.open(root, name, entry)
-
-
-def _require_one_layout(name: str, root: Folder, originals: Files | None, tables: Sequence[Path]) -> None:
-    """Refuse a folder that is a data set in two ways."""
-    held = root.with_pictures()
-    found = {
-        "original files": [] if originals is None else [str(originals.all[0].relative_to(root.path))],
-        "parquet files": [str(file.relative_to(root.path)) for file in tables],
-        "image folders": list(held) if len(held) > 1 or any(map(role_of, held)) else [],
-    }
-    kinds = [f"{kind} ({listed(names)})" for kind, names in found.items() if names]
-    if len(kinds) > 1:
-        raise DataError(
-            f"{name}: {root.path} holds {' and '.join(kinds)}, and either can be the data set: move away what is not "
-            "meant, or name a folder or file that holds one of them alone"
-        )
-
-
-def _saved_files(root: Path) -> list[tuple[str, Path]]:
-    """(split, file) of a folder written by `save_to_disk`; empty if it is none."""
-    if (root / "dataset_dict.json").is_file():
-        splits = [root / split for split in _json(root / "dataset_dict.json").get("splits", [])]
-    elif (root / "state.json").is_file():
-        splits = [root]
-    else:
-        return []
-    files = []
-    for folder in splits:
-        state = _json(folder / "state.json")
-        split = folder.name if folder != root else str(state.get("_split") or "train")
-        files += [(split, folder / item["filename"]) for item in state.get("_data_files", [])]
-    for _, file in files:
-        if not file.is_file():
-            raise DataError(f"saved data set {root} is not whole, {file} is missing")
-    return files
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {_first_line(error)}") from error
-    return value if isinstance(value, dict) else {}
+def _as_json(rows: Rows) -> dict[str, tuple[str, ...]]:
+    """Column -> values, one each for every combination."""
+    columns, wanted = rows
+    return dict(zip(columns, zip(*wanted, strict=True), strict=True))
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

@@ -21,9 +21,8 @@ from robustfair.data.load.decode import (
     Decoded,
     Picture,
     conversion_notes,
-    decode_pictures,
+    decode_parts,
     numbered_names,
-    share_shape,
     super_classes,
 )
 from robustfair.data.load.parts import as_parts, text_order
@@ -68,32 +67,45 @@ class Columns:
 
 @dataclass(frozen=True)
 class Selection:
-    """Rows whose columns have these values, compared as canonical text; no columns select every row."""
+    """Rows whose columns have one of these combinations of values, as canonical text; no columns select every row.
 
-    wanted: Mapping[str, str]
+    Attributes:
+        columns: names of the columns.
+        wanted: combinations, a value a column; where a column holds class indices, their names are compared.
+    """
 
-    def mask(self, batch: pa.RecordBatch) -> np.ndarray:
+    columns: tuple[str, ...] = ()
+    wanted: tuple[tuple[str, ...], ...] = ()
+
+    def mask(self, shard: Shard, batch: pa.RecordBatch) -> np.ndarray:
         """(rows,) bool."""
-        mask = np.ones(batch.num_rows, dtype=bool)
-        for column, value in self.wanted.items():
-            mask &= np.array([canonical(str(cell)) == value for cell in batch.column(column).to_pylist()], dtype=bool)
-        return mask
+        if not self.columns:
+            return np.ones(batch.num_rows, dtype=bool)
+        return np.array([tuple(map(canonical, row)) in self.wanted for row in self._values(shard, batch)], dtype=bool)
 
     def count(self, owner: str, shards: Sequence[Shard]) -> int:
-        """Rows of `shards` that are selected; at least one, or an error that shows the nearest values."""
-        if not self.wanted:
+        """Rows of `shards` that are selected; some of each combination, or an error that shows the nearest ones."""
+        if not self.columns:
             return sum(shard.rows for shard in shards)
-        total = 0
-        seen: Counter[str] = Counter()
+        seen: Counter[tuple[str, ...]] = Counter()
         for shard in shards:
-            _require(owner, shard, tuple(self.wanted))
-            for batch in shard.read(tuple(self.wanted)):
-                total += int(self.mask(batch).sum())
-                cells = zip(*(batch.column(column).to_pylist() for column in self.wanted), strict=True)
-                seen.update("/".join(map(str, row)) for row in cells)
-        if total == 0:
-            raise UnknownNameError(f"part of {owner}", "/".join(self.wanted.values()), seen)
-        return total
+            _require(owner, shard, self.columns)
+            for batch in shard.read(self.columns):
+                seen.update(self._values(shard, batch))
+        found: Counter[tuple[str, ...]] = Counter()
+        for values, rows in seen.items():
+            found[tuple(map(canonical, values))] += rows
+        for values in self.wanted:
+            if values not in found:
+                raise UnknownNameError(f"part of {owner}", "/".join(values), {"/".join(known) for known in seen})
+        return sum(found[values] for values in self.wanted)
+
+    def _values(self, shard: Shard, batch: pa.RecordBatch) -> Iterator[tuple[str, ...]]:
+        columns = []
+        for column in self.columns:
+            names, cells = _label_names(shard, column), batch.column(column).to_pylist()
+            columns.append([names[cell] if names and cell in range(len(names)) else str(cell) for cell in cells])
+        return zip(*columns, strict=True)
 
 
 def open_file(path: Path) -> Shard:
@@ -142,19 +154,18 @@ def decode_tables(
     """
     parts, notes = as_parts(roles, _unlabelled(owner, roles, entry))
     columns = _find_columns(owner, [shard for shards in parts.values() for shard in shards], entry)
-    images, labels, coarse = {}, {}, {}
     converted: Counter[str] = Counter()
-    for part, shards in parts.items():
-        table = _PartReader(owner, shards, columns, selection)
-        images[part] = decode_pictures(owner, table.pictures(), selection.count(owner, shards), image_size, converted)
-        labels[part], coarse[part] = table.labels, table.coarse
+    tables = {part: _PartReader(owner, shards, columns, selection) for part, shards in parts.items()}
+    pictures = {part: (tables[part].pictures(), selection.count(owner, shards)) for part, shards in parts.items()}
+    images = decode_parts(owner, pictures, image_size, converted)
+    labels = {part: table.labels for part, table in tables.items()}
+    coarse = {part: table.coarse for part, table in tables.items()}
     indices, names = _indexed(owner, labels, columns.names or (entry.class_names if entry else ()))
     groups, group_names = None, tuple[str, ...]()
     if columns.coarse is not None:
         of_images, group_names = _indexed(owner, coarse, columns.coarse_names or ())
         groups = super_classes(owner, indices, of_images, len(names))
     order = text_order(names) if names != columns.names else ""
-    images = share_shape(owner, images)
     return Decoded(
         parts={part: (images[part], indices[part]) for part in parts},
         class_names=names,
@@ -174,11 +185,11 @@ class _PartReader:
 
     def pictures(self) -> Iterator[list[Picture]]:
         columns = self._columns
-        wanted = dict.fromkeys([columns.image, columns.label, columns.coarse, *self._selection.wanted])
+        wanted = dict.fromkeys([columns.image, columns.label, columns.coarse, *self._selection.columns])
         for shard in self._shards:
             start = 0
             for batch in shard.read([column for column in wanted if column is not None]):
-                rows = np.flatnonzero(self._selection.mask(batch))
+                rows = np.flatnonzero(self._selection.mask(shard, batch))
                 chosen = batch.take(rows)
                 where = [f"{shard.where} row {start + row}" for row in rows.tolist()]
                 self.labels += _filled(self._owner, chosen, columns.label, where)

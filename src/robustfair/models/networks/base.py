@@ -53,7 +53,7 @@ class Network(nn.Module, ABC):
             mean, std = self.published_statistics() or (None, None)
         self.normalise = Normalise(in_channels, mean, std)
         self.head = nn.Linear(self.make_layers(in_channels, width, **shape), num_classes)
-        initialise(self)
+        self.set_starting_weights()
 
     @abstractmethod
     def make_layers(self, in_channels: int, width: int, *args: Any, **shape: Any) -> int:
@@ -66,6 +66,10 @@ class Network(nn.Module, ABC):
     def published_statistics(self) -> Statistics | None:
         """Mean and std that published weights of these sizes were trained with, where they are not the default."""
         return None
+
+    def set_starting_weights(self) -> None:
+        """Draw the weights that training starts from, see `initialise`."""
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.run_layers(self.normalise(x)).mean((2, 3)))
