@@ -422,7 +422,10 @@ def test_soft_labels_under_a_replaced_label_term_are_refused(tiny_net: Net, tiny
         train(tiny_net(), tiny_data(), Sly())
 
 
-@pytest.mark.parametrize("field", ["steps", "norm", "start", "mode", "keep", "restarts", "box_first", "box", "noise"])
+@pytest.mark.parametrize(
+    "field",
+    ["steps", "norm", "start", "start_radius", "mode", "keep", "restarts", "box_first", "box", "ball", "noise"],
+)
 def test_a_value_written_as_it_was_is_a_write(stand_in_run: Callable[..., Any], field: str) -> None:
     batch = Batch(x=torch.rand(3, 1, 4, 4), y=torch.arange(3), index=torch.arange(3), seed=0)
     before = Trades().attack(batch)

@@ -89,7 +89,8 @@ class CapturedAscent:
             given["target"] = attack.target
         shapes = tuple((name, t.shape, t.stride(), t.dtype) for name, t in given.items())
         modes = tuple(module.training for module in self.model.modules())
-        key = (shapes, modes, attack.steps, attack.goal, attack.norm, attack.mode, attack.box_first, attack.box)
+        kept_in = (attack.box_first, attack.box, attack.ball)
+        key = (shapes, modes, attack.steps, attack.goal, attack.norm, attack.mode, *kept_in)
         if key not in self._captured:
             while len(self._captured) >= MOST:
                 del self._captured[next(iter(self._captured))]

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from robustfair.attacks.pgd import pgd
 from robustfair.attacks.predict import tally, tally_batches
 from robustfair.data.datasets import ImageDataset
 from robustfair.data.loader import Loader, evaluation_batches
@@ -76,8 +75,7 @@ class TrainingRun:
                 yield batch
             else:
                 chosen = replace(attack(batch), mode="eval")
-                x_adv = pgd(self.engine.eager, batch.x, batch.y, chosen, batch.rng("measure"))
-                yield replace(batch, x_adv=x_adv)
+                yield replace(batch, x_adv=self.engine.attack(batch, chosen, stream="measure"))
 
     def _images(self, split: Literal["train", "validation"]) -> Iterator[Batch]:
         if split == "train":
