@@ -327,6 +327,31 @@ def test_batches_are_attacked_in_eval_mode_and_leave_the_model_alone(tiny_net: N
     assert all(torch.equal(plain.weights[name], tensor) for name, tensor in state.weights.items())
 
 
+def test_batches_are_attacked_by_the_engine_of_training_in_a_stream_of_their_own(
+    tiny_net: Net, tiny_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robustfair.training.engine import Engine
+
+    asked: list[tuple[str, str]] = []
+    attack_of = Engine.attack
+
+    def watched(self: Engine, batch: Batch, attack: Attack, **rest: Any) -> Tensor:
+        asked.append((rest.get("stream", "attack"), attack.mode))
+        return attack_of(self, batch, attack, **rest)
+
+    def look(run: Run) -> None:
+        goal = PGDAT(eps=0.3, steps=3, attack_mode="train")
+        asked.clear()
+        for batch in run.batches("train", goal.attack):
+            own = replace(goal.attack(batch), mode="eval")
+            assert batch.x_adv is not None
+            assert torch.equal(batch.x_adv, pgd(run.model, batch.x, batch.y, own, batch.rng("measure")))
+        assert set(asked) == {("measure", "eval")}
+
+    monkeypatch.setattr(Engine, "attack", watched)
+    train(tiny_net(), tiny_data(), Probe(look), kernels=False)
+
+
 def test_validation_is_measured_once_a_boundary_for_each_number_of_steps(
     tiny_net: Net, tiny_data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
