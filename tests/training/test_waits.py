@@ -25,7 +25,7 @@ from robustfair.data.loader import Loader
 from robustfair.losses import MaximiseCE, MaximiseMargin
 from robustfair.methods import AWP, CCM, CCR, EMA, SWA, AVmixup, FriendlyAT, LabelSmoothing, Method
 from robustfair.methods.compose import compose
-from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Standard, Trades
+from robustfair.objectives import BAT, FGSMAT, MART, NFGSM, PGDAT, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.objectives.base import Objective
 from robustfair.training import Schedule
 from robustfair.training import run as running
@@ -124,6 +124,7 @@ def test_augmentations_wait_for_nothing(name: str) -> None:
         {"noise": 0.01},
         {"start": "input-gradient"},
         {"start": "gauss001-clipped"},
+        {"ball": False, "start_radius": 2.0},
     ],
     ids=str,
 )
@@ -147,6 +148,8 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (MART(steps=2), (AWP(mode="inplace"),)),
     (ARoW(steps=2), ()),
     (FGSMAT(), ()),
+    (NFGSM(), (EMA(),)),
+    (BAT(steps=2), (CCM(begin=1),)),
 ]
 
 

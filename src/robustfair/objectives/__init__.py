@@ -3,9 +3,22 @@
 from robustfair.objectives.arow import ARoW
 from robustfair.objectives.at import PGDAT
 from robustfair.objectives.base import AdversarialObjective, Objective
+from robustfair.objectives.bat import BAT
 from robustfair.objectives.fgsm import FGSMAT
 from robustfair.objectives.mart import MART
+from robustfair.objectives.n_fgsm import NFGSM
 from robustfair.objectives.standard import Standard
 from robustfair.objectives.trades import Trades
 
-__all__ = ["FGSMAT", "MART", "PGDAT", "ARoW", "AdversarialObjective", "Objective", "Standard", "Trades"]
+__all__ = [
+    "BAT",
+    "FGSMAT",
+    "MART",
+    "NFGSM",
+    "PGDAT",
+    "ARoW",
+    "AdversarialObjective",
+    "Objective",
+    "Standard",
+    "Trades",
+]
