@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from reference.runs import CFA, TINY
+from robustfair.attacks.pgd import pgd
 from robustfair.data import ImageDataset
+from robustfair.models.modes import attacking
 from robustfair.objectives import Objective, Trades
 from robustfair.runs.recipe import read_recipe
 from robustfair.runs.run import train
 from robustfair.training.state import TrainState
-from robustfair.values import Batch, ClassTally, seeded_generator
+from robustfair.values import AttackOn, Batch, ClassTally, seeded_generator
 
 
 class TinyNet(nn.Module):
@@ -94,10 +96,27 @@ class StandInRun:
     images: tuple[Tensor, ...] = ()
     seed: int = 0
 
-    def batches(self, split: str) -> Iterator[Batch]:
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.epochs
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.cat([torch.arange(len(x)) % self.num_classes for x in self.images])
+
+    def batches(self, split: str, attack: AttackOn | None = None) -> Iterator[Batch]:
+        """The images given, with the classes in turn."""
         assert split == "train", f"a method under test asked for {split} images, which this run has not"
         for x in self.images:
-            yield Batch(x=x, y=torch.zeros(len(x), dtype=torch.int64), index=torch.arange(len(x)), seed=0)
+            batch = Batch(x=x, y=torch.arange(len(x)) % self.num_classes, index=torch.arange(len(x)), seed=0)
+            if attack is not None:
+                chosen = replace(attack(batch), mode="eval")
+                batch = replace(batch, x_adv=pgd(self.model, x, batch.y, chosen, batch.rng("measure")))
+            yield batch
+
+    def predict(self, x: Tensor) -> Tensor:
+        with attacking(self.model, "eval"), torch.no_grad():
+            return self.model(x)
 
     def total(self, part: Tensor) -> Tensor:
         return part

@@ -27,6 +27,7 @@ _PUBLIC = {
     "BAT": "robustfair.objectives.bat",
     "CCM": "robustfair.methods.cfa",
     "CCR": "robustfair.methods.cfa",
+    "CSR": "robustfair.methods.csr",
     "CropFlip": "robustfair.data.augment.crops",
     "CropShift": "robustfair.data.augment.idbh",
     "EMA": "robustfair.methods.averaging",

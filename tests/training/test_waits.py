@@ -23,7 +23,7 @@ from robustfair.data import loader as loading
 from robustfair.data.augment.crops import AUGMENTATIONS
 from robustfair.data.loader import Loader
 from robustfair.losses import MaximiseCE, MaximiseMargin
-from robustfair.methods import AWP, CCM, CCR, EMA, SWA, AVmixup, FriendlyAT, LabelSmoothing, Method
+from robustfair.methods import AWP, CCM, CCR, CSR, EMA, SWA, AVmixup, FriendlyAT, LabelSmoothing, Method
 from robustfair.methods.compose import compose
 from robustfair.objectives import BAT, FGSMAT, MART, NFGSM, PGDAT, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.objectives.base import Objective
@@ -148,8 +148,10 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (MART(steps=2), (AWP(mode="inplace"),)),
     (ARoW(steps=2), ()),
     (FGSMAT(), ()),
-    (NFGSM(), (EMA(),)),
-    (BAT(steps=2), (CCM(begin=1),)),
+    (NFGSM(), (CSR(mode="paper", gamma=0.1, adversary="training"), EMA())),
+    (Trades(steps=2), (CSR(), AWP())),
+    (Standard(), (CSR(keep_base_weight=True),)),
+    (BAT(steps=2), (CSR(), CCM(begin=1))),
 ]
 
 

@@ -6,6 +6,7 @@ from robustfair.methods.awp import AWP
 from robustfair.methods.base import Method, Run
 from robustfair.methods.cfa import CCM, CCR
 from robustfair.methods.compose import Plan, compose
+from robustfair.methods.csr import CSR
 from robustfair.methods.friendly_at import FriendlyAT
 from robustfair.methods.label_smoothing import LabelSmoothing
 
@@ -13,6 +14,7 @@ __all__ = [
     "AWP",
     "CCM",
     "CCR",
+    "CSR",
     "EMA",
     "SWA",
     "AVmixup",
