@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from reference.runs import CFA, TINY
+from robustfair.attacks.pgd import pgd
 from robustfair.data import ImageDataset
+from robustfair.models.modes import attacking
 from robustfair.objectives import Objective, Trades
 from robustfair.runs.recipe import read_recipe
 from robustfair.runs.run import train
 from robustfair.training.state import TrainState
-from robustfair.values import Batch, ClassTally, seeded_generator
+from robustfair.values import Attack, Batch, ClassTally, seeded_generator
 
 
 class TinyNet(nn.Module):
@@ -115,16 +117,23 @@ class StandInRun:
         return self.validation
 
     def batches(self, split: str, attack: Callable[[Batch], Any] | None = None) -> Iterator[Batch]:
-        """`images` with the classes in turn, in either split; attacked, they are other images of the batch."""
+        """`images` with the classes in turn, in either split; under several attacks, they are other images of it."""
         for x in self.images:
             y = torch.arange(len(x)) % self.num_classes
             batch = Batch(x=x, y=y, index=torch.arange(len(x)), seed=0)
             if attack is not None:
-                batch = replace(self.objective.prepare(batch, self.networks), x_adv=x.flip(0))
+                batch = self.objective.prepare(batch, self.networks)
+                made = attack(batch)
+                if isinstance(made, Attack):
+                    chosen = replace(made, mode="eval")
+                    batch = replace(batch, x_adv=pgd(self.model, x, y, chosen, batch.rng("measure")))
+                else:
+                    views = {name: x.flip(0) for name in made}
+                    batch = replace(batch, x_adv=views.pop("x_adv"), views=views)
             yield batch
 
     def predict(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
+        with attacking(self.model, "eval"), torch.no_grad():
             return self.model(x)
 
     def total(self, part: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ def float32_as(precision: str) -> Iterator[None]:
 ATTACKS: dict[str, dict[str, Any]] = {
     "linf": {},
     "linf, no box": {"box": False},
+    "linf, no ball": {"ball": False, "start_radius": 2.0},
     "l2": {"norm": "l2"},
     "l2, box first": {"norm": "l2", "box_first": True},
     "best point": {"keep": "best"},

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustfair.values import Batch
+
 
 def at_least_float32(logits: Tensor) -> Tensor:
     """`logits` unchanged if float32 or float64, else as float32."""
@@ -35,6 +37,12 @@ def soft_cross_entropy(logits: Tensor, soft: Tensor) -> Tensor:
     tensor([0.8370])
     """
     return -(soft * F.log_softmax(at_least_float32(logits), dim=1)).sum(1)
+
+
+def label_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """(B,) cross-entropy to the soft labels of a batch where a method set them, else to its labels; logits shifted."""
+    logits = logits if batch.shift is None else logits + batch.shift
+    return cross_entropy(logits, batch.y) if batch.soft is None else soft_cross_entropy(logits, batch.soft)
 
 
 def boosted_cross_entropy(logits: Tensor, y: Tensor, margin: float = 1.0001, eps_log: float = 1e-12) -> Tensor:

@@ -106,6 +106,24 @@ class Watch(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class StopWhenWrong:
+    """Stop rule of friendly adversarial training and BAT: a wrong example steps on while it has budget, paying 1.
+
+    State (B,): budget left, -1 once stopped. A budget of 0 stops at the first error.
+    """
+
+    tau: Tensor | int
+
+    def start(self, y: Tensor) -> Tensor:
+        return torch.zeros_like(y) + self.tau
+
+    def __call__(self, state: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        pays = (logits.argmax(1) != y) & (state >= 0)
+        state = state - pays.to(state.dtype)
+        return state, state >= 0
+
+
 @dataclass(frozen=True)
 class Attack:
     """One projected-gradient attack, complete: radius and step per example (B,), the rest shared.
@@ -117,6 +135,7 @@ class Attack:
         goal: what to maximise.
         norm: "linf" or "l2".
         start: name of the start rule, see `STARTS` and `GRADIENT_START` of `robustfair.attacks.pgd`.
+        start_radius: how far a uniform start reaches, in units of eps.
         mode: batch norm during the attack: "eval", "train" (updates running statistics) or "train_frozen" (does not).
         target: what the goal is given in place of the labels: classes (B,) to go for, or distributions (B, C). Stop
             rules read the labels all the same.
@@ -128,6 +147,7 @@ class Attack:
         restarts: independent starts; the best by `goal` is kept per example (by correctness first under a stop rule).
         box_first: l2 only: clip to [0, 1] before the ball, as TRADES does, not after it.
         box: keep the images in [0, 1]; False leaves the ball alone to bound them.
+        ball: keep the images within eps of x; False lets them go where start and steps lead.
         noise: standard deviation of the Gaussian noise added to every step, before the projection, in pixel units.
     """
 
@@ -137,6 +157,7 @@ class Attack:
     goal: Goal
     norm: Norm = "linf"
     start: str = "uniform"
+    start_radius: float = 1.0
     mode: Mode = "eval"
     target: Tensor | None = None
     stop: Stop | None = None
@@ -145,6 +166,7 @@ class Attack:
     restarts: int = 1
     box_first: bool = False
     box: bool = True
+    ball: bool = True
     noise: float = 0.0
 
 

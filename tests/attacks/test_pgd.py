@@ -197,6 +197,43 @@ def test_the_start_one_gradient_uphill_of_a_divergence_is_the_image(tiny_net: Ne
         torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("box", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRY)
+def test_without_the_ball_points_go_where_their_steps_lead(tiny_net: Net, geometry: str, box: bool) -> None:
+    """As in a ball that is larger than all steps together, under any rule that may return the start."""
+    model, x, y = tiny_net(dtype=torch.float64).eval(), images(5), labels(5)
+    norm, box_first = GEOMETRY[geometry]
+    step = 0.1 if norm == "linf" else 0.8
+    start = x + 0.02 * torch.randn(x.shape, generator=stream(2), dtype=torch.float64)
+    free = settings_for(x, 0.05, step, steps=5, norm=norm, box_first=box_first, ball=False, box=box)
+    walls = {"eps": [100.0] * 5, "step_size": [step] * 5, "goal": "ce", "geometry": geometry, "box": box}
+    paths = reference.pgd(model, x, y, start, steps=5, **walls)
+    ours = pgd(model, x, y, free, stream(), x_init=start)
+    torch.testing.assert_close(ours, reference.last(paths, x, box), rtol=0, atol=1e-9)
+    assert float((ours - x).abs().max()) > 0.3
+    for rule in ({"keep": "best"}, {"stop": FreezeFooled()}):
+        wide = replace(free, eps=torch.full_like(free.eps, 100.0), ball=True, **rule)  # type: ignore[arg-type]
+        ends = [pgd(model, x, y, a, stream(), x_init=start) for a in (replace(free, **rule), wide)]  # type: ignore[arg-type]
+        torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_radius_of_a_start_is_in_units_of_eps(tiny_net: Net, norm: str) -> None:
+    x, y = images(64), labels(64)
+    eps = torch.linspace(0.01, 0.3, 64, dtype=torch.float64)
+    near = replace(settings_for(x, steps=0, norm=norm, start="uniform-unclipped", box=False), eps=eps)
+    delta = {r: pgd(tiny_net(), x, y, replace(near, start_radius=r), stream()) - x for r in (0.0, 1.0, 2.5)}
+    torch.testing.assert_close(delta[2.5], 2.5 * delta[1.0], rtol=0, atol=1e-12)
+    assert torch.equal(delta[0.0], torch.zeros_like(x))
+    reach = length(delta[1.0]) if norm == "l2" else delta[1.0].flatten(1).abs().amax(1)
+    assert bool((reach <= eps).all())
+    assert float((reach / eps).max()) > 0.9
+    kept = replace(near, start_radius=2.5, steps=1, step_size=torch.zeros_like(eps))
+    held = pgd(tiny_net(), x, y, kept, stream()) - x
+    within = length(held) if norm == "l2" else held.flatten(1).abs().amax(1)
+    assert bool((within <= eps * (1 + 1e-6)).all()), "a step brings it back into the ball"
+
+
 @given(
     b=st.integers(1, 3),
     channels=st.sampled_from([1, 3]),

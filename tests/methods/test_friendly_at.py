@@ -15,12 +15,12 @@ from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import ConfigError, ConflictError
 from robustfair.losses import MaximiseCE
 from robustfair.methods import CCM, FriendlyAT, compose
-from robustfair.methods.friendly_at import CFAStop, OfficialStop
+from robustfair.methods.friendly_at import CFAStop
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Standard, Trades
 from robustfair.runs.run import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.training.state import TrainState
-from robustfair.values import Attack, Batch, Stop
+from robustfair.values import Attack, Batch, Stop, StopWhenWrong
 
 Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]
@@ -197,7 +197,7 @@ def test_an_image_that_is_right_again_after_its_budget_goes_on_under_the_officia
     """Steps of 0.07 from 0.075: wrong, right (0.145), right (0.215), wrong (0.285)."""
     x, y = torch.full((1, 1, 1, 1), 0.075, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     ends = {}
-    for variant, stop in (("official", OfficialStop(torch.tensor(1))), ("cfa", CFAStop(torch.tensor(1)))):
+    for variant, stop in (("official", StopWhenWrong(torch.tensor(1))), ("cfa", CFAStop(torch.tensor(1)))):
         radius, step = torch.ones(1, dtype=torch.float64), torch.full((1,), 0.07, dtype=torch.float64)
         attack = Attack(eps=radius, step_size=step, steps=6, goal=MaximiseCE(), start="zero", stop=stop)
         attack, counter = counted(attack)

@@ -36,10 +36,14 @@ def batch_of() -> Callable[..., Batch]:
 
 @pytest.fixture(scope="session")
 def attacked() -> Callable[..., Batch]:
-    """A function that sets `x_adv` of a batch by the attack of an objective."""
+    """A function that makes `x_adv` and views of a batch by the attacks of an objective, as training draws them."""
 
     def attack(model: Model, objective: AdversarialObjective, batch: Batch) -> Batch:
-        return replace(batch, x_adv=pgd(model, batch.x, batch.y, objective.attack(batch), batch.rng("attack")))
+        made = {
+            name: pgd(model, batch.x, batch.y, one, batch.rng("attack" if name == "x_adv" else f"attack/{name}"))
+            for name, one in objective.attacks(batch).items()
+        }
+        return replace(batch, x_adv=made.pop("x_adv"), views=made)
 
     return attack
 

@@ -27,6 +27,8 @@ VARIANTS = [
     "pgd-at(start=zero)",
     "pgd-at(start=input-gradient)",
     "fgsm-at(clip_to_box=false)",
+    "n-fgsm(clip_to_box=false)",
+    "bat(tau=0)",
     "trades(regularizer=ce)",
     "mart(start=uniform)",
     "arow(perturb_loss=ce)",
@@ -95,10 +97,16 @@ def objective_of(text: str, **changes: object) -> AdversarialObjective:
     return replace(objective, **changes)  # type: ignore[arg-type]
 
 
+def with_points(objective: Objective, batch: Batch, points: Tensor) -> Batch:
+    """The batch with `points` in place of what every attack of the objective makes."""
+    views = {name: points for name in objective.attacks(batch) if name != "x_adv"}
+    return replace(batch, x_adv=points, views=views)
+
+
 @pytest.mark.parametrize("text", ["standard", *VARIANTS])
 def test_terms_and_passes_are_what_the_class_says(tiny_net: Net, batch_of: BatchOf, text: str) -> None:
     objective, batch = read_composition(text)[0], batch_of()
-    loss = objective(tiny_net(dtype=torch.float64), replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1)))
+    loss = objective(tiny_net(dtype=torch.float64), with_points(objective, batch, (batch.x + 0.1).clamp(0, 1)))
     assert set(loss.terms) == set(loss.coef) == objective.terms
     assert (loss.out.clean is not None) == objective.clean_pass
     assert (loss.out.adv is not None) == ("x_adv" in objective.reads)
@@ -108,7 +116,7 @@ def test_terms_and_passes_are_what_the_class_says(tiny_net: Net, batch_of: Batch
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_soft_labels_act_where_they_are_read_and_nowhere_else(tiny_net: Net, batch_of: BatchOf, name: str) -> None:
     objective, batch = OBJECTIVES.get(name)(), batch_of()
-    batch = replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1))
+    batch = with_points(objective, batch, (batch.x + 0.1).clamp(0, 1))
     one_hot = F.one_hot(batch.y, 3).double()
     hard, same, other = (
         objective(tiny_net(dtype=torch.float64), replace(batch, soft=soft)).total().item()
@@ -138,7 +146,8 @@ def test_the_attack_stays_in_the_ball_and_in_the_box_unless_told_otherwise(
     assert batch.x_adv is not None
     delta = (batch.x_adv - batch.x).flatten(1)
     length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
-    assert 0.1 < float(length.max()) <= 0.3 + 1e-6
+    reach = 3 if text.startswith("n-fgsm") else 1  # noise of two radii and a step of one, and no ball
+    assert 0.1 < float(length.max()) / reach <= 0.3 + 1e-6
     inside = bool(((batch.x_adv >= 0) & (batch.x_adv <= 1)).all())
     assert inside == ("clip_to_box=false" not in text)
 
@@ -147,7 +156,7 @@ def test_the_attack_stays_in_the_ball_and_in_the_box_unless_told_otherwise(
 def test_a_batch_of_one_is_a_row_of_a_larger_one(tiny_net: Net, batch_of: BatchOf, text: str) -> None:
     objective, batch = read_composition(text)[0], batch_of()
     model = tiny_net(dtype=torch.float64).eval()
-    batch = replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1))
+    batch = with_points(objective, batch, (batch.x + 0.1).clamp(0, 1))
     rows = objective(model, batch).per_example()
     for i in range(3):
         row = {name: getattr(batch, name)[i : i + 1] for name in ("x", "y", "index")}
@@ -156,7 +165,8 @@ def test_a_batch_of_one_is_a_row_of_a_larger_one(tiny_net: Net, batch_of: BatchO
         if attack is not None:
             x_adv = pgd(model, one.x, one.y, attack, one.rng("attack"))
             assert x_adv.shape == one.x.shape
-        one = replace(one, x_adv=None if batch.x_adv is None else batch.x_adv[i : i + 1])
+        assert batch.x_adv is not None
+        one = with_points(objective, one, batch.x_adv[i : i + 1])
         torch.testing.assert_close(objective(model, one).total(), rows[i], rtol=0, atol=1e-12)
 
 
@@ -166,7 +176,7 @@ def test_logits_in_half_precision_are_raised_to_float32(
     tiny_net: Net, batch_of: BatchOf, gradients: Gradients, text: str, dtype: torch.dtype
 ) -> None:
     objective, batch, model = read_composition(text)[0], batch_of(dtype=torch.float32), tiny_net()
-    batch = replace(batch, x_adv=(batch.x + 0.1).clamp(0, 1))
+    batch = with_points(objective, batch, (batch.x + 0.1).clamp(0, 1))
     half = objective(lambda x: model(x).to(dtype), batch)
     raised = objective(lambda x: model(x).to(dtype).float(), batch)
     assert {term.dtype for term in half.terms.values()} == {torch.float32}
@@ -180,7 +190,7 @@ def test_two_classes_are_enough(tiny_net: Net, batch_of: BatchOf, gradients: Gra
     objective, model, batch = read_composition(text)[0], tiny_net(classes=2), batch_of(classes=2, dtype=torch.float32)
     attack = objective.attack(batch)
     x_adv = batch.x if attack is None else pgd(model, batch.x, batch.y, attack, batch.rng("attack"))
-    loss = objective(model, replace(batch, x_adv=x_adv))
+    loss = objective(model, with_points(objective, batch, x_adv))
     slopes = gradients(model, loss.total())
     assert all(bool(torch.isfinite(g).all()) for g in slopes)
     assert max(float(g.abs().max()) for g in slopes) > 1e-3
@@ -192,6 +202,7 @@ def test_two_classes_are_enough(tiny_net: Net, batch_of: BatchOf, gradients: Gra
         ("pgd-at", 1, 10),
         ("pgd-at(start=input-gradient)", 1, 11),
         ("fgsm-at", 1, 1),
+        ("n-fgsm", 1, 1),
         ("trades", 2, 11),
         ("mart", 2, 10),
         ("arow", 2, 11),
@@ -218,6 +229,8 @@ def test_the_batch_norm_ledger_of_a_step(
         ("pgd-at(start=input-gradient)", "nothing"),
         ("fgsm-at", "uniform"),
         ("fgsm-at(clip_to_box=false)", "uniform"),
+        ("n-fgsm", "uniform"),
+        ("bat", "gauss"),
         ("trades", "gauss"),
         ("trades(norm=l2)", "gauss"),
         ("mart", "gauss"),
@@ -247,14 +260,17 @@ BAD = [
     *((name, "step_size", value) for name in ADVERSARIAL for value in (-0.01, nan)),
     *((name, "steps", -1) for name in ADVERSARIAL),
     *((name, "attack_mode", "test") for name in ADVERSARIAL),
-    *((name, "beta", value) for name in ("trades", "mart") for value in (-1, nan, inf)),
+    *((name, "beta", value) for name in ("trades", "mart", "bat") for value in (-1, nan, inf)),
+    *(("bat", "uniform_weight", value) for value in (-1, nan, inf)),
+    ("bat", "tau", -1),
+    ("bat", "tau", 0.5),
+    *(("n-fgsm", "k", value) for value in (-1, nan, inf)),
     *(("arow", "lam", value) for value in (-1, nan, inf)),
     *(("arow", "label_smoothing", value) for value in (-0.1, 1.1, nan)),
     *((name, "eps_log", value) for name in ("mart", "arow") for value in (-1e-12, 1.0, nan)),
     *(("mart", field, value) for field in ("bce_margin", "weight_margin") for value in (0.9999, nan, inf)),
     *(("fgsm-at", "alpha_ratio", value) for value in (-0.5, nan, inf)),
-    ("fgsm-at", "steps", 2),
-    ("fgsm-at", "steps", 0),
+    *((name, "steps", value) for name in ("fgsm-at", "n-fgsm") for value in (0, 2)),
     ("pgd-at", "start", "gauss001"),
     ("mart", "start", "zero"),
     ("arow", "start", "input-gradient"),
@@ -293,9 +309,9 @@ def test_a_norm_that_does_not_exist_is_refused(name: str) -> None:
 def test_equal_weights_of_classes_are_no_weights(
     tiny_net: Net, batch_of: BatchOf, gradients: Gradients, name: str
 ) -> None:
-    model, batch = tiny_net(dtype=torch.float64), batch_of()
-    batch = replace(batch, x_adv=batch.x.flip(0))
-    loss = OBJECTIVES.get(name)()(model, batch)
+    model, batch, objective = tiny_net(dtype=torch.float64), batch_of(), OBJECTIVES.get(name)()
+    batch = with_points(objective, batch, batch.x.flip(0))
+    loss = objective(model, batch)
     plain = gradients(model, loss.total())
     for weight in (1.0, 3.0):
         per_class = torch.full((3,), weight, dtype=torch.float64)

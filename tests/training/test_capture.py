@@ -77,6 +77,7 @@ CASES: dict[str, Callable[[Batch], Attack]] = {
     "l2, box first": lambda batch: attack_on(batch, norm="l2", box_first=True),
     "no box": lambda batch: attack_on(batch, box=False),
     "watch": lambda batch: attack_on(batch, watch=StillRight()),
+    "no ball": lambda batch: attack_on(batch, ball=False, start_radius=2.0),
     "target": lambda batch: attack_on(batch, goal=MinimiseCE(), target=(batch.y + 1 + batch.seed) % 10),
     "clean logits": lambda batch: replace(Trades(steps=3).attack(batch), eps=attack_on(batch).eps),
     "batch statistics": lambda batch: attack_on(batch, mode="train_frozen"),
@@ -86,7 +87,7 @@ CASES: dict[str, Callable[[Batch], Attack]] = {
     "stop rule": lambda batch: attack_on(batch, stop=FreezeFooled()),
     "no step": lambda batch: attack_on(batch, steps=0),
 }
-RECORDED = ("linf", "l2", "l2, box first", "no box", "watch", "target", "clean logits", "batch statistics")
+RECORDED = ("linf", "l2", "l2, box first", "no box", "no ball", "watch", "target", "clean logits", "batch statistics")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -111,10 +112,8 @@ def test_attacks_that_differ_in_what_is_no_tensor_have_recordings_of_their_own()
     model = network()
     captured = CapturedAscent(ascend, model, record=record)
     batch = batch_of(4, 0)
-    for attack in (
-        attack_on(batch, **changes)
-        for changes in ({}, {"steps": 2}, {"norm": "l2"}, {"box": False}, {"watch": StillRight()})
-    ):
+    variants: tuple[dict[str, Any], ...] = ({}, {"steps": 2}, {"norm": "l2"}, {"box": False}, {"ball": False})
+    for attack in (attack_on(batch, **changes) for changes in (*variants, {"watch": StillRight()})):
         for _ in range(2):
             expected = pgd(model, batch.x, batch.y, attack, batch.rng("attack"))
             assert torch.equal(pgd(model, batch.x, batch.y, attack, batch.rng("attack"), ascent=captured), expected)

@@ -395,6 +395,31 @@ def test_batches_under_all_attacks_of_an_objective_have_its_views(tiny_net: Net,
         assert not torch.equal(batch.x_adv, batch.views["inside"])
 
 
+def test_batches_are_attacked_by_the_engine_of_training_in_a_stream_of_their_own(
+    tiny_net: Net, tiny_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robustfair.training.engine import Engine
+
+    asked: list[tuple[str, str]] = []
+    attack_of = Engine.attack
+
+    def watched(self: Engine, batch: Batch, attack: Attack, **rest: Any) -> Tensor:
+        asked.append((rest.get("stream", "attack"), attack.mode))
+        return attack_of(self, batch, attack, **rest)
+
+    def look(run: Run) -> None:
+        goal = PGDAT(eps=0.3, steps=3, attack_mode="train")
+        asked.clear()
+        for batch in run.batches("train", goal.attack):
+            own = replace(goal.attack(batch), mode="eval")
+            assert batch.x_adv is not None
+            assert torch.equal(batch.x_adv, pgd(run.model, batch.x, batch.y, own, batch.rng("measure")))
+        assert set(asked) == {("measure", "eval")}
+
+    monkeypatch.setattr(Engine, "attack", watched)
+    train(tiny_net(), tiny_data(), Probe(look), kernels=False)
+
+
 def test_validation_is_measured_once_a_boundary_for_each_number_of_steps(
     tiny_net: Net, tiny_data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,7 +546,10 @@ def test_soft_labels_under_a_replaced_label_term_are_refused(tiny_net: Net, tiny
         train(tiny_net(), tiny_data(), Sly())
 
 
-@pytest.mark.parametrize("field", ["steps", "norm", "start", "mode", "keep", "restarts", "box_first", "box", "noise"])
+@pytest.mark.parametrize(
+    "field",
+    ["steps", "norm", "start", "start_radius", "mode", "keep", "restarts", "box_first", "box", "ball", "noise"],
+)
 def test_a_value_written_as_it_was_is_a_write(stand_in_run: Callable[..., Any], field: str) -> None:
     batch = Batch(x=torch.rand(3, 1, 4, 4), y=torch.arange(3), index=torch.arange(3), seed=0)
     before = Trades().attack(batch)

@@ -29,6 +29,7 @@ from robustfair.methods import (
     AWP,
     CCM,
     CCR,
+    CSR,
     DAFA,
     EMA,
     FAAL,
@@ -49,7 +50,19 @@ from robustfair.methods import (
 )
 from robustfair.methods.compose import Plan, compose
 from robustfair.methods.fair_ard import StillRight
-from robustfair.objectives import ARD, FGSMAT, MART, PGDAT, RSLAD, AdversarialObjective, ARoW, Standard, Trades
+from robustfair.objectives import (
+    ARD,
+    BAT,
+    FGSMAT,
+    MART,
+    NFGSM,
+    PGDAT,
+    RSLAD,
+    AdversarialObjective,
+    ARoW,
+    Standard,
+    Trades,
+)
 from robustfair.objectives.base import Objective
 from robustfair.objectives.taught import TaughtObjective
 from robustfair.training import Schedule
@@ -151,6 +164,7 @@ def test_augmentations_wait_for_nothing(name: str) -> None:
         {"noise": 0.01},
         {"start": "input-gradient"},
         {"start": "gauss001-clipped"},
+        {"ball": False, "start_radius": 2.0},
     ],
     ids=str,
 )
@@ -188,6 +202,10 @@ COMPOSITIONS: list[tuple[Objective, tuple[Method, ...]]] = [
     (ARD(steps=2, alpha=0.5), (FairARD(), FriendlyAT(tau=1))),
     (Standard(), (LogitAdjustment(), LfF(), EMA())),
     (PGDAT(steps=2), (ClassBalanced(kind="focal"),)),
+    (NFGSM(), (CSR(mode="paper", gamma=0.1, adversary="training"), EMA())),
+    (Trades(steps=2), (CSR(), AWP())),
+    (Standard(), (CSR(keep_base_weight=True),)),
+    (BAT(steps=2), (CSR(), CCM(begin=1))),
 ]
 
 

@@ -4,7 +4,8 @@ Gradients are taken with respect to the input alone: parameters are frozen while
 is computed or stored, and nothing in the loop waits for the device.
 
 Source: Madry et al. 2018 (PGD); TRADES `trades.py` for its start, its KL goal and its l2 order of clips; Rice et al.
-2020 `train_cifar.py` for l2 steps and restarts. A point stays in the ball up to rounding (1e-6) and in [0, 1] exactly.
+2020 `train_cifar.py` for l2 steps and restarts. A point stays in the ball up to rounding (1e-6) and in [0, 1] exactly,
+unless the attack is told to leave one of them.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ class StepInputs(NamedTuple):
     norm: Norm
     box_first: bool = False
     box: bool = True
+    ball: bool = True
     noise: Tensor | None = None
 
     @staticmethod
     def of(attack: Attack, x: Tensor, y: Tensor, clean: Tensor | None) -> StepInputs:
         step_size, eps = per_pixel(attack.step_size, x), per_pixel(attack.eps, x)
         y = y if attack.target is None else attack.target
-        return StepInputs(attack.goal, x, y, clean, step_size, eps, attack.norm, attack.box_first, attack.box)
+        kept_in = (attack.box_first, attack.box, attack.ball)
+        return StepInputs(attack.goal, x, y, clean, step_size, eps, attack.norm, *kept_in)
 
 
 Step = Callable[[Model, Tensor, StepInputs], tuple[Tensor, Tensor, Tensor]]
@@ -289,8 +292,10 @@ def _move(x_adv: Tensor, gradient: Tensor, inputs: StepInputs) -> Tensor:
 
 
 def _project(x_adv: Tensor, inputs: StepInputs) -> Tensor:
-    """Into the ball and the box, in the attack's order."""
+    """Into the ball and the box, in the attack's order; only into those that it keeps to."""
     x, eps = inputs.x, inputs.eps
+    if not inputs.ball:
+        return x_adv.clamp(0, 1) if inputs.box else x_adv
     if inputs.norm == "l2" and inputs.box_first:
         return x + _into_l2_ball((x_adv.clamp(0, 1) if inputs.box else x_adv) - x, eps)
     if inputs.norm == "linf":
@@ -325,10 +330,11 @@ def _start_uniform(x: Tensor, attack: Attack, rng: torch.Generator) -> Tensor:
 
 
 def _start_uniform_unclipped(x: Tensor, attack: Attack, rng: torch.Generator) -> Tensor:
+    farthest = attack.eps * attack.start_radius
     if attack.norm == "linf":
-        return x + torch.empty_like(x).uniform_(-1, 1, generator=rng) * per_pixel(attack.eps, x)
+        return x + torch.empty_like(x).uniform_(-1, 1, generator=rng) * per_pixel(farthest, x)
     direction = torch.empty_like(x).normal_(generator=rng)
-    radius = torch.empty_like(attack.eps).uniform_(0, 1, generator=rng) * attack.eps
+    radius = torch.empty_like(attack.eps).uniform_(0, 1, generator=rng) * farthest
     return x + direction * (per_pixel(radius, x) / _l2(direction))
 
 

@@ -8,6 +8,7 @@ from robustfair.methods.base import Bundle, Method, Run
 from robustfair.methods.cfa import CCM, CCR, CFA, FAWA
 from robustfair.methods.class_balanced import ClassBalanced
 from robustfair.methods.compose import Plan, compose
+from robustfair.methods.csr import CSR
 from robustfair.methods.dafa import DAFA
 from robustfair.methods.faal import FAAL
 from robustfair.methods.fair_ard import FairARD
@@ -26,6 +27,7 @@ __all__ = [
     "CCM",
     "CCR",
     "CFA",
+    "CSR",
     "DAFA",
     "EMA",
     "FAAL",

@@ -9,10 +9,10 @@ so that tau = 0 attacks until the first error under the first rule, and not at a
 the code of CFA (and of FAIR-TAT, which builds on it). With tau at least the number of steps both are plain PGD, from a
 start that is clipped to ball and box first, as the official scripts on TRADES and MART clip theirs.
 
-Source: `earlystop.py` and its three scripts; `attack.py` of CFA. Their budget grows along training, by objective; the
-switch of their command line that should turn this off does not. Where their attack returns images in the order they
-stopped, ours keeps the batch's. Stopped images are passed through the network with the others: the points are the same,
-and time is saved only on a CPU once all of a batch have stopped.
+Source: `earlystop.py` and its three scripts (the rule is `values.StopWhenWrong`); `attack.py` of CFA. Their budget
+grows along training, by objective; the switch of their command line that should turn this off does not. Where their
+attack returns images in the order they stopped, ours keeps the batch's. Stopped images are passed through the network
+with the others: the points are the same, and time is saved only on a CPU once all of a batch have stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from robustfair.config import Bounds, NonNegative, config
 from robustfair.errors import ConfigError
 from robustfair.methods.base import Method, Run
 from robustfair.registry import METHODS
-from robustfair.values import Attack, Batch, State, Stop
+from robustfair.values import Attack, Batch, State, Stop, StopWhenWrong
 
 Budgets = tuple[tuple[float, int], ...]
 """(share of the run from which on it holds, budget), rising."""
@@ -44,21 +44,6 @@ ALLOWED_TAU = (
     f"a whole number from 0 to {LARGEST_TAU:,}, or budgets with their first epochs rising from 0, "
     'such as "0, 1@50, 2@90"'
 )
-
-
-@dataclass(frozen=True, eq=False)
-class OfficialStop:
-    """Stop rule of the authors' code. State (B,): budget left, -1 once stopped."""
-
-    tau: Tensor
-
-    def start(self, y: Tensor) -> Tensor:
-        return torch.zeros_like(y) + self.tau
-
-    def __call__(self, state: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        pays = (logits.argmax(1) != y) & (state >= 0)
-        state = state - pays.to(state.dtype)
-        return state, state >= 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +91,7 @@ class FriendlyAT(Method):
         return {"tau": torch.tensor(self.budget(run.objective.name, run.epoch, run.epochs), device=device)}
 
     def attack(self, attack: Attack, batch: Batch, state: State, run: Run) -> Attack:
-        stop: Stop = OfficialStop(state["tau"]) if self.variant == "official" else CFAStop(state["tau"])
+        stop: Stop = StopWhenWrong(state["tau"]) if self.variant == "official" else CFAStop(state["tau"])
         return replace(attack, stop=stop, noise=self.omega) if self.omega else replace(attack, stop=stop)
 
     def budget(self, objective: str, epoch: int, epochs: int) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robustfair.config import Norm, Whole, config
-from robustfair.losses import MaximiseCE, cross_entropy, soft_cross_entropy
+from robustfair.losses import MaximiseCE, label_loss
 from robustfair.values import Attack, Batch, Forward, Goal, Loss, Mode, Model, default_eps, default_step
 
 
@@ -54,15 +54,13 @@ class Objective(ABC):
         attack = self.attack(batch)
         return {} if attack is None else {"x_adv": attack}
 
+    def evaluation_attack(self, batch: Batch) -> Attack | None:
+        """The attack to measure with, whatever is trained on; None measures clean images."""
+        return None
+
     @abstractmethod
     def __call__(self, model: Model, batch: Batch) -> Loss:
         """The loss of a batch, per example and per term; `model` is in training mode."""
-
-
-def label_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """(B,) cross-entropy to the soft labels of a batch where a method set them, else to its labels; logits shifted."""
-    logits = logits if batch.shift is None else logits + batch.shift
-    return cross_entropy(logits, batch.y) if batch.soft is None else soft_cross_entropy(logits, batch.soft)
 
 
 def label_loss_at_attacked(model: Model, batch: Batch) -> Loss:

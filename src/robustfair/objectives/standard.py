@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from robustfair.config import config
-from robustfair.objectives.base import Objective, label_loss
+from robustfair.losses import label_loss
+from robustfair.objectives.base import Objective
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Batch, Forward, Loss, Model
 

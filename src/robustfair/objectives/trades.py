@@ -18,8 +18,15 @@ from torch import Tensor
 
 from robustfair.config import NonNegative, config, require
 from robustfair.grammar import format_value
-from robustfair.losses import MaximiseKL, at_least_float32, cross_entropy, kl_divergence, soft_cross_entropy
-from robustfair.objectives.base import AdversarialObjective, label_loss
+from robustfair.losses import (
+    MaximiseKL,
+    at_least_float32,
+    cross_entropy,
+    kl_divergence,
+    label_loss,
+    soft_cross_entropy,
+)
+from robustfair.objectives.base import AdversarialObjective
 from robustfair.registry import OBJECTIVES
 from robustfair.values import Attack, Batch, Forward, Loss, Model
 

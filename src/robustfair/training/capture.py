@@ -90,8 +90,8 @@ class CapturedAscent:
             given["target"] = attack.target
         shapes = tuple((name, t.shape, t.stride(), t.dtype) for name, t in given.items())
         modes = tuple(module.training for module in self.model.modules())
-        read = (attack.goal, attack.watch)
-        key = (shapes, modes, attack.steps, *read, attack.norm, attack.mode, attack.box_first, attack.box)
+        read, kept_in = (attack.goal, attack.watch), (attack.box_first, attack.box, attack.ball)
+        key = (shapes, modes, attack.steps, *read, attack.norm, attack.mode, *kept_in)
         if key not in self._captured:
             while len(self._captured) >= MOST:
                 del self._captured[next(iter(self._captured))]
