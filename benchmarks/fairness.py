@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,35 +57,50 @@ class Scale:
     autoattack_images: int = 200
 
 
-COMMON = {"schedule": "one-cycle", "batch_size": 128, "select": "last", "validation": 0.05, "steps": 5}
+COMMON = {"schedule": "one-cycle", "batch_size": 128, "select": "last", "validation": 0.05}
+ATTACKED = {**COMMON, "steps": 5}
 SCALES = {
     "cifar10": Scale(
         keys={
-            **COMMON,
+            **ATTACKED,
             "data": "cifar10",
             "limit_per_class": 1000,
             "model": "small-cnn",
             "width": 32,
-            "eps": 8 / 255,
-            "step_size": 4 / 255,
+            "eps": 4 / 255,
+            "step_size": 2 / 255,
             "epochs": 10,
             "lr": 0.2,
         }
     ),
     "fashion-mnist": Scale(
         keys={
-            **COMMON,
+            **ATTACKED,
             "data": "fashion-mnist",
             "limit_per_class": 1000,
             "model": "small-cnn",
             "width": 16,
-            "eps": 25 / 255,
-            "step_size": 12.5 / 255,
+            "eps": 13 / 255,
+            "step_size": 6.5 / 255,
             "epochs": 10,
             "lr": 0.2,
         }
     ),
+    "cifar10-lt": Scale(
+        keys={
+            **COMMON,
+            "data": "cifar10",
+            "edit": "long-tail(factor=50)",
+            "model": "small-cnn",
+            "width": 32,
+            "epochs": 20,
+            "lr": 0.2,
+        }
+    ),
 }
+ROBUST, LONG_TAILED = ("cifar10", "fashion-mnist"), ("cifar10-lt",)
+CFA_SHORT = "begin=2, avg_start=4, threshold=0.02"
+"""CFA for ten epochs on validation images of which the worst class withstands few: its own settings are for 200."""
 MORE = {"epochs": 3, "lr": 0.01, "schedule": "constant"}
 """Of rows that go on from another's weights."""
 
@@ -94,32 +110,65 @@ class Entry:
     """A row of the table.
 
     Attributes:
-        train: its composition.
+        train: its composition; {NAME} in it is the run of another row, such as a teacher.
         base: name of the row that it is compared with; empty for a base.
         start: name of the row whose weights it goes on from; empty trains from scratch.
         keys: of its recipe, where they are others than the scale's.
+        on: the scales that have it.
     """
 
     train: str
     base: str = ""
     start: str = ""
     keys: Mapping[str, Any] = field(default_factory=dict)
+    on: tuple[str, ...] = ROBUST
+
+    @property
+    def asks(self) -> list[str]:
+        """Names of the rows that have to be trained before it."""
+        return [*re.findall(r"{([\w-]+)}", self.train), *filter(None, [self.start])]
 
 
 ENTRIES: dict[str, Entry] = {
     "pgd-at": Entry(train="pgd-at"),
     "trades": Entry(train="trades"),
-    "mart": Entry(train="mart"),
     "friendly-at": Entry(train="pgd-at + friendly-at(variant=cfa)"),
     "pgd-at-ema": Entry(train="pgd-at + ema(decay=0.99)", base="pgd-at"),
     "trades-ema": Entry(train="trades + ema(decay=0.99)", base="trades"),
+    "pgd-at-ls-ema": Entry(train="pgd-at + label-smoothing + ema(decay=0.99)", base="pgd-at"),
     "pgd-at-ccm": Entry(train="pgd-at + ccm(begin=2)", base="pgd-at"),
+    "pgd-at-cfa": Entry(train=f"pgd-at + cfa({CFA_SHORT})", base="pgd-at"),
     "trades-ccm": Entry(train="trades + ccm(begin=2)", base="trades"),
     "trades-ccr": Entry(train="trades + ccr(begin=2)", base="trades"),
-    "trades-ccm-ccr": Entry(train="trades + ccm(begin=2) + ccr(begin=2)", base="trades"),
+    "trades-cfa": Entry(train=f"trades + cfa({CFA_SHORT})", base="trades"),
+    "friendly-at-cfa": Entry(train=f"pgd-at + friendly-at(variant=cfa) + cfa({CFA_SHORT})", base="friendly-at"),
+    "fair-tat": Entry(train="pgd-at + fair-tat", base="pgd-at"),
+    "trades-fair-tat": Entry(train="trades(beta=2) + fair-tat", base="trades"),
+    "fair-tat-fawa": Entry(train="pgd-at + fair-tat + fawa(begin=4, threshold=0.02)", base="pgd-at"),
+    "wat": Entry(train="trades + wat", base="trades"),
+    "bat": Entry(train="bat", base="trades"),
+    "dafa": Entry(train="trades + dafa(begin=6)", base="trades"),
+    "pgd-at-dafa": Entry(train="pgd-at + dafa(begin=6)", base="pgd-at"),
+    "faal": Entry(train="pgd-at + faal", base="pgd-at"),
+    "trades-faal": Entry(train="trades + faal", base="trades"),
+    "variance-fat": Entry(train="pgd-at + variance-fat", base="pgd-at"),
+    "csr": Entry(train="pgd-at + csr", base="pgd-at"),
+    "trades-csr": Entry(train="trades + csr", base="trades"),
     "pgd-at-awp": Entry(train="pgd-at + awp", base="pgd-at"),
     "pgd-at-more": Entry(train="pgd-at", start="pgd-at", keys=MORE),
     "trades-more": Entry(train="trades", start="trades", keys=MORE),
+    "frl-more": Entry(train="trades(beta=1.5) + frl", base="trades-more", start="trades", keys=MORE),
+    "faal-more": Entry(train="pgd-at + faal", base="pgd-at-more", start="pgd-at", keys=MORE),
+    "csr-more": Entry(train="trades + csr", base="trades-more", start="trades", keys=MORE),
+    "rslad": Entry(train="rslad(teacher={pgd-at})"),
+    "ard": Entry(train="ard(teacher={pgd-at})"),
+    "absld": Entry(train="rslad(teacher={pgd-at}) + absld", base="rslad"),
+    "fair-ard": Entry(train="ard(teacher={pgd-at}) + fair-ard", base="ard"),
+    "standard": Entry(train="standard", on=LONG_TAILED),
+    "logit-adjustment": Entry(train="standard + logit-adjustment", base="standard", on=LONG_TAILED),
+    "class-balanced": Entry(train="standard + class-balanced", base="standard", on=LONG_TAILED),
+    "lff": Entry(train="standard + lff", base="standard", on=LONG_TAILED),
+    "standard-csr": Entry(train="standard + csr", base="standard", on=LONG_TAILED),
 }
 
 
@@ -153,7 +202,7 @@ def report(args: argparse.Namespace) -> Report:
             raise UnknownNameError("row", name, ENTRIES)
     scale, test = SCALES[args.scale], None
     for seed in args.seeds if not args.report else ():
-        for name in wanted(args.only):
+        for name in wanted(args.scale, args.only):
             test = test or tested(scale)
             done = Work(args, name, seed)
             if done.audited():
@@ -171,18 +220,19 @@ def report(args: argparse.Namespace) -> Report:
     return _write(args)
 
 
-def wanted(only: Sequence[str] | None) -> list[str]:
-    """The rows to train, each after the row that it starts from."""
+def wanted(scale: str, only: Sequence[str] | None) -> list[str]:
+    """The rows of a scale to train, each after those that it asks for."""
     found: list[str] = []
 
     def add(name: str) -> None:
-        if ENTRIES[name].start:
-            add(ENTRIES[name].start)
+        for asked in ENTRIES[name].asks:
+            add(asked)
         if name not in found:
             found.append(name)
 
     for name in only or ENTRIES:
-        add(name)
+        if scale in ENTRIES[name].on:
+            add(name)
     return found
 
 
@@ -208,13 +258,13 @@ class Work:
         return (self.audits / f"{self.stem}.{kind}.json").exists()
 
     def recipe(self) -> Recipe:
-        start = {}
-        if self.entry.start:
-            begun = Work(self.args, self.entry.start, self.seed)
-            begun.train()
-            start = {"start": str(begun.folder)}
+        asked = {name: Work(self.args, name, self.seed) for name in self.entry.asks}
+        for work in asked.values():
+            work.train()
+        start = {"start": str(asked[self.entry.start].folder)} if self.entry.start else {}
         keys = {**SCALES[self.args.scale].keys, **self.entry.keys, **start}
-        return read_recipe(self.entry.train, {**keys, "seed": self.seed, "device": self.args.device})
+        composition = self.entry.train.format(**{name: work.folder for name, work in asked.items()})
+        return read_recipe(composition, {**keys, "seed": self.seed, "device": self.args.device})
 
     def train(self) -> None:
         """Into its folder, or on where it was stopped; nothing where it is over."""
@@ -258,6 +308,7 @@ CHANGES = {
         for heading, key in (("robust", "robust"), ("robust, worst class", "robust_worst"), ("range", "robust_range"))
     },
     "clean": "{clean:+.1f} ({clean_low:+.1f} to {clean_high:+.1f})",
+    "clean, worst class": "{clean_worst:+.1f} ({clean_worst_low:+.1f} to {clean_worst_high:+.1f})",
 }
 AGREEMENT = {
     "row": "{row}",
@@ -337,6 +388,7 @@ def _changes(found: Mapping[str, Mapping[int, Audit]]) -> list[Row]:
             ("robust", "worst", "robust_worst"),
             ("robust", "range", "robust_range"),
             ("clean", "average", "clean"),
+            ("clean", "worst", "clean_worst"),
         ):
             before, after = (_hits(each, attack, seeds) for each in (base, audits))
             change = difference_over_seeds(before, after, first.labels, first.num_classes, statistic)

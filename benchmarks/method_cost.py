@@ -39,11 +39,23 @@ class Case:
     validation: float = 0.0
 
 
+HELD = 0.02
 CASES: dict[str, Case] = {
     "ccm": Case("pgd-at + ccm(begin=1)", "pgd-at", 1.05),
     "ccr": Case("trades + ccr(begin=1)", "trades", 1.05),
+    "fawa": Case("pgd-at + fawa(begin=0, threshold=0)", "pgd-at", 1.05, HELD),
     "ema": Case("pgd-at + ema(buffers=average)", "pgd-at", 1.05),
     "ema, statistics anew": Case("pgd-at + ema", "pgd-at"),
+    "dafa": Case("trades + dafa(begin=1)", "trades", 1.05),
+    "fair-tat": Case("pgd-at + fair-tat", "pgd-at", 1.05),
+    "faal": Case("pgd-at + faal", "pgd-at", 1.05),
+    "frl": Case("trades + frl", "trades", None, HELD),
+    "wat": Case("trades + wat", "trades", None, HELD),
+    "variance-fat": Case("pgd-at + variance-fat", "pgd-at"),
+    "csr": Case("trades + csr", "trades"),
+    "class-balanced": Case("standard + class-balanced", "standard"),
+    "logit-adjustment": Case("standard + logit-adjustment", "standard"),
+    "lff": Case("standard + lff", "standard"),
     "awp": Case("trades + awp", "trades"),
     "friendly-at": Case("pgd-at + friendly-at(variant=cfa)", "pgd-at"),
     "label-smoothing": Case("pgd-at + label-smoothing", "pgd-at"),

@@ -41,6 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         "base": Entry(train="trades"),
         "more": Entry(train="trades", start="base", keys={"epochs": 1, "schedule": "constant"}),
         "ccr": Entry(train="trades + ccr(begin=1)", base="base"),
+        "taught": Entry(train="rslad(teacher={base})", base="base"),
     }
     monkeypatch.setattr(fairness, "ENTRIES", rows)
 
@@ -54,8 +55,8 @@ def run(folder: Path, *arguments: str) -> dict[str, Any]:
 def test_rows_are_trained_audited_compared_and_not_done_again(tmp_path: Path) -> None:
     found = run(tmp_path, "--seeds", "0", "1", "--autoattack", "base")
     rows, changes, agreement = (table["rows"] for table in found["tables"])
-    assert [row["row"] for row in rows] == ["base", "more", "ccr"]
-    assert [(row["row"], row["base"], row["seeds"]) for row in changes] == [("ccr", "base", 2)]
+    assert [row["row"] for row in rows] == ["base", "more", "ccr", "taught"]
+    assert [(row["row"], row["base"], row["seeds"]) for row in changes] == [("ccr", "base", 2), ("taught", "base", 2)]
     (line,) = agreement
     assert (line["row"], line["images"]) == ("base", 40)
     audits = [load_audit(tmp_path / "out" / "cifar10" / f"base-{seed}.audit.json") for seed in (0, 1)]
@@ -74,7 +75,8 @@ def test_an_audit_is_enough_to_report_and_a_start_is_trained_for_who_needs_it(tm
     assert sorted(path.name for path in (tmp_path / "runs" / "cifar10").iterdir()) == ["base-0", "more-0"]
     with pytest.raises(UnknownNameError, match="ccr"):
         fairness.report(_asked(only=["cr"]))
-    assert wanted(["more", "ccr"]) == ["base", "more", "ccr"]
+    assert wanted("cifar10", ["more", "ccr"]) == ["base", "more", "ccr"]
+    assert wanted("cifar10-lt", None) == []
 
 
 def _asked(**given: Any) -> Any:
@@ -84,6 +86,7 @@ def _asked(**given: Any) -> Any:
 @pytest.mark.parametrize("name", list(ENTRIES))
 def test_every_row_composes_and_its_base_is_a_row(name: str) -> None:
     entry = ENTRIES[name]
-    assert entry.base in ("", *ENTRIES)
-    assert entry.start in ("", *ENTRIES)
-    assert plans_of(entry.train)
+    for other in filter(None, (entry.base, *entry.asks)):
+        assert set(entry.on) <= set(ENTRIES[other].on)
+    assert set(entry.on) <= set(SCALES)
+    assert plans_of(entry.train.format(**dict.fromkeys(entry.asks, "runs/x")))
