@@ -286,9 +286,10 @@ def _progress_rows(bare: float, args: argparse.Namespace) -> list[Row]:
         train=images,
         validation=None,
         splits=Splits(train=images),
-        recipe=SimpleNamespace(train="pgd-at", data=args.data, model=args.model),
+        recipe=SimpleNamespace(train="pgd-at", data=args.data, model=args.model, edit=None),
         schedule=SimpleNamespace(batch_size=args.batch_size, epochs=1),
         model=nn.Linear(1, 1),
+        notes=(),
     )
     told = {"count": [1] * 10, "clean": None, "robust": [1] * 10}
     record = {"epoch": 1, "lr": LR, "loss": 1.0, "train": told, "validation": {}, "images_per_second": 1.0}

@@ -70,6 +70,9 @@ class OwnShift:
         with torch.no_grad():
             new.head.bias += self.by
         return new
+
+    def describe(self):
+        return f"every bias rises by {self.by:g}"
 '''
 OWN = "own-at + own-radius"
 

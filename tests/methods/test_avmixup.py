@@ -171,7 +171,10 @@ def test_the_weights_are_of_the_batch_and_no_other_method_moves_them(stand_in_ru
 @pytest.mark.parametrize(
     ("objective", "reason"),
     [
-        (Trades(), "avmixup sets labels of x_adv, and trades asks for those of x: use fgsm-at or pgd-at, or drop"),
+        (
+            Trades(),
+            "avmixup sets labels of x_adv, and trades asks for those of x: use fgsm-at or n-fgsm or pgd-at, or drop",
+        ),
         (ARoW(), "avmixup sets labels of x_adv, and arow asks for those of x: "),
         (Standard(), "avmixup sets labels of x_adv, and standard asks for those of x: "),
         (MART(), "avmixup sets batch.soft, but mart does not read soft: drop avmixup"),

@@ -271,7 +271,7 @@ BAD = [
     *(("mart", field, value) for field in ("bce_margin", "weight_margin") for value in (0.9999, nan, inf)),
     *(("fgsm-at", "alpha_ratio", value) for value in (-0.5, nan, inf)),
     *((name, "steps", value) for name in ("fgsm-at", "n-fgsm") for value in (0, 2)),
-    ("pgd-at", "start", "gauss001"),
+    ("pgd-at", "start", "gauss01"),
     ("mart", "start", "zero"),
     ("arow", "start", "input-gradient"),
     ("trades", "regularizer", "mse"),

@@ -33,7 +33,7 @@ def test_a_row_in_any_spelling(name: str) -> None:
         ("cfa/table-1", RecipeError, "cfa/table-1 is a table: name one of its 11 rows, such as cfa/table-1/at"),
         ("cfa/table-9/at", UnknownNameError, "unknown recipe 'cfa/table-9/at': did you mean cfa/table-"),
         ("hwnwb-decosam/table-2/trades", UnknownNameError, "did you mean wrn-28-./trades"),
-        ("cfa", UnknownNameError, "cfa"),
+        ("cfa", RecipeError, "needs exactly one objective"),
     ],
 )
 def test_a_wrong_name_shows_the_nearest(name: str, error: type[RobustFairError], message: str) -> None:

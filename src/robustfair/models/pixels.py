@@ -141,7 +141,7 @@ def _forward(name: str, change: Change, instead: str) -> _Trial:
         change=change,
         text=f"the images are normalised by the statistics {name!r}{instead}",
         verdict="This model expects input that is normalised so.",
-        advice=f"Pass --normalise {name}, or put the network behind robustfair.models.Normalised.",
+        advice=f"Pass `normalise='{name}'`, or put the network behind robustfair.models.Normalised.",
     )
 
 
@@ -151,7 +151,7 @@ def _backward(name: str, change: Change) -> _Trial:
         change=change,
         text=f"{which} is undone in front of it",
         verdict="This model normalises what it expects as it is, or normalises twice.",
-        advice="Pass --normalise none, or leave one normalisation out of its factory.",
+        advice="Pass `normalise='none'`, or leave one normalisation out of its factory.",
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.errors import DataError
+from robustfair.errors import DataError, as_flags
 from robustfair.evaluate.diagnostics.base import Diagnostic
 from robustfair.models.head import check_outputs, in_float32, prepared
 from robustfair.models.modes import attacking
@@ -64,7 +64,10 @@ def diagnose_normalisation(
         No diagnostic or one, of code "wrong-normalisation".
     """
     found = expected_preparation(model, dataset, device, batch_size=batch_size)
-    return [] if found is None else [Diagnostic(code="wrong-normalisation", severity="warn", **found._asdict())]
+    if found is None:
+        return []
+    advice = as_flags(found.advice)  # a report names flags, wherever it is read
+    return [Diagnostic(code="wrong-normalisation", severity="warn", text=found.text, advice=advice)]
 
 
 def diagnose_outputs(
