@@ -19,7 +19,7 @@ from benchmarks.measure import Report, Row, Table
 from benchmarks.workload import SYNTHETIC, build, load
 from robustfair.data import ImageDataset
 from robustfair.errors import UnknownNameError
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.training.state import TrainState
 

@@ -38,8 +38,8 @@ from robustfair.files import read_json, write_bytes, write_json, write_text
 from robustfair.grammar import format_eps, format_value, parse_composition
 from robustfair.methods import Bundle, Method, compose
 from robustfair.objectives import Objective
+from robustfair.runs.composition import read_composition
 from robustfair.runs.folder import environment
-from robustfair.runs.run import read_composition
 from robustfair.training.fit import fit
 from robustfair.training.schedule import Schedule
 from robustfair.training.state import TrainState

@@ -18,8 +18,8 @@ from robustfair.errors import ConflictError
 from robustfair.grammar import format_value
 from robustfair.methods import compose
 from robustfair.registry import BUNDLES, EDITS, METHODS, OBJECTIVES
+from robustfair.runs.composition import plans_of, read_repair
 from robustfair.runs.recipe import read_recipe
-from robustfair.runs.run import plans_of, read_repair
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
 CARDS = sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "README")

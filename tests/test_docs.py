@@ -18,8 +18,8 @@ from robustfair.cli.app import app, main
 from robustfair.methods.base import HOOKS, Method, Run
 from robustfair.objectives.base import Objective
 from robustfair.registry import ATTACKS, METHODS, OBJECTIVES, REPAIRS
+from robustfair.runs.composition import plan_of
 from robustfair.runs.recipe import read_recipe, shipped_recipes
-from robustfair.runs.run import plan_of
 from robustfair.runs.shipped import read_table, tables
 from robustfair.runs.stages import require_runnable
 

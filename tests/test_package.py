@@ -23,8 +23,8 @@ from robustfair.methods.base import Method
 from robustfair.models.build import create_model
 from robustfair.objectives.base import Objective
 from robustfair.registry import BUNDLES, METHODS, OBJECTIVES
+from robustfair.runs.composition import plan_of
 from robustfair.runs.recipe import Recipe, read_recipe, shipped_recipes
-from robustfair.runs.run import plan_of
 from robustfair.training.schedule import Schedule
 
 ROOT = Path(robustfair.__file__).parent

@@ -12,7 +12,7 @@ from benchmarks import fairness
 from benchmarks.fairness import ENTRIES, SCALES, Entry, Scale, main, wanted
 from robustfair.errors import UnknownNameError
 from robustfair.evaluate.result import load_audit
-from robustfair.runs.run import plans_of
+from robustfair.runs.composition import plans_of
 
 TINY = Scale(
     keys={

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.method_cost import CASES, main
 from robustfair.registry import METHODS
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 
 TINY = ["--device", "cpu", "--model", "small-cnn", "--width", "2", "--batch-size", "8", "--batches", "2"]
 

@@ -16,7 +16,7 @@ from robustfair.methods import AWP, EMA, SWA
 from robustfair.models.averages import UPDATES, reestimated, reinitialised
 from robustfair.objectives import PGDAT, Standard
 from robustfair.runs.checkpoint import read_state, write_state
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.training.state import TrainState
 

@@ -14,7 +14,7 @@ from robustfair.data import ImageDataset, evaluation_batches
 from robustfair.errors import ConfigError, ConflictError
 from robustfair.methods import AWP, CCM, EMA, SWA, AVmixup, FriendlyAT, LabelSmoothing, Method, compose
 from robustfair.objectives import FGSMAT, MART, PGDAT, ARoW, Objective, Standard, Trades
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.values import Batch
 
 Net = Callable[..., nn.Module]

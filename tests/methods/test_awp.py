@@ -21,7 +21,7 @@ from robustfair.methods.awp import perturbation
 from robustfair.models.modes import still_statistics
 from robustfair.objectives import FGSMAT, MART, PGDAT, ARoW, Objective, Standard, Trades
 from robustfair.runs.checkpoint import read_state, write_state
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
 from robustfair.values import Batch, Loss, State

@@ -20,8 +20,9 @@ from robustfair.objectives import FGSMAT, MART, PGDAT, ARoW, Objective, Standard
 from robustfair.registry import BUNDLES, load_plugin
 from robustfair.report.explain import explain_plan
 from robustfair.report.listing import listing
+from robustfair.runs.composition import plan_of, read_composition
 from robustfair.runs.recipe import read_recipe
-from robustfair.runs.run import plan_of, prepare, read_composition, train
+from robustfair.runs.run import prepare, train
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
 

@@ -19,7 +19,7 @@ from robustfair.methods.cfa import calibration, passes
 from robustfair.models.averages import UPDATES
 from robustfair.objectives import PGDAT, Standard, Trades
 from robustfair.runs.checkpoint import read_state, write_state
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
 from robustfair.values import Batch, ClassTally, Loss, StateDict

@@ -15,7 +15,7 @@ from robustfair.errors import ConfigError, ConflictError, RobustFairWarning
 from robustfair.methods import CCR, ClassBalanced, LabelSmoothing, compose
 from robustfair.methods.class_balanced import effective_weights, focal_loss
 from robustfair.objectives import MART, PGDAT, Objective, Standard, Trades
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.values import Batch, Loss
 

@@ -18,7 +18,7 @@ from robustfair.methods import AWP, CCR, CSR, LabelSmoothing, Method, Run, compo
 from robustfair.methods.csr import confused_with, shifted, spectral_gradient, spread
 from robustfair.metrics import spectral_norm_confusion
 from robustfair.objectives import NFGSM, PGDAT, Objective, Standard, Trades
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.training.state import TrainState
 from robustfair.values import Batch, Loss, State

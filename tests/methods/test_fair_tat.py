@@ -19,7 +19,7 @@ from robustfair.losses import MaximiseCE, MinimiseCE
 from robustfair.methods import CCM, CCR, EMA, FAWA, FairTAT, FriendlyAT, Method, Run, compose
 from robustfair.methods.fair_tat import drawn, target_laws
 from robustfair.objectives import FGSMAT, MART, PGDAT, ARoW, Objective, Standard, Trades
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.values import Attack, Batch, ClassTally, State
 

@@ -17,7 +17,7 @@ from robustfair.losses import MaximiseCE
 from robustfair.methods import CCM, FriendlyAT, compose
 from robustfair.methods.friendly_at import CFAStop
 from robustfair.objectives import FGSMAT, MART, PGDAT, AdversarialObjective, ARoW, Standard, Trades
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.training.state import TrainState
 from robustfair.values import Attack, Batch, Stop, StopWhenWrong

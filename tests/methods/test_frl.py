@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reference import frl as reference
+from reference.runs import BRIEF
 from robustfair.attacks.pgd import pgd
 from robustfair.data import ImageDataset, Splits
 from robustfair.errors import ConfigError, ConflictError, DataError, RobustFairWarning
@@ -19,8 +20,9 @@ from robustfair.methods.frl import class_weights, projected, radius_factors, vio
 from robustfair.metrics import confusion_pred_true
 from robustfair.objectives import MART, PGDAT, Trades
 from robustfair.runs.checkpoint import read_state
+from robustfair.runs.composition import plan_of
 from robustfair.runs.recipe import Recipe, read_recipe
-from robustfair.runs.run import plan_of, prepare, train
+from robustfair.runs.run import prepare, train
 from robustfair.runs.stages import run_stages
 from robustfair.training import Schedule, fit
 from robustfair.values import Attack, Batch, ClassTally, Loss, State
@@ -304,23 +306,11 @@ def test_a_run_is_that_of_the_reference_from_the_first_epoch_on(tiny_net: Net, t
 
 # What it goes on from
 
-COMMON = """
-data: digits
-limit_per_class: 12
-model: small-cnn
-width: 4
-epochs: 1
-batch_size: 32
-steps: 1
-eps: 0.1
-validation: 0.25
-select: last
-"""
 STILL = "  lr: 0.0\n  weight_decay: 0.0\n"
 
 
 def recipe(tmp_path: Path, text: str, **flags: Any) -> Recipe:
-    (tmp_path / "recipe.yaml").write_text(COMMON + text)
+    (tmp_path / "recipe.yaml").write_text(BRIEF + text)
     return read_recipe(str(tmp_path / "recipe.yaml"), flags)
 
 

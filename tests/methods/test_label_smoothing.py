@@ -16,7 +16,7 @@ from robustfair.errors import ConfigError, ConflictError
 from robustfair.losses import soft_cross_entropy
 from robustfair.methods import EMA, LabelSmoothing, compose
 from robustfair.objectives import FGSMAT, MART, PGDAT, ARoW, Objective, Standard, Trades
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.values import Batch, Loss
 
 Net = Callable[..., nn.Module]

@@ -14,7 +14,7 @@ from robustfair.errors import ConfigError, ConflictError
 from robustfair.methods import AWP, CCR, EMA, LabelSmoothing, LfF, Method, compose
 from robustfair.methods.lff import average_loss, generalised_cross_entropy, relative_difficulty
 from robustfair.objectives import MART, PGDAT, Objective, Standard, Trades
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
 from robustfair.values import Batch, Loss, State

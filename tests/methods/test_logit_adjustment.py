@@ -15,7 +15,7 @@ from robustfair.errors import ConfigError, ConflictError, RobustFairWarning
 from robustfair.methods import ClassBalanced, LogitAdjustment, compose
 from robustfair.methods.logit_adjustment import log_prior, measured_prior
 from robustfair.objectives import FGSMAT, MART, PGDAT, ARoW, Objective, Standard, Trades
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.values import Batch, ClassTally
 

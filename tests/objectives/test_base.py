@@ -14,7 +14,7 @@ from robustfair.errors import ConfigError
 from robustfair.losses import MaximiseCE
 from robustfair.objectives import PGDAT, AdversarialObjective, Objective, Trades
 from robustfair.registry import OBJECTIVES
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.values import Batch
 
 Net = Callable[..., nn.Module]

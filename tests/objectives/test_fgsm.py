@@ -13,7 +13,7 @@ from robustfair.attacks.pgd import pgd
 from robustfair.errors import ConfigError
 from robustfair.losses import MaximiseCE
 from robustfair.objectives import FGSMAT, PGDAT
-from robustfair.runs.run import read_composition
+from robustfair.runs.composition import read_composition
 from robustfair.values import Batch
 
 Net = Callable[..., nn.Module]

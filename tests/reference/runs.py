@@ -24,6 +24,20 @@ TINY: dict[str, Any] = {
 }
 """Keys of a recipe. With `CFA` selection takes the average of the first epoch: best, last and average all differ."""
 
+BRIEF = """
+data: digits
+limit_per_class: 12
+model: small-cnn
+width: 4
+epochs: 1
+batch_size: 32
+steps: 1
+eps: 0.1
+validation: 0.25
+select: last
+"""
+"""The keys that the files of brief recipes of stages begin with."""
+
 CLOCK = ("seconds", "images_per_second")
 """Keys of a history record that no two runs share."""
 

@@ -12,7 +12,7 @@ from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError
 from robustfair.models import create_model, find_head
 from robustfair.repairs import HWNwB, PostHocLogitAdjustment, ReadsRun, repair
-from robustfair.runs.run import read_repair
+from robustfair.runs.composition import read_repair
 
 Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]

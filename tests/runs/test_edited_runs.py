@@ -15,10 +15,11 @@ from robustfair.data import load_dataset
 from robustfair.data.edits import Edited, profile
 from robustfair.errors import ConfigError, DataError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.repairs import PostHocLogitAdjustment
+from robustfair.runs.composition import plan_of, plans_of
 from robustfair.runs.folder import RunFolder
 from robustfair.runs.recipe import Recipe, read_recipe
 from robustfair.runs.repair import repair_run
-from robustfair.runs.run import plan_of, plans_of, prepare, train
+from robustfair.runs.run import prepare, train
 from robustfair.runs.stages import run_stages
 
 LONG = {key: value for key, value in TINY.items() if key not in ("eps", "steps")} | {

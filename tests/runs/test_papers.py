@@ -18,8 +18,9 @@ from robustfair.errors import RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.grammar import parse_composition
 from robustfair.models.build import create_model
 from robustfair.registry import EDITS, METHODS, OBJECTIVES, REPAIRS
+from robustfair.runs.composition import plans_of
 from robustfair.runs.recipe import Recipe, read_recipe
-from robustfair.runs.run import plans_of, train
+from robustfair.runs.run import train
 from robustfair.runs.shipped import read_table, tables
 from robustfair.runs.stages import read_edit, require_runnable, run_stages
 from robustfair.training.schedule import Schedule

@@ -30,17 +30,9 @@ from robustfair.errors import (
 from robustfair.methods import CCM, CCR, EMA
 from robustfair.objectives import PGDAT, Standard, Trades
 from robustfair.repairs import HWNwB
+from robustfair.runs.composition import plan_of, plans_of, read_composition, read_repair
 from robustfair.runs.recipe import Recipe, read_recipe, shipped_recipes
-from robustfair.runs.run import (
-    RESOLVED,
-    plan_of,
-    plans_of,
-    prepare,
-    read_composition,
-    read_repair,
-    resolve_device,
-    train,
-)
+from robustfair.runs.run import RESOLVED, prepare, resolve_device, train
 from robustfair.training.fit import Fitted
 from robustfair.training.selection import SPLIT_SEED
 from robustfair.training.state import TrainState

@@ -10,8 +10,8 @@ import yaml
 
 from robustfair.errors import ConfigError, RecipeError, RobustFairError, RobustFairWarning, UnknownNameError
 from robustfair.runs import shipped
+from robustfair.runs.composition import plans_of
 from robustfair.runs.recipe import read_recipe
-from robustfair.runs.run import plans_of
 from robustfair.runs.shipped import Protocol, Table, find_row, shipped_recipes, tables
 
 # Names

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from reference.layouts import write_stl10
+from reference.runs import BRIEF
 from robustfair.data import load_dataset
 from robustfair.data.edits import Edited
 from robustfair.errors import (
@@ -34,23 +35,10 @@ from robustfair.runs.repair import repair_run
 from robustfair.runs.run import prepare, train
 from robustfair.runs.stages import StageDone, run_stages
 
-COMMON = """
-data: digits
-limit_per_class: 12
-model: small-cnn
-width: 4
-epochs: 1
-batch_size: 32
-steps: 1
-eps: 0.1
-validation: 0.25
-select: last
-"""
-
 
 def recipe(tmp_path: Path, stages: str, **flags: Any) -> Recipe:
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"{COMMON}stages:\n{stages}")
+    path.write_text(f"{BRIEF}stages:\n{stages}")
     return read_recipe(str(path), flags)
 
 
@@ -238,7 +226,7 @@ def test_another_recipe_does_not_go_on_with_a_run(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp_path = tmp_path_factory.mktemp("start")
-    (tmp_path / "recipe.yaml").write_text(f"{COMMON}train: standard\n")
+    (tmp_path / "recipe.yaml").write_text(f"{BRIEF}train: standard\n")
     train(read_recipe(str(tmp_path / "recipe.yaml"), {}), tmp_path / "run")
     return tmp_path / "run"
 

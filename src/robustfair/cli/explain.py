@@ -32,7 +32,7 @@ def explain(
     """
     from robustfair.report.explain import explain_plan
     from robustfair.report.recipes import provenance
-    from robustfair.runs.run import plans_of
+    from robustfair.runs.composition import plans_of
     from robustfair.runs.shipped import find_row
 
     row = find_row(composition)

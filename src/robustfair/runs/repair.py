@@ -17,10 +17,11 @@ from robustfair.models.head import head_norms
 from robustfair.registry import load_plugin
 from robustfair.repairs import ReadsRun, Repair
 from robustfair.runs.checkpoint import Checkpoint, write_checkpoint
+from robustfair.runs.composition import read_repair
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.load import Target, load_target
 from robustfair.runs.recipe import Recipe, Stage, read_recipe
-from robustfair.runs.run import read_repair, training_images
+from robustfair.runs.run import training_images
 
 COPIED = ("model", "class_names", "data", "images_per_class", "recipe", "threat", "seed")
 """What a repaired run's manifest takes over from that of the run it came from."""

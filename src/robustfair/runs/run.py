@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -14,11 +14,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from robustfair.config import build
 from robustfair.data import ImageDataset, Splits, evaluation_batches, load_dataset, split_hash
 from robustfair.data.augment.crops import Augmentation, parse_augmentation
 from robustfair.data.catalog import UNLABELLED
-from robustfair.data.edits import Edit, Edited, edit, read_edit
+from robustfair.data.edits import Edited, edit
 from robustfair.errors import (
     CheckpointError,
     DataError,
@@ -26,22 +25,20 @@ from robustfair.errors import (
     ModelError,
     RecipeError,
     RobustFairWarning,
-    UnknownNameError,
 )
 from robustfair.execution.device import resolve_device
-from robustfair.grammar import Term, format_value, parse_composition, parse_norm, read_path
-from robustfair.methods.base import Bundle, Method
-from robustfair.methods.compose import Plan, compose
+from robustfair.grammar import format_value, parse_composition, read_path
+from robustfair.methods.base import Method
+from robustfair.methods.compose import Plan
 from robustfair.models.build import create_model, describe_model
 from robustfair.models.head import check_outputs
 from robustfair.models.weights import load_weights, read_weight_file
 from robustfair.objectives.base import AdversarialObjective, Objective
-from robustfair.registry import BUNDLES, METHODS, OBJECTIVES, REPAIRS, load_plugin
-from robustfair.repairs import Repair
+from robustfair.registry import METHODS, OBJECTIVES
+from robustfair.runs.composition import plan_of_recipe, require_modelless
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.load import load_named
 from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe, read_recipe
-from robustfair.runs.shipped import find_row
 from robustfair.training.engine import require_compiler
 from robustfair.training.fit import Fitted, fit
 from robustfair.training.schedule import Schedule
@@ -49,61 +46,6 @@ from robustfair.training.selection import SPLIT_SEED, held_out, require_every_cl
 from robustfair.training.state import TrainState
 from robustfair.training.way import Way
 from robustfair.values import derive_seed
-
-
-def read_composition(text: str, defaults: Mapping[str, Any] | None = None) -> tuple[Objective, list[Method | Bundle]]:
-    """The objective and the methods of a composition string, bundles as they are.
-
-    Args:
-        defaults: norm, eps, step_size, steps of the objective's attack; a key the string gives too must agree.
-    """
-    terms = parse_composition(text)
-    objectives = [term for term in terms if term.name in OBJECTIVES]
-    for term in terms:
-        if not any(term.name in registry for registry in (OBJECTIVES, METHODS, BUNDLES)):
-            raise UnknownNameError("objective or method", term.name, [*OBJECTIVES, *METHODS, *BUNDLES])
-    if len(objectives) != 1:
-        found = " and ".join(term.name for term in objectives) or "none"
-        raise RecipeError(f"{text!r} needs exactly one objective ({', '.join(OBJECTIVES)}), found {found}")
-    objective = _build_objective(objectives[0], defaults or {})
-    return objective, [_build_method(term) for term in terms if term is not objectives[0]]
-
-
-def plan_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> Plan:
-    """The plan of a composition string, a shipped recipe or a YAML file, nothing else read or built but plugins."""
-    (stage, plan), *more = plans_of(what, allow, plugins)
-    if plan is None or more:
-        raise RecipeError(f"{what} has not one plan ({stage}, ...): see `plans_of`")
-    return plan
-
-
-def plans_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> list[tuple[str, Plan | None]]:
-    """What `plan_of` gives, or of a recipe of stages each stage in a line, with the plan of one that trains.
-
-    Of a row of a table that has nothing to train a line says why. An edit of the training images before all training is
-    in the line of the plan, or has one before those of stages.
-    """
-    row = find_row(what)
-    if row is not None and not row.values:
-        return [(row.stops, None)]
-    given = {"allow": tuple(allow), "plugin": tuple(plugins)}
-    recipe = read_recipe(what, {"data": "any"} | {key: value for key, value in given.items() if value})
-    for path in recipe.plugin:
-        load_plugin(path)
-    edited = ""
-    if recipe.edit is not None:
-        require_modelless(recipe.edit)
-        edited = f"before all training, edit: {recipe.edit}"
-    if not recipe.stages:
-        return [(edited, _plan(recipe))]
-    first: list[tuple[str, Plan | None]] = [(edited, None)] if edited else []
-    return first + [
-        (
-            f"stage {number}, {stage.does}: {stage.what}",
-            _plan(recipe.of_stage(number - 1, start=SCRATCH)) if stage.does == "train" else None,
-        )
-        for number, stage in enumerate(recipe.stages, 1)
-    ]
 
 
 def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset | None, Tensor | None]:
@@ -125,56 +67,6 @@ def training_images(recipe: Recipe) -> tuple[Splits, ImageDataset, ImageDataset 
     if recipe.edit is not None:
         left = edit(left, require_modelless(recipe.edit), seed=SPLIT_SEED)
     return splits, left, None if held is None else train.subset(held), held
-
-
-def require_modelless(text: str) -> Edit:
-    """The edit that `text` names, which comes before all training.
-
-    Raises:
-        RecipeError: it asks a model, and there is none yet.
-    """
-    found = read_edit(text)
-    if found.needs_model:
-        raise RecipeError(f"recipe: edit is {text}, which asks a model, and none is trained yet: make it a stage")
-    return found
-
-
-def _plan(recipe: Recipe) -> Plan:
-    for path in recipe.plugin:
-        load_plugin(path)
-    given = {"norm": recipe.norm, "eps": recipe.eps, "step_size": recipe.step_size, "steps": recipe.steps}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    objective, methods = read_composition(recipe.train, chosen)
-    if chosen and not isinstance(objective, AdversarialObjective):
-        ignored = ", ".join(chosen)
-        warnings.warn(f"{objective.name} trains without an attack: {ignored} will not act", RobustFairWarning, 2)
-    return compose(objective, methods, allow=frozenset(recipe.allow), validation=recipe.validation != 0)
-
-
-def _build_objective(term: Term, defaults: Mapping[str, Any]) -> Objective:
-    cls = OBJECTIVES.get(term.name)
-    args = dict(term.args)
-    if not issubclass(cls, AdversarialObjective):
-        return build(cls, args, owner=term.name)
-    objective = build(cls, {**defaults, **args}, owner=term.name)
-    for key, value in defaults.items():
-        if key in args and getattr(objective, key) != (parse_norm(value) if key == "norm" else value):
-            given = format_value(args[key])
-            raise RecipeError(f"{key} is {given} in {term} and {format_value(value)} beside it: give it once")
-    return objective
-
-
-def _build_method(term: Term) -> Method | Bundle:
-    registry = METHODS if term.name in METHODS else BUNDLES
-    return build(registry.get(term.name), term.args, owner=term.name)
-
-
-def read_repair(text: str) -> Repair:
-    """The repair that `hwnwb` or `hwnwb(target_norm=mean)` names."""
-    terms = parse_composition(text, example="hwnwb(target_norm=mean)")
-    if len(terms) != 1:
-        raise RecipeError(f"repair {text!r} names {len(terms)} repairs: give one")
-    return build(REPAIRS.get(terms[0].name), terms[0].args, owner=terms[0].name)
 
 
 @dataclass(frozen=True)
@@ -218,7 +110,7 @@ class Prepared:
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read data, build model, objective, methods and schedule; raises whatever is wrong with any of them."""
-    plan = _plan(recipe)
+    plan = plan_of_recipe(recipe)
     names = {field.name for field in dataclasses.fields(Schedule)} - {"kind"}
     schedule = Schedule(kind=recipe.curve, **{name: getattr(recipe, name) for name in names})
     device = resolve_device(recipe.device)

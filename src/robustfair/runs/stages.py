@@ -29,6 +29,7 @@ from robustfair.files import write_text
 from robustfair.grammar import read_path
 from robustfair.models.modes import attacking
 from robustfair.registry import load_plugin
+from robustfair.runs.composition import read_repair
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe
 from robustfair.runs.repair import repair_run
@@ -37,7 +38,6 @@ from robustfair.runs.run import (
     load_networks,
     named_networks,
     prepare,
-    read_repair,
     train,
     training_images,
     with_previous,
