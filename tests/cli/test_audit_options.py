@@ -62,7 +62,6 @@ def test_points_are_saved_beside_the_audit(place: Path, command: Command) -> Non
 def test_checks_say_what_hides_gradients(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masking, "SAMPLE", 10)
     monkeypatch.setattr(masking, "SQUARE", "square(queries=20)")
-    torch.manual_seed(1)  # with its weights a model that is right somewhere
     words = ["--attacks", "fgsm", "--limit-per-class", 2, "--checks"]
     plain = command("audit", "run", *words, "--json").json()["provenance"]["checks"]
     assert {check["code"] for check in plain} <= {"not-converged"}
@@ -81,6 +80,7 @@ def test_checks_of_a_model_without_gradients_keep_the_audit(
 ) -> None:
     monkeypatch.setattr(masking, "SAMPLE", 10)
     monkeypatch.setattr(masking, "SQUARE", "square(queries=20)")
+    torch.manual_seed(0)  # of the weights: nothing is attacked of a model that is right nowhere
     words = ["--data", "digits", "--attacks", "square(queries=20)", "--limit-per-class", 2, "--checks"]
     found = command("audit", "zoo_of_test:Blind", *words, "--out", "kept")
     assert found.code == 0, found.err
