@@ -1,8 +1,9 @@
 """What a method costs: an epoch with it beside an epoch of its base, in turn.
 
 An epoch lasts from one boundary to the next, so that what a method does between epochs counts too: a pass over the
-training images, a validation, an average. The first epoch of a run is left out, and with it what only begins later. The
-ratio is the median over turns of one epoch beside the other of the same turn.
+training images, a validation, an average. Both trainings go on side by side, an epoch of one and then an epoch of the
+other; the first of each is left out, and with it what only begins later. The ratio is the median over turns of one
+epoch beside the other of the same turn.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from queue import Queue
 from statistics import median
+from threading import Thread
 from typing import Any
 
 from benchmarks import measure
@@ -46,6 +49,7 @@ CASES: dict[str, Case] = {
     "fawa": Case("pgd-at + fawa(begin=0, threshold=0)", "pgd-at", 1.05, HELD),
     "ema": Case("pgd-at + ema(buffers=average)", "pgd-at", 1.05),
     "ema, statistics anew": Case("pgd-at + ema", "pgd-at"),
+    "cfa": Case("trades + cfa(begin=1, avg_start=1, threshold=0)", "trades", None, HELD),
     "dafa": Case("trades + dafa(begin=1)", "trades", 1.05),
     "fair-tat": Case("pgd-at + fair-tat", "pgd-at", 1.05),
     "faal": Case("pgd-at + faal", "pgd-at", 1.05),
@@ -97,30 +101,75 @@ def report(args: argparse.Namespace) -> Report:
 
 def cost(name: str, case: Case, data: ImageDataset, args: argparse.Namespace) -> Row:
     """Epochs with and without the method, which take turns."""
-    taken: dict[str, list[float]] = {train: [] for train in (case.base, case.train)}
-    for _ in range(args.repeats):
-        for train, seconds in taken.items():
-            seconds.append(second_epoch(train, case.validation, data, args))
-    before, after = taken.values()
-    ratios = [b / a for a, b in zip(before, after, strict=True)]
+    trainings = {train: Training(train, case.validation, data, args) for train in (case.base, case.train)}
+    try:
+        taken = measure.interleaved({train: each.epoch for train, each in trainings.items()}, args.repeats)
+    finally:
+        for each in trainings.values():
+            each.stop()
+    before, after = (taken[train] for train in (case.base, case.train))
+    ratios = [b / a for a, b in zip(before.seconds, after.seconds, strict=True)]
     found: Row = {"method": name, "train": case.train, "base": case.base, "allowed": case.allowed}
-    found |= {"before": median(before), "after": median(after), "seconds": list(taken.values())}
+    found |= {"before": before.median, "after": after.median, "seconds": [before.seconds, after.seconds]}
     return {**found, "ratio": median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
-def second_epoch(train: str, validation: float, data: ImageDataset, args: argparse.Namespace) -> float:
-    """Seconds from the first boundary of a run to the second."""
-    objective, methods = read_composition(train)
-    ends: list[float] = []
+class Training:
+    """A training that stands still between two calls of `epoch`, in a thread of its own.
 
-    def save(state: TrainState) -> None:
-        ends.append(time.perf_counter())
+    Args:
+        train: its composition.
+        validation: share of each class held out.
+        args: of the command line.
+    """
 
-    schedule = Schedule(epochs=2, lr=0.01, kind="constant", batch_size=args.batch_size)
-    model = build(args.model, args.width, device=args.device, in_channels=data.images.shape[1])
-    options: dict[str, Any] = {"precision": args.precision, "device": args.device, "validation": validation}
-    fit(model, data, objective, methods=methods, schedule=schedule, save=save, select="last", **options)
-    return ends[1] - ends[0]
+    def __init__(self, train: str, validation: float, data: ImageDataset, args: argparse.Namespace) -> None:
+        self.train, self.validation, self.data, self.args = train, validation, data, args
+        self.wanted: Queue[bool] = Queue()
+        self.ended: Queue[BaseException | None] = Queue()
+        Thread(target=self._work, daemon=True).start()
+
+    def epoch(self) -> float:
+        """Train to the next boundary; the seconds that it took."""
+        began = time.perf_counter()
+        self.wanted.put(True)
+        error = self.ended.get()
+        if error is not None:
+            raise error
+        return time.perf_counter() - began
+
+    def stop(self) -> None:
+        """Train no more."""
+        self.wanted.put(False)
+
+    def _work(self) -> None:
+        try:
+            self._wait()
+            self._fit()
+        except _Stopped:
+            pass
+        except Exception as error:
+            self.ended.put(error)
+
+    def _wait(self) -> None:
+        if not self.wanted.get():
+            raise _Stopped
+
+    def _fit(self) -> None:
+        def save(state: TrainState) -> None:
+            self.ended.put(None)
+            self._wait()
+
+        args = self.args
+        objective, methods = read_composition(self.train)
+        schedule = Schedule(epochs=args.repeats + 2, lr=0.01, kind="constant", batch_size=args.batch_size)
+        model = build(args.model, args.width, device=args.device, in_channels=self.data.images.shape[1])
+        options: dict[str, Any] = {"precision": args.precision, "device": args.device, "validation": self.validation}
+        fit(model, self.data, objective, methods=methods, schedule=schedule, save=save, select="last", **options)
+
+
+class _Stopped(Exception):  # noqa: N818 - no error
+    """Raised inside a training that is not wanted any more."""
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.method_cost import CASES, main
-from robustfair.registry import METHODS
+from benchmarks.method_cost import CASES, Case, main
+from robustfair.registry import BUNDLES, METHODS
 from robustfair.runs.composition import read_composition
 
 TINY = ["--device", "cpu", "--model", "small-cnn", "--width", "2", "--batch-size", "8", "--batches", "2"]
@@ -21,6 +21,16 @@ def test_a_line_sets_an_epoch_with_a_method_beside_one_without() -> None:
     assert row["ratio"] == pytest.approx(sum(b / a for a, b in zip(before, after, strict=True)) / 2)
 
 
+def test_an_error_in_a_training_ends_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CASES, "frl", Case("trades + frl", "trades"))
+    with pytest.raises(SystemExit) as ended:
+        main([*TINY, "--repeats", "1", "--only", "frl"])
+    assert ended.value.code == 2
+    assert "validation" in capsys.readouterr().err
+
+
 def test_an_unknown_method_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*TINY, "--only", "ccrr"])
@@ -34,4 +44,4 @@ def test_a_case_differs_from_its_base_in_methods_alone(name: str) -> None:
     with_it, without = read_composition(case.train), read_composition(case.base)
     assert with_it[0] == without[0]
     assert len(with_it[1]) > len(without[1])
-    assert name.split(",")[0] in METHODS
+    assert name.split(",")[0] in {*METHODS, *BUNDLES}
