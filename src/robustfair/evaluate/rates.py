@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,7 +62,7 @@ class WorstClass(NamedTuple):
         return f"{self.name} {self.others}".strip()
 
 
-class ClassRates:
+class ClassRates(ABC):
     """How often a model is right in every class, and the error bars: all read off which images it has right.
 
     A result derives from it and says with `hits` what is right. Methods take the cell that `hits` takes: the name of an
@@ -77,9 +78,9 @@ class ClassRates:
     labels: Tensor
     kind: ClassVar[str] = "classes"
 
+    @abstractmethod
     def hits(self, *cell: Any, **named: Any) -> Tensor:
         """(N,) how far the prediction of each image is right: bool, or a share where it is a mean over cells."""
-        raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
