@@ -36,8 +36,8 @@ from robustfair.runs.folder import RunFolder
 from robustfair.runs.recipe import Recipe, read_recipe
 from robustfair.runs.run import train
 
-ATTACKS = ("clean", "apgd-ce(steps=50)", "apgd-t(targets=4, steps=25)")
-"""Of every row; "robust" is right under all of them."""
+ATTACKS = ("apgd-ce(steps=50)", "apgd-t(targets=4, steps=25)")
+"""Of every row that is judged by "robust", which is right under all of them."""
 AUTOATTACK = "autoattack"
 SEEDS = (0, 1, 2)
 
@@ -50,9 +50,11 @@ class Scale:
         keys: of their recipes.
         test_images: audited, as many of each class.
         autoattack_images: of these, under the whole of AutoAttack for the rows that are chosen for it.
+        judged: what its rows are compared by, "robust" or "clean".
     """
 
     keys: Mapping[str, Any]
+    judged: str = "robust"
     test_images: int = 2000
     autoattack_images: int = 200
 
@@ -76,13 +78,21 @@ SCALES = {
             "epochs": 10,
         },
     ),
-    "cifar10-lt": Scale(keys={**CIFAR10, "edit": "long-tail(factor=50)", "epochs": 12}),
+    "cifar10-lt": Scale(keys={**CIFAR10, "edit": "long-tail(factor=50)", "epochs": 12}, judged="clean"),
 }
 ROBUST, LONG_TAILED = ("cifar10", "fashion-mnist"), ("cifar10-lt",)
+PLAIN = "pgd-at-ls-ema"
+"""The row without a fairness method that a fairness method should beat."""
 CFA_SHORT = "begin=2, avg_start=4, threshold=0.02"
 """CFA for few epochs, and for validation images of which the worst class withstands few: its own are for 200 epochs."""
 MORE = {"epochs": 3, "lr": 0.01, "schedule": "constant"}
 """Of rows that go on from another's weights."""
+TWICE = [
+    {"train": "standard", "epochs": 3, "schedule": "constant", "select": "last"},
+    {"edit": "upweight(times=20)"},
+    {"train": "standard", "start": "scratch"},
+]
+"""Just train twice, in as few epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +122,10 @@ class Entry:
 ENTRIES: dict[str, Entry] = {
     "pgd-at": Entry(train="pgd-at"),
     "trades": Entry(train="trades"),
+    "trades-2": Entry(train="trades(beta=2)"),
     "friendly-at": Entry(train="pgd-at + friendly-at(variant=cfa)"),
     "mart": Entry(train="mart"),
-    "n-fgsm": Entry(train="n-fgsm"),
+    "n-fgsm": Entry(train="n-fgsm", base="pgd-at"),
     "pgd-at-ema": Entry(train="pgd-at + ema(decay=0.99)", base="pgd-at"),
     "trades-ema": Entry(train="trades + ema(decay=0.99)", base="trades"),
     "pgd-at-ls-ema": Entry(train="pgd-at + label-smoothing + ema(decay=0.99)", base="pgd-at"),
@@ -125,7 +136,7 @@ ENTRIES: dict[str, Entry] = {
     "trades-cfa": Entry(train=f"trades + cfa({CFA_SHORT})", base="trades"),
     "friendly-at-cfa": Entry(train=f"pgd-at + friendly-at(variant=cfa) + cfa({CFA_SHORT})", base="friendly-at"),
     "fair-tat": Entry(train="pgd-at + fair-tat", base="pgd-at"),
-    "trades-fair-tat": Entry(train="trades(beta=2) + fair-tat", base="trades"),
+    "trades-fair-tat": Entry(train="trades(beta=2) + fair-tat", base="trades-2"),
     "fair-tat-fawa": Entry(train="pgd-at + fair-tat + fawa(begin=4, threshold=0.02)", base="pgd-at"),
     "wat": Entry(train="trades + wat", base="trades"),
     "bat": Entry(train="bat", base="trades"),
@@ -143,14 +154,15 @@ ENTRIES: dict[str, Entry] = {
     "frl-more": Entry(train="trades(beta=1.5) + frl", base="trades-more", start="trades", keys=MORE),
     "faal-more": Entry(train="pgd-at + faal", base="pgd-at-more", start="pgd-at", keys=MORE),
     "csr-more": Entry(train="trades + csr", base="trades-more", start="trades", keys=MORE),
-    "rslad": Entry(train="rslad(teacher={pgd-at})"),
-    "ard": Entry(train="ard(teacher={pgd-at})"),
+    "rslad": Entry(train="rslad(teacher={pgd-at})", base="pgd-at"),
+    "ard": Entry(train="ard(teacher={pgd-at})", base="pgd-at"),
     "absld": Entry(train="rslad(teacher={pgd-at}) + absld", base="rslad"),
     "fair-ard": Entry(train="ard(teacher={pgd-at}) + fair-ard", base="ard"),
     "standard": Entry(train="standard", on=LONG_TAILED),
     "logit-adjustment": Entry(train="standard + logit-adjustment", base="standard", on=LONG_TAILED),
     "class-balanced": Entry(train="standard + class-balanced", base="standard", on=LONG_TAILED),
     "lff": Entry(train="standard + lff", base="standard", on=LONG_TAILED),
+    "jtt": Entry(train="jtt", base="standard", keys={"stages": TWICE}, on=LONG_TAILED),
     "standard-csr": Entry(train="standard + csr", base="standard", on=LONG_TAILED),
 }
 
@@ -192,14 +204,14 @@ def report(args: argparse.Namespace) -> Report:
                 continue
             measure.say(f"{args.scale}, {name}, seed {seed}")
             done.train()
-            done.audit(test, ATTACKS, "audit")
+            done.audit(test, ATTACKS if scale.judged == "robust" else (), "audit")
             _write(args)
         for name in args.autoattack:
             test = test or tested(scale)
             done = Work(args, name, seed)
             if not done.audited("autoattack"):
                 part = test.sample(scale.autoattack_images, stratified=True, seed=0)
-                done.audit(part, ("clean", AUTOATTACK), "autoattack")
+                done.audit(part, [AUTOATTACK], "autoattack")
     return _write(args)
 
 
@@ -263,36 +275,41 @@ class Work:
         self.train()
         model = RunFolder(self.folder).read()[0]
         journal = self.folder / f"{kind}.journal"
-        found = audit(model, test, attacks=list(attacks), label=self.stem, device=self.args.device, journal=journal)
+        found = audit(
+            model, test, attacks=["clean", *attacks], label=self.stem, device=self.args.device, journal=journal
+        )
         found.save(self.audits, f"{self.stem}.{kind}")
 
 
 # Report
 
 
-COLUMNS = {
-    "row": "{row}",
-    "seeds": "{seeds}",
-    **{
-        f"{heading}": f"{{{key}:.1f}} ({{{key}_low:.1f}} to {{{key}_high:.1f}})"
-        for heading, key in (
-            ("clean", "clean"),
-            ("clean, worst class", "clean_worst"),
-            ("robust", "robust"),
-            ("robust, worst class", "robust_worst"),
-        )
-    },
-}
-CHANGES = {
-    "row": "{row}",
-    "base": "{base}",
-    **{
-        heading: f"{{{key}:+.1f}} ({{{key}_low:+.1f}} to {{{key}_high:+.1f}}), p {{{key}_p:.3f}}"
-        for heading, key in (("robust", "robust"), ("robust, worst class", "robust_worst"), ("range", "robust_range"))
-    },
-    "clean": "{clean:+.1f} ({clean_low:+.1f} to {clean_high:+.1f})",
-    "clean, worst class": "{clean_worst:+.1f} ({clean_worst_low:+.1f} to {clean_worst_high:+.1f})",
-}
+def _between(key: str, form: str = ".1f") -> str:
+    """A figure and its interval, of a row."""
+    return f"{{{key}:{form}}} ({{{key}_low:{form}}} to {{{key}_high:{form}}})"
+
+
+def _columns(judged: str) -> dict[str, str]:
+    """Of the table of rows."""
+    keys = ("clean", "robust") if judged == "robust" else ("clean",)
+    rates = {key: _between(key) for key in keys}
+    return {
+        "row": "{row}",
+        "seeds": "{seeds}",
+        **rates,
+        **{f"{key}, worst class": _between(f"{key}_worst") for key in keys},
+    }
+
+
+def _changed(judged: str) -> dict[str, str]:
+    """Of the table of changes."""
+    judges = {judged: judged, f"{judged}, worst class": f"{judged}_worst", "range": f"{judged}_range"}
+    told = {heading: f"{_between(key, '+.1f')}, p {{{key}_p:.3f}}" for heading, key in judges.items()}
+    clean = {"clean": _between("clean", "+.1f")} if judged != "clean" else {}
+    plain = {f"worst class against {PLAIN}": _between("plain", "+.1f")}
+    return {"row": "{row}", "base": "{base}", **told, **clean, **plain}
+
+
 AGREEMENT = {
     "row": "{row}",
     "images": "{images}",
@@ -315,10 +332,11 @@ def _write(args: argparse.Namespace) -> Report:
     found = {name: audits for name in ENTRIES if (audits := _audits(args, name))}
     if not found:
         raise ConfigError("fairness", "--out", allowed="a folder with audits", got=str(args.out))
-    given = {key: str(value) for key, value in SCALES[args.scale].keys.items()}
+    scale = SCALES[args.scale]
+    given = {key: str(value) for key, value in scale.keys.items()}
     tables = [
-        Table("Rows", COLUMNS, [_row(name, audits) for name, audits in found.items()]),
-        Table("Changes, seed by seed, against the base", CHANGES, _changes(found)),
+        Table("Rows", _columns(scale.judged), [_row(name, audits, scale.judged) for name, audits in found.items()]),
+        Table("Changes, seed by seed, against the base", _changed(scale.judged), _changes(found, scale.judged)),
         Table("AutoAttack whole, on a part", AGREEMENT, list(_agreement(args, found))),
     ]
     whole = Report("fairness", given, [table for table in tables if table.rows], NOTES)
@@ -340,9 +358,9 @@ def _hits(audits: Mapping[int, Audit], attack: str, seeds: Sequence[int]) -> Ten
     return torch.stack([audits[seed].hits(attack) for seed in seeds])
 
 
-def _row(name: str, audits: Mapping[int, Audit]) -> Row:
+def _row(name: str, audits: Mapping[int, Audit], judged: str) -> Row:
     first, row = next(iter(audits.values())), {"row": name, "train": ENTRIES[name].train, "seeds": len(audits)}
-    for attack in ("clean", "robust"):
+    for attack in dict.fromkeys(("clean", judged)):
         for statistic, key in (("average", attack), ("worst", f"{attack}_worst")):
             hits = _hits(audits, attack, list(audits))
             found = over_seeds(hits, first.labels, first.num_classes, statistic)
@@ -358,32 +376,38 @@ def _figures(key: str, found: OverSeeds) -> Row:
     return {**row, key: 100 * found.value, f"{key}_each": [100 * each for each in found.each], f"{key}_p": p}
 
 
-def _changes(found: Mapping[str, Mapping[int, Audit]]) -> list[Row]:
+def _changes(found: Mapping[str, Mapping[int, Audit]], judged: str) -> list[Row]:
     rows = []
     for name, audits in found.items():
-        base = found.get(ENTRIES[name].base, {})
-        seeds = [seed for seed in audits if seed in base]
-        if not seeds:
-            continue
-        first = audits[seeds[0]]
-        row: Row = {"row": name, "base": ENTRIES[name].base, "seeds": len(seeds)}
+        row: Row = {"row": name, "base": ENTRIES[name].base}
+        against = found.get(row["base"], {})
         for attack, statistic, key in (
-            ("robust", "average", "robust"),
-            ("robust", "worst", "robust_worst"),
-            ("robust", "range", "robust_range"),
+            (judged, "average", judged),
+            (judged, "worst", f"{judged}_worst"),
+            (judged, "range", f"{judged}_range"),
             ("clean", "average", "clean"),
-            ("clean", "worst", "clean_worst"),
         ):
-            before, after = (_hits(each, attack, seeds) for each in (base, audits))
-            change = difference_over_seeds(before, after, first.labels, first.num_classes, statistic)
-            row |= _figures(key, change)
-        rows.append(row)
-    for key in ("robust", "robust_worst", "robust_range"):
+            row |= _change(against, audits, attack, statistic, key)
+        if against and name != PLAIN:
+            row |= _change(found.get(PLAIN, {}), audits, judged, "worst", "plain")
+        if against:
+            rows.append({**row, "seeds": len(row[f"{judged}_each"])})
+    for key in (judged, f"{judged}_worst", f"{judged}_range"):
         told = [row for row in rows if row[f"{key}_p"] is not None]
         adjusted = holm(torch.tensor([row[f"{key}_p"] for row in told], dtype=torch.float64))
         for row, p in zip(told, adjusted.tolist(), strict=True):
             row[f"{key}_p"] = p
     return rows
+
+
+def _change(before: Mapping[int, Audit], after: Mapping[int, Audit], attack: str, statistic: str, key: str) -> Row:
+    """Of the seeds that both have; nothing where there is none."""
+    seeds = [seed for seed in after if seed in before]
+    if not seeds:
+        return {}
+    first = after[seeds[0]]
+    base, with_it = _hits(before, attack, seeds), _hits(after, attack, seeds)
+    return _figures(key, difference_over_seeds(base, with_it, first.labels, first.num_classes, statistic))
 
 
 def _agreement(args: argparse.Namespace, found: Mapping[str, Mapping[int, Audit]]) -> Iterator[Row]:

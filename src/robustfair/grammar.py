@@ -36,6 +36,25 @@ class Term:
 _TOKEN = re.compile(r"\s*(?:(?P<text>\"[^\"]*\"|'[^']*')|(?P<word>[^\s()+,=\"']+)|(?P<mark>[()+,=]))")
 
 
+def parse_term(text: str, what: str, *, example: str, hint: str = "give one") -> Term:
+    """Read text that is one term alone, such as an edit, a repair or an attack.
+
+    Args:
+        what: it names, for the message.
+        hint: what to write where several were meant.
+
+    >>> str(parse_term("Long-Tail(factor=100)", "edit", example="long-tail"))
+    'long-tail(factor=100)'
+
+    Raises:
+        RecipeError: the text does not follow the grammar, or holds several terms.
+    """
+    terms = parse_composition(text, example=example)
+    if len(terms) != 1:
+        raise RecipeError(f"{what} {text!r} names {len(terms)} {what}s: {hint}")
+    return terms[0]
+
+
 def parse_composition(text: str, example: str = "trades(beta=6) + ccm") -> list[Term]:
     """Read `"trades(beta=6) + ccm(lam=0.3) + ema"` into its terms.
 

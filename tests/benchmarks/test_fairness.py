@@ -35,7 +35,7 @@ TINY = Scale(
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCALES, "cifar10", TINY)
-    monkeypatch.setattr(fairness, "ATTACKS", ("clean", "apgd-ce(steps=2)"))
+    monkeypatch.setattr(fairness, "ATTACKS", ("apgd-ce(steps=2)",))
     monkeypatch.setattr(fairness, "AUTOATTACK", "apgd-t(steps=2, targets=2)")
     rows = {
         "base": Entry(train="trades"),

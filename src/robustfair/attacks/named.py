@@ -18,8 +18,8 @@ from robustfair.attacks.autoattack.named import AUTOATTACK, AutoAttack, parse_au
 from robustfair.attacks.autoattack.named import OPTIONS as AUTOATTACK_OPTIONS
 from robustfair.attacks.pgd import STARTS, FreezeFooled
 from robustfair.config import build, require
-from robustfair.errors import ConfigError, RecipeError, UnknownNameError
-from robustfair.grammar import Term, canonical_key, format_eps, format_value, parse_composition
+from robustfair.errors import ConfigError, UnknownNameError
+from robustfair.grammar import Term, canonical_key, format_eps, format_value, parse_term
 from robustfair.losses import MaximiseCE, MaximiseMargin
 from robustfair.registry import ATTACKS
 from robustfair.values import Attack, Batch, Goal, Threat
@@ -261,10 +261,7 @@ def list_attacks() -> list[tuple[str, str]]:
 
 
 def _parse_one(text: str) -> AnyAttack:
-    terms = parse_composition(text, example="cw-50(restarts=5)")
-    if len(terms) != 1:
-        raise RecipeError(f"cannot read {text!r}: attacks are separated by commas, like 'clean,pgd-20'")
-    term = terms[0]
+    term = parse_term(text, "attack", example="cw-50(restarts=5)", hint="separate them by commas, like 'clean,pgd-20'")
     if term.name in AUTOATTACK_NAMES:
         return parse_autoattack(term)
     kind, steps = _kind_and_steps(term)

@@ -23,8 +23,8 @@ from torch import Tensor
 from robustfair.config import Bounds, Count, Share, Whole, build, config, require
 from robustfair.data.datasets import ImageDataset, load_dataset
 from robustfair.data.load.parts import listed
-from robustfair.errors import DataError, ModelError, RecipeError, RobustFairWarning
-from robustfair.grammar import parse_composition
+from robustfair.errors import DataError, ModelError, RobustFairWarning
+from robustfair.grammar import parse_term
 from robustfair.registry import EDITS
 from robustfair.values import seeded_generator
 
@@ -117,10 +117,8 @@ class Edit(Protocol):
 
 def read_edit(text: str) -> Edit:
     """The edit that `long-tail` or `long-tail(factor=100)` names."""
-    terms = parse_composition(text, example="long-tail(factor=100)")
-    if len(terms) != 1:
-        raise RecipeError(f"edit {text!r} names {len(terms)} edits: give one, and a stage for each")
-    return build(EDITS.get(terms[0].name), terms[0].args, owner=terms[0].name)
+    term = parse_term(text, "edit", example="long-tail(factor=100)", hint="give one, and a stage for each")
+    return build(EDITS.get(term.name), term.args, owner=term.name)
 
 
 def edit(images: ImageDataset, what: str | Edit, *, seed: int = 0) -> ImageDataset:

@@ -24,7 +24,7 @@ from robustfair.evaluate.grouping import NAMED, Groups, Shot, recorded_counts
 from robustfair.evaluate.rates import ClassRates
 from robustfair.evaluate.result import CLEAN, ROBUST, Audit, find_attack, load_audit
 from robustfair.files import as_json
-from robustfair.grammar import parse_composition, read_path
+from robustfair.grammar import parse_term, read_path
 from robustfair.registry import canonical
 from robustfair.values import Threat
 
@@ -229,9 +229,8 @@ def _named(
     by: str, classes: Sequence[str], audits: Sequence[Audit], trained_on: Sequence[int] | None, baseline: Audit | None
 ) -> Groups:
     """What "shot" or "difficulty" means for these classes."""
-    terms = parse_composition(by, example="shot(many=100, few=20)")
-    require(len(terms) == 1, "groups", "by", allowed="one grouping", got=by)
-    chosen = build(NAMED[terms[0].name], terms[0].args, owner=terms[0].name)
+    term = parse_term(by, "grouping", example="shot(many=100, few=20)")
+    chosen = build(NAMED[term.name], term.args, owner=term.name)
     if isinstance(chosen, Shot):
         counts = recorded_counts(*audits) if trained_on is None else trained_on
         if counts is None:

@@ -9,7 +9,7 @@ from typing import Any
 from robustfair.config import build
 from robustfair.data.edits import Edit, read_edit
 from robustfair.errors import RecipeError, RobustFairWarning, UnknownNameError
-from robustfair.grammar import Term, format_value, parse_composition, parse_norm
+from robustfair.grammar import Term, format_value, parse_composition, parse_norm, parse_term
 from robustfair.methods.base import Bundle, Method
 from robustfair.methods.compose import Plan, compose
 from robustfair.objectives.base import AdversarialObjective, Objective
@@ -101,10 +101,8 @@ def require_modelless(text: str) -> Edit:
 
 def read_repair(text: str) -> Repair:
     """The repair that `hwnwb` or `hwnwb(target_norm=mean)` names."""
-    terms = parse_composition(text, example="hwnwb(target_norm=mean)")
-    if len(terms) != 1:
-        raise RecipeError(f"repair {text!r} names {len(terms)} repairs: give one")
-    return build(REPAIRS.get(terms[0].name), terms[0].args, owner=terms[0].name)
+    term = parse_term(text, "repair", example="hwnwb(target_norm=mean)")
+    return build(REPAIRS.get(term.name), term.args, owner=term.name)
 
 
 def _build_objective(term: Term, defaults: Mapping[str, Any]) -> Objective:
