@@ -20,6 +20,7 @@ from robustfair.runs.composition import plans_of
 
 CARDS = ROOT / "docs" / "methods"
 RESULTS = ROOT / "results"
+NOTHING = "Not measured yet."
 MARK = "<!-- From here on by `python -m benchmarks.cards`. -->"
 COLUMNS = {
     "data": "{data}",
@@ -46,7 +47,9 @@ def written(name: str, text: str, results: Path = RESULTS) -> str:
     """A card with what `results` say of it."""
     above = text.partition(MARK)[0].rstrip()
     found = "\n\n".join([*cost(name, results), *small_scale(name, results)])
-    return f"{above}\n\n{MARK}\n\n{found}\n" if found else f"{above}\n"
+    if not found:
+        return f"{above}\n"
+    return f"{above.removesuffix(NOTHING).rstrip()}\n\n{MARK}\n\n{found}\n"
 
 
 def cost(name: str, results: Path) -> Iterator[str]:
