@@ -1,70 +1,154 @@
-"""Write what was measured of each method into its card, from the results that are kept.
+"""Write what was measured of objectives, methods and augmentations into their cards, from the results that are kept.
 
-A card ends with its section "Measured". What stands there below the mark is made of `results/methods-cpu/cost*.json`
-(`python -m benchmarks.method_cost`) and `results/fairness-cpu/*.json` (`python -m benchmarks.fairness`); what stands
-above it is written by hand and stays.
+A card's section "Measured" has two marks. What stands between them is made of
+
+- `results/objectives-cpu/objectives.json` (`python -m benchmarks.objectives`): does it train,
+- `results/methods-cpu/cost*.json` (`python -m benchmarks.method_cost`): what an epoch costs beside its base's,
+- `results/fairness-cpu/*.json` (`python -m benchmarks.fairness`): what it does for the worst class at small scale;
+
+what stands around them is written by hand and stays.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.fairness import ENTRIES, PLAIN, SCALES
-from benchmarks.measure import ROOT, Row, Table
-from robustfair.files import write_text
+from benchmarks.measure import ROOT, SCHEMA, Row, Table
+from benchmarks.objectives import RATES
+from robustfair.errors import DataError, RobustFairError
+from robustfair.files import read_json, write_bytes
 from robustfair.runs.composition import plans_of
 
-CARDS = ROOT / "docs" / "methods"
-RESULTS = ROOT / "results"
-NOTHING = "Not measured yet."
-MARK = "<!-- From here on by `python -m benchmarks.cards`. -->"
-COLUMNS = {
-    "data": "{data}",
-    "composition": "`{train}`",
-    "base": "`{base}`",
-    "robust": "{average:+.1f}",
-    "worst class": "{worst:+.1f} ({worst_low:+.1f} to {worst_high:+.1f})",
-    "against the plain baseline": "{plain:+.1f} ({plain_low:+.1f} to {plain_high:+.1f})",
-}
+CARDS, RESULTS = ROOT / "docs" / "methods", ROOT / "results"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write all cards that something was measured for."""
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.cards", description=(__doc__ or "").partition("\n")[0]
-    ).parse_args(argv)
-    for path in sorted(CARDS.glob("*.md")):
-        text = path.read_text(encoding="utf-8")
-        if (new := written(path.stem, text)) != text:
-            write_text(path, new)
+    """Write all cards that something was measured for, or, on an error, none."""
+    options = argparse.ArgumentParser(prog="python -m benchmarks.cards", description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("--results", type=Path, default=RESULTS, help="folder of reports")
+    options.add_argument("--cards", type=Path, default=CARDS, help="folder of cards")
+    args = options.parse_args(argv)
+    try:
+        write_cards(args.cards, args.results)
+    except RobustFairError as error:
+        options.error(str(error))
 
 
-def written(name: str, text: str, results: Path = RESULTS) -> str:
-    """A card with what `results` say of it."""
-    above = text.partition(MARK)[0].rstrip()
-    found = "\n\n".join([*cost(name, results), *small_scale(name, results)])
-    if not found:
-        return f"{above}\n"
-    return f"{above.removesuffix(NOTHING).rstrip()}\n\n{MARK}\n\n{found}\n"
+def write_cards(folder: Path, results: Path) -> None:
+    """Write what the results say of every card between its marks.
+
+    Raises:
+        DataError: a card is missing, or has not one begin and one end in this order.
+    """
+    said = {name: text for name in sorted(concerned(results)) if (text := measured(name, results))}
+    paths = {name: folder / f"{name}.md" for name in said}
+    absent = [str(path) for path in paths.values() if not path.is_file()]
+    if absent:
+        raise DataError(f"no card {', '.join(absent)}: write it, with {BEGIN} and {END}")
+    cards = {path: inserted(path.read_bytes(), said[name], path) for name, path in paths.items()}
+    for path, content in cards.items():
+        write_bytes(path, content)
+
+
+def concerned(results: Path) -> set[str]:
+    """Names of the cards that the results may say something of."""
+    costs = {row["method"].partition(", ")[0] for _, row in _cost_rows(results)}
+    trained = {name for line in _trained(results)[1] for name in _cards_of(line)}
+    return costs | trained | {name for entry in ENTRIES for name in terms(entry)}
+
+
+def measured(name: str, results: Path) -> str:
+    """What the results say of a card; empty where they say nothing."""
+    return "\n\n".join([*training(name, results), *cost(name, results), *small_scale(name, results)])
+
+
+def inserted(card: bytes, text: str, path: Path) -> bytes:
+    """A card with `text` between its marks.
+
+    Raises:
+        DataError: it has not one begin and one end in this order; names `path`.
+    """
+    begin, end = BEGIN.encode(), END.encode()
+    if card.count(begin) != 1 or card.count(end) != 1 or card.index(begin) > card.index(end):
+        raise DataError(f"{path} needs one {BEGIN} and after it one {END}: what was measured goes between them")
+    before, after = card[: card.index(begin) + len(begin)], card[card.index(end) :]
+    return before + f"\n{text}\n".encode() + after
+
+
+# Does it train
+
+
+BASELINE = {"what": "pgd-at", "norm": "linf"}
+"""The line that every card shows."""
+SHARED = {"idbh-strong": "idbh", "idbh-svhn": "idbh"}
+"""Name -> the card that it shares."""
+TRAINED = {"what": "{what}", "norm, radius": "{norm}, {eps}", **RATES, "commit": "{commit}"}
+
+
+def training(name: str, results: Path) -> Iterator[str]:
+    """Its lines of the report of objectives, beside the baseline, and how they were measured."""
+    settings, lines = _trained(results)
+    if not any(name in _cards_of(line) for line in lines):
+        return
+    shown = [line for line in lines if name in _cards_of(line) or all(line[key] == BASELINE[key] for key in BASELINE)]
+    yield Table("", TRAINED, shown).markdown()
+    yield (
+        f"`python -m benchmarks.objectives`: {settings['images']:,} images of {settings['data']}, "
+        f"{settings['epochs']} epochs, {settings['model']} of width {settings['width']}, seed {settings['seed']}; "
+        f"percent of {settings['test_images']:,} test images, with 95 % intervals over test images and not over seeds. "
+        "At this scale it shows that the objective trains, and not which is best."
+    )
+
+
+def _trained(results: Path) -> tuple[Mapping[str, Any], list[Row]]:
+    path = results / "objectives-cpu" / "objectives.json"
+    if not path.exists():
+        return {}, []
+    report = read_json(path, SCHEMA)
+    return report["settings"], [row for table in report["tables"] for row in table["rows"]]
+
+
+def _cards_of(line: Row) -> set[str]:
+    return {SHARED.get(name, name) for name in line["names"]}
+
+
+# What it costs
 
 
 def cost(name: str, results: Path) -> Iterator[str]:
-    """A paragraph with what an epoch costs beside the base's, of every case of the method."""
-    for path in sorted((results / "methods-cpu").glob("cost*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        for row in report["tables"][0]["rows"]:
-            method, _, how = row["method"].partition(", ")
-            if method == name:
-                over = f"turn by turn {row['low']:.2f} to {row['high']:.2f}"
-                where = f"{path.relative_to(results.parent).with_suffix('.md')}"
-                yield (
-                    f"Cost: an epoch{f' ({how})' * bool(how)} takes {row['ratio']:.2f} times one of `{row['base']}`\n"
-                    f"({over}; `{where}`)."
-                )
+    """A paragraph for every case of the method: an epoch beside the base's."""
+    for path, row in _cost_rows(results):
+        method, _, how = row["method"].partition(", ")
+        if method == name:
+            case = f" ({how})" if how else ""
+            yield (
+                f"Cost: an epoch{case} takes {row['ratio']:.2f} times one of `{row['base']}`, turn by turn "
+                f"{row['low']:.2f} to {row['high']:.2f} (`python -m benchmarks.method_cost`, "
+                f"`results/methods-cpu/{path.stem}.md`)."
+            )
+
+
+def _cost_rows(results: Path) -> list[tuple[Path, Row]]:
+    paths = sorted((results / "methods-cpu").glob("cost*.json"))
+    return [(path, row) for path in paths for row in read_json(path, SCHEMA)["tables"][0]["rows"]]
+
+
+# What it does at small scale
+
+
+CHANGES = {
+    "data": "{data}",
+    "composition": "`{train}`",
+    "base": "`{base}`",
+    "average": "{average:+.1f}",
+    "worst class": "{worst:+.1f} ({worst_low:+.1f} to {worst_high:+.1f})",
+    "worst class, against the plain baseline": "{plain:+.1f} ({plain_low:+.1f} to {plain_high:+.1f})",
+}
 
 
 def small_scale(name: str, results: Path) -> Iterator[str]:
@@ -73,17 +157,17 @@ def small_scale(name: str, results: Path) -> Iterator[str]:
     if not rows:
         return
     yield (
-        "Small scale: points over the base, and of the worst class also over the plain baseline\n"
-        f"`{ENTRIES[PLAIN].train}`, with 95 % intervals over seeds and test images\n"
-        "(`python -m benchmarks.fairness`, `results/fairness-cpu/`)."
+        "Small scale: points of robust accuracy, on long tails of clean accuracy, over the base, and of the worst "
+        f"class also over the plain baseline, `{ENTRIES[PLAIN].train}`; means with 95 % intervals over seeds and test "
+        "images (`python -m benchmarks.fairness`, `results/fairness-cpu/`)."
     )
-    yield Table("", COLUMNS, rows).markdown()
-    better = [row for row in rows if (row.get("worst_low") or 0) > 0]
-    told = f"Its worst class is above the base's beyond chance in {len(better)} of {len(rows)} rows"
-    against = [row for row in rows if row.get("plain") is not None]
+    yield Table("", CHANGES, rows).markdown()
+    better = sum((row["worst_low"] or 0) > 0 for row in rows)
+    told = f"Its worst class is above the base's beyond chance in {better} of {len(rows)} rows"
+    against = [row for row in rows if row["plain"] is not None]
     if against:
-        beats = [row for row in against if (row.get("plain_low") or 0) > 0]
-        told += f",\nabove the plain baseline's in {len(beats)} of {len(against)}"
+        beats = sum((row["plain_low"] or 0) > 0 for row in against)
+        told += f", and above the plain baseline's in {beats} of {len(against)}"
     yield f"{told}."
 
 
@@ -92,25 +176,22 @@ def changes(name: str, scale: str, results: Path) -> Iterator[Row]:
     path = results / "fairness-cpu" / f"{scale}.json"
     if not path.exists():
         return
-    report = json.loads(path.read_text(encoding="utf-8"))
     judged = SCALES[scale].judged
-    found = next((table["rows"] for table in report["tables"] if table["title"].startswith("Changes")), ())
-    for row in found:
+    tables = {table["title"]: table["rows"] for table in read_json(path, SCHEMA)["tables"]}
+    for row in tables.get("Changes, seed by seed, against the base", ()):
         if name in terms(row["row"]) - terms(row["base"]):
-            base, worst = base_of(row), f"{judged}_worst"
-            ends: dict[str, Any] = {f"worst{end}": row.get(f"{worst}{end}") for end in ("", "_low", "_high")}
-            ends |= {f"plain{end}": row.get(f"plain{end}") for end in ("", "_low", "_high")}
-            yield {"data": scale, "train": ENTRIES[row["row"]].train, "base": base, "average": row[judged], **ends}
-
-
-def base_of(row: Row) -> str:
-    """The composition of a row's base, with what it went on from."""
-    entry = ENTRIES[row["base"]]
-    return f"{entry.train}, trained on" if entry.start else entry.train
+            entry, base = ENTRIES[row["row"]], ENTRIES[row["base"]]
+            ends = {
+                f"{to}{end}": row.get(f"{key}{end}")
+                for to, key in (("average", judged), ("worst", f"{judged}_worst"), ("plain", "plain"))
+                for end in ("", "_low", "_high")
+            }
+            longer = ", trained on" if base.start else ""
+            yield {"data": scale, "train": entry.train, "base": f"{base.train}{longer}", **ends}
 
 
 def terms(name: str) -> set[str]:
-    """Names of the objective, methods and bundles of a row, and of its recipe."""
+    """Names of the objective, methods and bundles of a row of `benchmarks.fairness`, and of its recipe."""
     entry = ENTRIES[name]
     found = {name} if "stages" in entry.keys else set()
     for _, plan in plans_of(entry.train.format(**dict.fromkeys(entry.asks, "runs/x"))):

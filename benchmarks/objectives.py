@@ -4,8 +4,8 @@ All runs start from the same weights and see the same images in the same order. 
 audited is its last weights, and beside them every average of weights that its methods export. Averages never reach back
 into training, so the raw weights of `pgd-at + ema` stand as `pgd-at`, and its average as a line of its own.
 
-A row is in the report as soon as it is done; a command that was stopped goes on with `--keep`. `--cards FOLDER` trains
-nothing and writes the lines of a report into the cards of the objectives, methods and augmentations that they concern.
+A row is in the report as soon as it is done; a command that was stopped goes on with `--keep`. What is kept under
+`results/` is written into the cards of objectives, methods and augmentations by `benchmarks.cards`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from benchmarks.workload import initialised, load
 from robustfair.config import Curve, require
 from robustfair.data import ImageDataset
 from robustfair.data.augment.crops import parse_augmentation
-from robustfair.errors import CheckpointError, DataError, RobustFairError, UnknownNameError
+from robustfair.errors import CheckpointError, UnknownNameError
 from robustfair.evaluate.result import Audit
 from robustfair.evaluate.run import audit
-from robustfair.files import read_json, write_bytes, write_json, write_text
+from robustfair.files import read_json, write_json, write_text
 from robustfair.grammar import format_eps, format_value, parse_composition
 from robustfair.methods import Bundle, Method, compose
 from robustfair.objectives import Objective
@@ -48,11 +48,6 @@ CURVE: Curve = "one-cycle"
 LR = 0.2
 ATTACKS = {"clean": "clean", "pgd-20": "pgd20"}
 """Attack -> what its keys in a line begin with."""
-BASELINE = {"what": "pgd-at", "norm": "linf"}
-"""The line that every card shows."""
-CARDS = {"idbh-strong": "idbh", "idbh-svhn": "idbh"}
-"""Name -> the card that it shares."""
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 Lines = list[Row]
 """What one run came to: a line of its raw weights, then one per export."""
@@ -122,7 +117,6 @@ COLUMNS = {
     "images/s": "{images_per_second:,.0f}",
     "commit": "{commit}",
 }
-CARD_COLUMNS = {"what": "{what}", "norm, radius": "{norm}, {eps}", **RATES, "commit": "{commit}"}
 NOTES = (
     "Small scale: one seed, a narrow network, few images and epochs. It shows that each objective trains, and not "
     "which is best.",
@@ -136,7 +130,7 @@ NOTES = (
 
 
 def main(argv: Sequence[str] | None = None) -> Report | None:
-    """Train the rows, or write the cards, from the command line; exit code 1 if a row failed."""
+    """Train the rows from the command line; exit code 1 if a row failed."""
     given = sys.argv[1:] if argv is None else list(argv)
     options = measure.parser("objectives", __doc__, batch_size=128, precision="fp32", width=16)
     options.set_defaults(threads=1, argv=given)
@@ -148,23 +142,15 @@ def main(argv: Sequence[str] | None = None) -> Report | None:
     options.add_argument("--jobs", type=int, default=2, help="rows at a time, each in a process with --threads")
     options.add_argument("--only", nargs="+", metavar="TRAIN", help="the rows of these compositions")
     options.add_argument("--keep", action="store_true", help="go on with the file of --json: train what it lacks")
-    options.add_argument("--cards", type=Path, metavar="FOLDER", help="train nothing, write the file of --json there")
     options.add_argument("--row", help=argparse.SUPPRESS)
     args = options.parse_args(given)
     if args.row is not None:
         _answer(options, args)
         return None
-    for flag in ("keep", "cards"):
-        if getattr(args, flag) and args.json is None:
-            options.error(f"--{flag} needs --json, the report to read")
+    if args.keep and args.json is None:
+        options.error("--keep needs --json, the report to read")
     if args.keep and args.force:
         options.error("--keep and --force: one goes on with the file, the other replaces it")
-    if args.cards is not None:
-        try:
-            write_cards(args.cards, _read(args.json))
-        except RobustFairError as error:
-            options.error(str(error))
-        return None
     failed: list[str] = []
     whole = measure.run(options, lambda args: report(args, failed), given + ["--force"] * args.keep)
     _write(args.json, whole)
@@ -452,69 +438,6 @@ def _commit() -> str:
     if found.endswith("+") and subprocess.run(asked, cwd=ROOT, capture_output=True).returncode == 0:
         return found.removesuffix("+")
     return found
-
-
-# Cards
-
-
-def card_lines(name: str, written: Mapping[str, Any]) -> str:
-    """What the card of an objective, method or augmentation shows of a report: its lines, the baseline, how measured.
-
-    Args:
-        written: the report as its JSON file has it.
-
-    Raises:
-        UnknownNameError: no line of the report concerns the name.
-    """
-    lines = _lines_of(written)
-    if name not in concerned(written):
-        raise UnknownNameError("card in the report", name, concerned(written))
-    shown = [line for line in lines if name in _cards(line) or all(line[key] == BASELINE[key] for key in BASELINE)]
-    settings = written["settings"]
-    how = (
-        f"`python -m benchmarks.objectives`: {settings['images']:,} images of {settings['data']}, "
-        f"{settings['epochs']} epochs, {settings['model']} of width {settings['width']}, seed {settings['seed']}; "
-        f"percent of {settings['test_images']:,} test images, with 95 % intervals over test images and not over seeds. "
-        "At this scale it shows that the objective trains, and not which is best."
-    )
-    return f"{Table('', CARD_COLUMNS, shown).markdown()}\n\n{how}"
-
-
-def concerned(written: Mapping[str, Any]) -> list[str]:
-    """The cards of all objectives, methods and augmentations of a report."""
-    return sorted({name for line in _lines_of(written) for name in _cards(line)})
-
-
-def _cards(line: Row) -> set[str]:
-    return {CARDS.get(name, name) for name in line["names"]}
-
-
-def write_cards(folder: Path, written: Mapping[str, Any]) -> None:
-    """Write the lines of a report between the markers of every card that they concern, or, on an error, none.
-
-    Raises:
-        DataError: a card is missing, or has not one begin and one end in this order.
-    """
-    paths = {name: folder / f"{name}.md" for name in concerned(written)}
-    absent = [str(path) for path in paths.values() if not path.is_file()]
-    if absent:
-        raise DataError(f"no card {', '.join(absent)}: write it, with {BEGIN} and {END}")
-    cards = {path: inserted(path.read_bytes(), card_lines(name, written), path) for name, path in paths.items()}
-    for path, content in cards.items():
-        write_bytes(path, content)
-
-
-def inserted(card: bytes, lines: str, path: Path) -> bytes:
-    """A card with `lines` between its markers.
-
-    Raises:
-        DataError: it has not one begin and one end in this order; names `path`.
-    """
-    begin, end = BEGIN.encode(), END.encode()
-    if card.count(begin) != 1 or card.count(end) != 1 or card.index(begin) > card.index(end):
-        raise DataError(f"{path} needs one {BEGIN} and after it one {END}: the lines go between them")
-    before, after = card[: card.index(begin) + len(begin)], card[card.index(end) :]
-    return before + f"\n{lines}\n".encode() + after
 
 
 if __name__ == "__main__":

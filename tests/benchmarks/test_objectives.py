@@ -1,4 +1,4 @@
-"""Every row on a tiny network and images without content; the cards on reports made of that."""
+"""Every row on a tiny network and images without content."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import objectives
-from benchmarks.measure import ROOT, SCHEMA
-from benchmarks.objectives import BEGIN, END, ROWS, Case, card_lines
+from benchmarks.measure import SCHEMA
+from benchmarks.objectives import ROWS, Case
 from benchmarks.workload import initialised, synthetic
 from robustfair.data import ImageDataset
 from robustfair.evaluate.result import Audit
@@ -24,8 +24,6 @@ from robustfair.training.schedule import Schedule
 
 FEW = (Case("standard"), Case("pgd-at(steps=1) + ema(decay=0.5)"), Case("trades(steps=1)", norm="l2"))
 AVERAGED = FEW[1].key
-COMMITTED = ROOT / "results" / "objectives-cpu" / "objectives.json"
-CARDS = ROOT / "docs" / "methods"
 
 
 def images() -> ImageDataset:
@@ -256,7 +254,6 @@ def test_a_report_survives_where_every_row_fails(copy: Path, monkeypatch: pytest
     [
         (["--only", "standart"], "unknown row 'standart': did you mean standard"),
         (["--keep"], "--keep needs --json"),
-        (["--cards", "cards"], "--cards needs --json"),
         (["--jobs", "0"], "jobs must be at least 1"),
         (["--images", "9"], "limit_per_class must be at least 1"),
         (["--keep", "--force", "--json", "x.json"], "one goes on with the file, the other replaces it"),
@@ -269,103 +266,10 @@ def test_wrong_use_is_one_line(more: list[str], told: str, capsys: pytest.Captur
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("flag", [["--keep"], ["--cards", "cards"]])
-def test_a_report_of_another_script_is_refused(
-    flag: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_of_another_script_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "attack.json"
     path.write_text(json.dumps({"schema": SCHEMA, "name": "attack", "tables": []}))
     with pytest.raises(SystemExit) as stop:
-        run(path, *flag)
+        run(path, "--keep")
     assert stop.value.code == 2
     assert "attack.json is a report of benchmarks.attack, not of" in capsys.readouterr().err.splitlines()[-1]
-
-
-# Cards
-
-
-def report_with(*lines: dict[str, Any]) -> dict[str, Any]:
-    """A report of lines that differ in what they say."""
-    rates = {f"{kind}{what}{end}": 10.0 for kind in ("clean", "pgd20") for what in ("", "_worst") for end in ENDS}
-    usual = {"norm": "linf", "eps": "8/255", "seconds": 9, "commit": "abc", "clean_worst_class": "cat"}
-    rows = [{**usual, **rates, "pgd20_worst_class": "cat", **line} for line in lines]
-    about = {"images": 20, "epochs": 1, "test_images": 50, "data": "some", "model": "small-cnn", "width": 2, "seed": 0}
-    return {"settings": about, "tables": [{"title": "", "rows": rows}]}
-
-
-ENDS = ("", "_low", "_high")
-
-
-def test_a_card_shows_its_lines_and_plain_pgd_at_for_comparison() -> None:
-    written = report_with(
-        {"what": "pgd-at", "names": ["pgd-at"]},
-        {"what": "pgd-at + ema", "names": ["pgd-at", "ema"]},
-        {"what": "pgd-at + swa", "names": ["pgd-at", "swa"]},
-        {"what": "pgd-at, idbh", "names": ["pgd-at", "idbh"]},
-        {"what": "pgd-at", "names": ["pgd-at"], "norm": "l2"},
-    )
-
-    def shown(name: str) -> list[str]:
-        rows = [row for row in card_lines(name, written).splitlines() if row.startswith("| pgd")]
-        return [" ".join(cell.strip() for cell in row.split("|")[1:3]) for row in rows]
-
-    assert shown("ema") == ["pgd-at linf, 8/255", "pgd-at + ema linf, 8/255"]
-    assert shown("idbh") == ["pgd-at linf, 8/255", "pgd-at, idbh linf, 8/255"]
-    assert len(shown("pgd-at")) == 5
-    assert "10.0 (10.0 to 10.0) cat" in card_lines("ema", written)
-    with pytest.raises(objectives.UnknownNameError, match="em"):
-        card_lines("em", written)
-
-
-def write_cards(folder: Path, **texts: bytes) -> None:
-    for name in ("standard", "pgd-at", "ema", "trades"):
-        text = texts.get(name.replace("-", "_"), f"# {name}\r\n\n{BEGIN}\nold\n{END}\n\nafter \xe9".encode())
-        (folder / f"{name}.md").write_bytes(text)
-
-
-def test_cards_are_written_between_the_markers_and_nowhere_else(copy: Path, tmp_path: Path) -> None:
-    (tmp_path / "other.md").write_text("without markers")
-    write_cards(tmp_path, ema=f"{BEGIN}{END}".encode())
-    before = copy.read_bytes()
-    for _ in range(2):
-        run(copy, "--cards", str(tmp_path))
-        for name in ("standard", "pgd-at", "trades"):
-            lines = card_lines(name, read_json(copy))
-            assert (tmp_path / f"{name}.md").read_bytes() == (
-                f"# {name}\r\n\n{BEGIN}\n{lines}\n{END}\n\nafter \xe9".encode()
-            )
-        assert (tmp_path / "ema.md").read_text() == f"{BEGIN}\n{card_lines('ema', read_json(copy))}\n{END}"
-    assert (tmp_path / "other.md").read_text() == "without markers"
-    assert copy.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        (b"no markers", "trades.md needs one"),
-        (f"{END}{BEGIN}".encode(), "trades.md needs one"),
-        (f"{BEGIN}{BEGIN}{END}".encode(), "trades.md needs one"),
-        (None, "no card "),
-    ],
-)
-def test_a_card_that_cannot_take_the_lines_stops_all_of_them(
-    text: bytes | None, told: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_cards(tmp_path, **({} if text is None else {"trades": text}))
-    if text is None:
-        (tmp_path / "trades.md").unlink()
-    before = (tmp_path / "ema.md").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        run(copy, "--cards", str(tmp_path))
-    assert stop.value.code == 2
-    assert told in capsys.readouterr().err.splitlines()[-1]
-    assert (tmp_path / "ema.md").read_bytes() == before
-
-
-@pytest.mark.skipif(not COMMITTED.exists(), reason="there is no committed report")
-def test_committed_cards_show_the_committed_report() -> None:
-    written = read_json(COMMITTED, SCHEMA)
-    for name in objectives.concerned(written):
-        path = CARDS / f"{name}.md"
-        content = path.read_bytes()
-        assert objectives.inserted(content, card_lines(name, written), path) == content, name
