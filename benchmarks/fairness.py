@@ -59,11 +59,11 @@ class Scale:
     autoattack_images: int = 200
 
 
-COMMON = {"schedule": "one-cycle", "batch_size": 64, "lr": 0.1, "select": "last", "validation": 0.05}
+COMMON = {"schedule": "one-cycle", "batch_size": 50, "lr": 0.1, "select": "last", "validation": 0.05}
 CIFAR10 = {**COMMON, "data": "cifar10", "model": "resnet9", "width": 8, "epochs": 8}
 SCALES = {
     "cifar10": Scale(
-        keys={**CIFAR10, "limit_per_class": 1000, "eps": 3 / 255, "step_size": 2.25 / 255, "steps": 2},
+        keys={**CIFAR10, "limit_per_class": 500, "eps": 4 / 255, "step_size": 3 / 255, "steps": 2},
     ),
     "fashion-mnist": Scale(
         keys={
@@ -271,7 +271,7 @@ class Work:
             train(self.recipe(), self.folder, resume=folder.exists())
 
     def audit(self, test: ImageDataset, attacks: Sequence[str], kind: str) -> None:
-        """Attack the selected weights, and keep the verdicts."""
+        """Attack the selected weights within the radius that they were trained for, and keep the verdicts."""
         self.train()
         model = RunFolder(self.folder).read()[0]
         journal = self.folder / f"{kind}.journal"

@@ -60,6 +60,7 @@ def test_rows_are_trained_audited_compared_and_not_done_again(tmp_path: Path) ->
     (line,) = agreement
     assert (line["row"], line["images"]) == ("base", 40)
     audits = [load_audit(tmp_path / "out" / "cifar10" / f"base-{seed}.audit.json") for seed in (0, 1)]
+    assert {each.threat.eps for each in audits} == {TINY.keys["eps"]}
     assert rows[0]["clean_each"] == pytest.approx([100 * each.average("clean") for each in audits])
     assert rows[0]["robust_worst_each"] == pytest.approx([100 * each.worst("robust").value for each in audits])
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
