@@ -274,10 +274,9 @@ class Work:
         """Attack the selected weights within the radius that they were trained for, and keep the verdicts."""
         self.train()
         model = RunFolder(self.folder).read()[0]
-        journal = self.folder / f"{kind}.journal"
-        found = audit(
-            model, test, attacks=["clean", *attacks], label=self.stem, device=self.args.device, journal=journal
-        )
+        radius = {key: value for key, value in SCALES[self.args.scale].keys.items() if key == "eps"}
+        given = {"label": self.stem, "device": self.args.device, "journal": self.folder / f"{kind}.journal"}
+        found = audit(model, test, attacks=["clean", *attacks], **radius, **given)
         found.save(self.audits, f"{self.stem}.{kind}")
 
 
