@@ -115,16 +115,20 @@ def test_parts_have_keys_and_rows_of_their_own() -> None:
     assert made.row("a/b/y/two").values == {"data": "digits", "train": "mart"}
 
 
-def test_a_row_ends_before_the_first_stage_that_is_awaited() -> None:
+def test_a_row_stops_before_the_first_stage_that_is_awaited() -> None:
     made = table(
         awaits={"later": "is not there"},
         stages={"tune": {"train": "{objective} + later"}},
-        rows={"one": ["trades", "tune", "pgd-at"], "two": "trades + later"},
+        rows={"one": ["trades", "tune", "pgd-at"], "two": "trades + later", "three": {"train": "trades", "lr": 1.0}},
     )
     one, two = made.row("a/b/one"), made.row("a/b/two")
     assert one.values["stages"] == [{"train": "trades"}]
-    assert one.stops == "a/b/one ends before its stage 2 (train: trades + later): later is not there"
+    assert one.stops == (
+        "a/b/one cannot run yet: its stage 2, train: trades + later, needs later, which is not there; "
+        "what comes before that is a/b/three"
+    )
     assert two.values == {}
+    assert two.stops == "a/b/two cannot run yet: its stage 1, train: trades + later, needs later, which is not there"
 
 
 @pytest.mark.parametrize(

@@ -23,20 +23,23 @@ def explain(
     Parameters
     ----------
     composition
-        Such as "trades(beta=6) + ccm + ccr", the name of a shipped recipe, or a YAML file, stage by stage. Of a row of
-        a paper's table also where it comes from, and what the paper reports.
+        Such as "trades(beta=6) + ccm + ccr", or the name of a shipped recipe or a YAML file, stage by stage with data,
+        model and schedule. Of a row of a paper's table also where it comes from, what the paper reports, and what it
+        leaves open.
     allow
         Claims that several methods may share.
     epochs
         Length of the run, to say which methods would not act in it.
     """
-    from robustfair.report.explain import explain_plan
+    from robustfair.report.explain import explain_plan, explain_run
     from robustfair.report.recipes import provenance
-    from robustfair.runs.composition import plans_of
+    from robustfair.runs.composition import steps_of
     from robustfair.runs.shipped import find_row
 
     row = find_row(composition)
     say(*(provenance(row) if row is not None else []))
-    for stage, plan in plans_of(composition, allow or (), plugin or ()):
-        say(*([stage] if stage else []), *([] if plan is None else [explain_plan(plan, epochs)]))
+    for step in steps_of(composition, allow or (), plugin or ()):
+        say(*([step.said] if step.said else []))
+        say(*([] if step.recipe is None else explain_run(step.recipe, step.start)))
+        say(*([] if step.plan is None else [explain_plan(step.plan, epochs)]))
     return 0

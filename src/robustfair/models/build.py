@@ -41,17 +41,35 @@ def create_model(
 
     Raises:
         UnknownNameError: no model of that name.
+        ModelError: a network of another package, which can be audited alone.
         ConfigError: a size or statistic out of range.
 
     >>> create_model("small-cnn", in_channels=1, width=8).head
     Linear(in_features=32, out_features=10, bias=True)
     """
-    factory: Callable[..., nn.Module] = (
-        wide_resnet_factory(name) or dm_wide_resnet_factory(name) or xcit_factory(name) or MODELS.get(name)
-    )
+    factory = _factory(name)
     mean, std = named_statistics(normalise, in_channels) or (None, None)
     sizes = {} if width is None else {"width": width}
     return factory(num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **sizes)
+
+
+def require_model(name: str) -> None:
+    """Refuse a name that `create_model` does not know, before any image is read.
+
+    Raises:
+        UnknownNameError, ModelError: as `create_model`.
+    """
+    _factory(name)
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    """What builds the network of a name."""
+    if ":" in name:
+        raise ModelError(
+            f"model {name} can be audited and not be trained: `model` names a network of ours, such as resnet18 or "
+            "preact-resnet18, and `robustfair list models` has them all"
+        )
+    return wide_resnet_factory(name) or dm_wide_resnet_factory(name) or xcit_factory(name) or MODELS.get(name)
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -8,9 +8,43 @@ from typing import Any
 
 from torch import nn
 
+from robustfair.errors import RobustFairError, as_flags
 from robustfair.grammar import format_value
 from robustfair.methods.compose import Plan
+from robustfair.models.build import require_model
 from robustfair.objectives.base import AdversarialObjective
+from robustfair.runs.recipe import Recipe
+
+IMAGES = ("data", "image_size", "limit_per_class", "augment", "validation")
+SCHEDULE = ("epochs", "batch_size", "optimizer", "lr", "schedule")
+OF_CURVE = {"multistep": ("milestones", "gamma"), "one-cycle": ("warmup", "cycle_momentum")}
+OF_OPTIMIZER = {"sgd": ("momentum", "nesterov")}
+EXECUTION = ("precision", "compile", "deterministic")
+
+
+def explain_run(recipe: Recipe, start: str) -> list[str]:
+    """Lines on what a recipe trains with beside its composition, by the names of its keys; and why it cannot, if so.
+
+    Args:
+        start: weights that it trains from.
+    """
+    values = {name: _written(value) for name, value in recipe.values().items() if value not in (None, [])}
+    values |= {"start": start, "data": recipe.data or "(to be named)"}
+    values["augment"] = recipe.augment or "(that of the data)"
+    changed = [f.name for f in dataclasses.fields(Recipe) if f.name in EXECUTION and vars(recipe)[f.name] != f.default]
+    of_curve, of_optimizer = OF_CURVE.get(recipe.curve, ()), OF_OPTIMIZER.get(recipe.optimizer, ())
+    schedule = (*SCHEDULE, *of_curve, *of_optimizer, "weight_decay", *changed)
+    kinds = {"images": IMAGES, "model": ("model", "width", "start", "only"), "schedule": schedule, "keeps": ("select",)}
+    said = {kind: ", ".join(f"{key}={values[key]}" for key in keys if key in values) for kind, keys in kinds.items()}
+    lines = [f"  {kind}: {text}" for kind, text in said.items()]
+    if recipe.curve == "multistep":
+        drops = ", ".join(f"{round(milestone * recipe.epochs, 1):g}" for milestone in recipe.milestones)
+        lines.insert(3, f"  rate drops after epochs: {drops}")
+    try:
+        require_model(recipe.model)
+    except RobustFairError as error:
+        lines.append(f"  cannot run: {as_flags(str(error))}")
+    return lines
 
 
 def explain_plan(plan: Plan, epochs: int | None = None) -> str:
@@ -50,6 +84,13 @@ def summary(entry: Any) -> str:
     entry = getattr(entry, "func", entry)
     text = " ".join((entry.__doc__ or "").split())
     return re.split(r"\.(?: (?=[A-Z])|$)", text)[0]
+
+
+def _written(value: Any) -> str:
+    """A value of a recipe's key as a file has it, text without quotes."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    return value if isinstance(value, str) else format_value(value)
 
 
 def _settings(config: Any) -> str:

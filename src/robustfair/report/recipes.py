@@ -77,21 +77,23 @@ def in_percent(numbers: Sequence[ReportedNumber]) -> str:
 
 
 def provenance(row: Row) -> list[str]:
-    """Lines on where a row comes from: source, protocol, what is reported, departures and doubts."""
+    """Lines on where a row comes from: source, protocol, what is reported, departures, guesses and doubts."""
     table, protocol = row.table, row.table.protocol
-    runs = f"{protocol.seeds} run{'s' if protocol.seeds > 1 else ''}"
+    numbers = reported(row.name)
+    stated = dict.fromkeys(number.checkpoint for number in numbers if number.checkpoint)
+    kept = " and ".join(stated) or f"{' and '.join(protocol.checkpoints)} (not stated)"
+    runs = "1 run" if protocol.seeds == 1 else f"{protocol.seeds or '(not stated how many)'} runs"
     on = f" on {protocol.data}" if protocol.data else ""
     under = f", {', '.join(protocol.attacks)}" if protocol.attacks else ""
-    measured = f"{' and '.join(protocol.checkpoints)} checkpoint of {runs}{on}{under}"
+    measured = f"{kept} checkpoint of {runs}{on}{under}"
     lines = [f"{row.name}: {table.source}", f"  measured: {measured}"]
-    numbers = reported(row.name)
     attacks = dict.fromkeys(number.attack for number in numbers)
     for attack in attacks:
         cells = ", ".join(_cells([number for number in numbers if number.attack == attack]))
         if cells:
             lines.append(f"  {HEADING}, {attack}: {cells}")
-    lines += [f"  departure: {' '.join(text.split())}" for text in table.departures]
-    return [*lines, *(f"  doubt: {' '.join(text.split())}" for text in table.doubts)]
+    texts = {"departure": table.departures, "guess": table.guesses, "doubt": table.doubts}
+    return [*lines, *(f"  {kind}: {' '.join(text.split())}" for kind, found in texts.items() for text in found)]
 
 
 def _cells(numbers: Sequence[ReportedNumber]) -> Iterator[str]:
@@ -122,4 +124,7 @@ def _said(name: str) -> str:
 
 def _awaiting(row: Row) -> str:
     words = [word for word in row.table.awaits if word in row.stops]
-    return f" ({words[0]} is not there yet)" if words else ""
+    if words:
+        return f" ({words[0]} is not there yet)"
+    model = str(row.values.get("model", ""))
+    return f" ({model} does not train)" if ":" in model else ""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from robustfair.config import build
 from robustfair.data.edits import Edit, read_edit
 from robustfair.errors import RecipeError, RobustFairWarning, UnknownNameError
-from robustfair.grammar import Term, format_value, parse_composition, parse_norm, parse_term
+from robustfair.grammar import Term, canonical_key, format_value, parse_composition, parse_norm, parse_term
 from robustfair.methods.base import Bundle, Method
 from robustfair.methods.compose import Plan, compose
 from robustfair.objectives.base import AdversarialObjective, Objective
 from robustfair.registry import BUNDLES, METHODS, OBJECTIVES, REPAIRS, load_plugin
 from robustfair.repairs import Repair
-from robustfair.runs.recipe import SCRATCH, Recipe, read_recipe
+from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe, recipe_of, values_of
 from robustfair.runs.shipped import find_row
 
 
@@ -45,17 +46,38 @@ def plan_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -
     return plan
 
 
-def plans_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> list[tuple[str, Plan | None]]:
-    """What `plan_of` gives, or of a recipe of stages each stage in a line, with the plan of one that trains.
+@dataclass(frozen=True)
+class Step:
+    """One thing that a recipe does.
 
-    Of a row of a table that has nothing to train a line says why. An edit of the training images before all training is
-    in the line of the plan, or has one before those of stages.
+    Attributes:
+        said: it in a line; "" for a recipe that trains and no more.
+        plan: who edits what, where it trains.
+        recipe: keys that it trains with; None where it does not, and for a composition string, which has none.
+        start: weights that it trains from, previous for those of the stage before.
+    """
+
+    said: str
+    plan: Plan | None = None
+    recipe: Recipe | None = None
+    start: str = SCRATCH
+
+
+def steps_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> list[Step]:
+    """What a composition string, a shipped recipe or a YAML file does, in order, nothing read or built but plugins.
+
+    Of a row of a table that cannot run: what comes before, and a line that says why. An edit of the training images
+    before all training is in the line of the plan, or has one before those of stages. Data that is not named is "".
     """
     row = find_row(what)
-    if row is not None and not row.values:
-        return [(row.stops, None)]
-    given = {"allow": tuple(allow), "plugin": tuple(plugins)}
-    recipe = read_recipe(what, {"data": "any"} | {key: value for key, value in given.items() if value})
+    values = values_of(what) if row is None else row.values
+    stops = [] if row is None or not row.stops else [Step(row.stops)]
+    if not values:
+        return stops
+    given: dict[str, Any] = {"allow": tuple(allow), "plugin": tuple(plugins)}
+    named = {canonical_key(str(key)) for key in values}
+    open_data = {} if "data" in named else {"data": ""}
+    recipe = recipe_of(values, open_data | {key: value for key, value in given.items() if value}, what)
     for path in recipe.plugin:
         load_plugin(path)
     edited = ""
@@ -63,15 +85,25 @@ def plans_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) 
         require_modelless(recipe.edit)
         edited = f"before all training, edit: {recipe.edit}"
     if not recipe.stages:
-        return [(edited, plan_of_recipe(recipe))]
-    first: list[tuple[str, Plan | None]] = [(edited, None)] if edited else []
-    return first + [
-        (
-            f"stage {number}, {stage.does}: {stage.what}",
-            plan_of_recipe(recipe.of_stage(number - 1, start=SCRATCH)) if stage.does == "train" else None,
-        )
-        for number, stage in enumerate(recipe.stages, 1)
-    ]
+        return [Step(edited, plan_of_recipe(recipe), None if named == {"train"} else recipe, recipe.start), *stops]
+    first = [Step(edited)] if edited else []
+    return [*first, *(_step(recipe, number) for number in range(len(recipe.stages))), *stops]
+
+
+def _step(recipe: Recipe, number: int) -> Step:
+    """What the 0-based stage of a recipe does."""
+    stage = recipe.stages[number]
+    said = f"stage {number + 1}, {stage.does}: {stage.what}"
+    if stage.does != "train":
+        return Step(said)
+    own = recipe.of_stage(number, start=SCRATCH)
+    before = PREVIOUS if any(earlier.does != "edit" for earlier in recipe.stages[:number]) else recipe.start
+    return Step(said, plan_of_recipe(own), own, stage.keys.get("start", before))
+
+
+def plans_of(what: str, allow: Iterable[str] = (), plugins: Iterable[str] = ()) -> list[tuple[str, Plan | None]]:
+    """Line and plan of each of `steps_of`."""
+    return [(step.said, step.plan) for step in steps_of(what, allow, plugins)]
 
 
 def plan_of_recipe(recipe: Recipe) -> Plan:

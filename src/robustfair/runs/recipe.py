@@ -212,24 +212,40 @@ def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
     """A recipe from a composition string, a shipped recipe's name or a YAML file, with keys overridden.
 
     Raises:
-        RecipeError: the file is not a recipe, or no data set is named.
+        RecipeError: the file is not a recipe, no data set is named, or the shipped one cannot run.
         UnknownNameError: an unknown key or name; shows the nearest.
         ConfigError: a value that is not allowed.
+    """
+    return recipe_of(values_of(what), overrides, what)
+
+
+def values_of(what: str) -> Mapping[str, Any]:
+    """Keys and values that a composition string, a shipped recipe's name or a YAML file stands for.
+
+    Raises:
+        RecipeError, UnknownNameError: as `read_recipe`.
     """
     if what.endswith((".yaml", ".yml")):
         path = read_path(what)
         if not path.is_file():
             raise RecipeError(f"recipe {what} does not exist: give a YAML file or a composition such as 'trades + ccm'")
         try:
-            values = read_yaml(path.read_text(encoding="utf-8"), f"recipe {what}")
+            return read_yaml(path.read_text(encoding="utf-8"), f"recipe {what}")
         except UnicodeDecodeError:
             raise RecipeError(f"recipe {what} is not text in UTF-8") from None
-    elif (shipped := shipped_values(what)) is not None:
-        values = dict(shipped)
-    elif "/" in what.split("(")[0]:
+    if (shipped := shipped_values(what)) is not None:
+        return shipped
+    if "/" in what.split("(")[0]:
         raise UnknownNameError("recipe", what, [*shipped_recipes(), *tables()])
-    else:
-        values = {"train": what}
+    return {"train": what}
+
+
+def recipe_of(values: Mapping[str, Any], overrides: Mapping[str, Any], what: str) -> Recipe:
+    """The recipe of keys and values, with keys overridden; `what` is what messages call it.
+
+    Raises:
+        RecipeError, UnknownNameError, ConfigError: as `read_recipe`.
+    """
     values, overrides = _with_fast(values), _with_fast(overrides)
     replaced = {canonical_key(key) for key in overrides} | ({"alpha"} if "step_size" in overrides else set())
     values = {key: value for key, value in values.items() if canonical_key(key) not in replaced} | dict(overrides)
@@ -237,7 +253,7 @@ def read_recipe(what: str, overrides: Mapping[str, Any]) -> Recipe:
     for number, stage in enumerate(values.get("stages", ()), 1):
         for key in {canonical_key(key) for key in overrides} & stage.keys.keys():
             text = f"recipe: stage {number} keeps its own {key}, {format_value(stage.keys[key])}"
-            warnings.warn(text, RobustFairWarning, stacklevel=2)
+            warnings.warn(text, RobustFairWarning, stacklevel=3)
     if "train" not in values and "stages" not in values:
         raise RecipeError(f"recipe {what}: train is missing: add a composition such as 'trades + ccm'")
     if "data" not in values:

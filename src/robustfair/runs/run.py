@@ -30,7 +30,7 @@ from robustfair.execution.device import resolve_device
 from robustfair.grammar import format_value, parse_composition, read_path
 from robustfair.methods.base import Method
 from robustfair.methods.compose import Plan
-from robustfair.models.build import create_model, describe_model
+from robustfair.models.build import create_model, describe_model, require_model
 from robustfair.models.head import check_outputs
 from robustfair.models.weights import load_weights, read_weight_file
 from robustfair.objectives.base import AdversarialObjective, Objective
@@ -111,6 +111,7 @@ class Prepared:
 def prepare(recipe: Recipe) -> Prepared:
     """Read data, build model, objective, methods and schedule; raises whatever is wrong with any of them."""
     plan = plan_of_recipe(recipe)
+    require_model(recipe.model)
     names = {field.name for field in dataclasses.fields(Schedule)} - {"kind"}
     schedule = Schedule(kind=recipe.curve, **{name: getattr(recipe, name) for name in names})
     device = resolve_device(recipe.device)

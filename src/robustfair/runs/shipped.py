@@ -7,8 +7,9 @@ A table is named as in its paper, `cfa/table-1`, and its rows are recipes of the
     protocol:                                   # what the paper measured; `runs/reported.py` has the numbers
       attacks: [clean, autoattack]
       checkpoints: [best, last]
-      seeds: 5
+      seeds: 5                                  # left out where the paper does not say
     departures: [where these recipes differ from what the paper did]
+    guesses: [what the paper leaves open, and what is taken]
     doubts: [what is doubtful in the paper]
     keys: {data: cifar10, epochs: 200}          # of a recipe, for every row
     settings:                                   # of a word, wherever it stands without them in this file
@@ -28,24 +29,24 @@ that follow its name in brackets, and with the methods added to it. Another reci
 its keys, those that hold for every stage only if it stands first.
 
 A table may be `like` another: keys, settings, stages, protocol and what it awaits hold unless given anew, departures
-hold too, and a row without a word (`at:`) is the row of that name there. `parts` are the blocks of a table, such as
-data sets or networks, each with keys, and with rows where they are not the same in all: `cfa/table-9/cifar100/at`. What
-stands in `first` is done before every row's own. A word in `awaits` is not there yet, and why: a row ends before the
-stage that names it. A row of published `weights` has nothing to train.
+and guesses hold too, and a row without a word (`at:`) is the row of that name there. `parts` are the blocks of a table,
+such as data sets or networks, each with keys, and with rows where they are not the same in all:
+`cfa/table-9/cifar100/at`. What stands in `first` is done before every row's own. A word in `awaits` is not there yet,
+and why: a row whose stage names it can be explained up to that stage, and not run. A row of published `weights` has
+nothing to train.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
 from robustfair.config import Count, build
-from robustfair.errors import RecipeError, RobustFairWarning, UnknownNameError
+from robustfair.errors import RecipeError, UnknownNameError
 from robustfair.grammar import Term, parse_composition
 from robustfair.registry import canonical
 from robustfair.runs.recipe_yaml import SCRATCH, SHARED, read_yaml
@@ -62,13 +63,13 @@ class Protocol:
     Attributes:
         attacks: by our names; empty where the numbers are of something else.
         checkpoints: "best" (chosen on images, ours on validation images), "last", or both.
-        seeds: runs that the numbers are the mean of; 1 where the paper does not say.
+        seeds: runs that the numbers are the mean of; None where the paper does not say.
         data: images measured on, where they are not of the data set trained on.
     """
 
     attacks: tuple[str, ...]
     checkpoints: tuple[Literal["best", "last"], ...]
-    seeds: Count = 1
+    seeds: Count | None = None
     data: str | None = None
 
 
@@ -80,6 +81,7 @@ class Table:
     source: str
     protocol: Protocol
     departures: tuple[str, ...] = ()
+    guesses: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     like: str | None = None
     keys: Mapping[str, Any] = field(default_factory=dict)
@@ -108,14 +110,14 @@ class Table:
             raise UnknownNameError(f"row of {self.name}", name.removeprefix(self.name + "/"), short)
         part, _, row = name.removeprefix(self.name + "/").rpartition("/")
         keys = {key: value for key, value in self.parts.get(part, {}).items() if key != "rows"}
-        return self._read(name, self._rows_of(part)[row], {**self.keys, **keys})
+        return self._read(name, part, self._rows_of(part)[row], {**self.keys, **keys})
 
     def _rows_of(self, part: str) -> Mapping[str, Any]:
         """Rows of a block of the table, those without a word as the table has them that this one is like."""
         rows = self.parts.get(part, {}).get("rows", self.rows)
         return {row: read_table(str(self.like)).rows[row] if entry is None else entry for row, entry in rows.items()}
 
-    def _read(self, name: str, entry: Any, keys: Mapping[str, Any]) -> Row:
+    def _read(self, name: str, part: str, entry: Any, keys: Mapping[str, Any]) -> Row:
         own = dict(entry) if isinstance(entry, Mapping) else {"stages" if isinstance(entry, list) else "train": entry}
         if "weights" in own:
             stops = f"{name} is published weights, with nothing to train: {own['weights']}"
@@ -123,29 +125,43 @@ class Table:
         steps = own.pop("stages", None) or [own.pop("train")]
         if len(steps) == 1 and _is_name(steps[0]) and not self.first:
             values, stops = _recipe(steps[0])
-            return Row(name, self, {**values, **own}, steps[0], stops)
+            return Row(name, self, {**values, **own}, steps[0], stops.replace(steps[0], name, 1))
         if _is_name(steps[0]):
             values, _ = _recipe(steps[0])
             keys = {**keys, **{key: values[key] for key in SHARED if key in values}}
         steps = [*self.first, *steps]
         stages: list[dict[str, Any]] = []
-        for step in steps:
-            stages += self._stages(step, stages)
-        kept = next((at for at, stage in enumerate(stages) if self._awaited(stage)), len(stages))
-        stops = ""
-        if kept < len(stages):
-            word = self._awaited(stages[kept])
-            stops = f"{name} ends before its stage {kept + 1} ({_what(stages[kept])}): {word} {self.awaits[word]}"
+        kept, stops = 0, ""
+        for done, step in enumerate(steps):
+            for stage in self._stages(step, stages):
+                stages.append(stage)
+                word = self._awaited(stage)
+                if word and not stops:
+                    stops = f"{name} cannot run yet: its stage {len(stages)}, {_what(stage)}, needs {word}, which "
+                    stops += self.awaits[word] + self._what_comes_before(part, steps[:done])
+                kept += not stops
         values = {**keys, **own, "stages": stages[:kept]}
         if len(stages) == 1:
             values |= values.pop("stages")[0] if kept else {}
         return Row(name, self, values if kept else {}, ", then ".join(steps), stops)
 
+    def _what_comes_before(self, part: str, steps: Sequence[str]) -> str:
+        """Which row of this part does `steps` and no more, in words; "" where none does."""
+        if len(steps) == 1 and _is_name(steps[0]):
+            return f"; what comes before that is {steps[0]}"
+        for row, entry in self._rows_of(part).items():
+            own = entry.get("stages", entry.get("train")) if isinstance(entry, Mapping) else entry
+            if steps and [*self.first, *(own if isinstance(own, list) else [own])] == list(steps):
+                return f"; what comes before that is {'/'.join(filter(None, (self.name, part, row)))}"
+        return ""
+
     def _stages(self, step: str, before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What a step of a row stands for."""
         fresh = {"start": SCRATCH} if before else {}
         if _is_name(step):
-            values, _ = _recipe(step)
+            values, stops = _recipe(step)
+            if stops:
+                raise RecipeError(f"table {self.name}: a row goes on from {step}, and {stops}")
             return [{**fresh, **stage} if "train" in stage else stage for stage in _as_stages(values)]
         first, *more = parse_composition(step)
         if first.name not in self.stages:
@@ -179,9 +195,9 @@ class Row:
     Attributes:
         name: full name, such as cfa/table-1/trades+cfa.
         table: that it stands in.
-        values: keys of the recipe; empty where there is nothing to train.
+        values: keys of the recipe, up to the stage that is not there yet; empty where there is nothing to train.
         said: what is done, in the words of the table.
-        stops: why it ends before its end, "" where it does not.
+        stops: why it cannot run, "" where it can.
     """
 
     name: str
@@ -244,7 +260,8 @@ def read_table(name: str) -> Table:
         other = read_table(values["like"])
         for key in ("keys", "settings", "stages", "awaits"):
             values[key] = {**getattr(other, key), **values.get(key, {})}
-        values["departures"] = [*other.departures, *values.get("departures", [])]
+        for key in ("departures", "guesses"):
+            values[key] = [*getattr(other, key), *values.get(key, [])]
         values["protocol"] = {**vars(other.protocol), **values.get("protocol", {})}
     protocol = build(Protocol, values.pop("protocol", {}), owner=f"{owner}, protocol")
     return build(Table, {"name": name, "protocol": protocol, **values}, owner=owner)
@@ -271,10 +288,8 @@ def find_row(name: str) -> Row | None:
 def shipped_values(name: str) -> Mapping[str, Any] | None:
     """Keys and values of the recipe that ships under a name in any spelling; None for any other name.
 
-    Warns where a row ends before its end.
-
     Raises:
-        RecipeError: a row that has nothing to train, or the name of a table.
+        RecipeError: a row that has nothing to train or needs what is not there yet, or the name of a table.
         UnknownNameError: a table has no such row.
     """
     if not _is_name(name) and canonical(name) not in _files():
@@ -282,10 +297,8 @@ def shipped_values(name: str) -> Mapping[str, Any] | None:
     row = find_row(name)
     if row is None:
         return _read_file(canonical(name)) if canonical(name) in _files() else None
-    if not row.values:
-        raise RecipeError(row.stops)
     if row.stops:
-        warnings.warn(row.stops, RobustFairWarning, stacklevel=3)
+        raise RecipeError(row.stops)
     return row.values
 
 
@@ -295,7 +308,7 @@ def _is_name(step: str) -> bool:
 
 
 def _recipe(name: str) -> tuple[Mapping[str, Any], str]:
-    """Keys and values of the recipe that ships under a name, and why it ends before its end."""
+    """Keys and values of the recipe that ships under a name, and why it cannot run."""
     row = find_row(name)
     values = shipped_values(name) if row is None else row.values
     if values is None:

@@ -115,7 +115,10 @@ def require_runnable(recipe: Recipe) -> list[str]:
         load_plugin(path)
     left = recipe.start != SCRATCH
     if left and not read_path(recipe.start).exists():
-        raise RecipeError(f"recipe: start is {recipe.start}, which does not exist")
+        raise RecipeError(
+            f"recipe: start is {recipe.start}, which does not exist: put that weight file there, or name another or a "
+            "run folder with `start`"
+        )
     repaired = False
     for number, stage in enumerate(recipe.stages):
         start = stage.keys.get("start", PREVIOUS if left else SCRATCH)
