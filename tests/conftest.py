@@ -106,6 +106,10 @@ class StandInRun:
     lr_share: float = 1.0
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def labels(self) -> Tensor:
         return torch.cat([batch.y for batch in self.batches("train")])
 

@@ -123,3 +123,15 @@ def test_rates_read_columns_as_the_true_class_and_absent_classes_as_nan() -> Non
     assert rates[0] == 0.75
     assert math.isnan(rates[1])
     assert rates[2] == 0.0
+
+
+def test_images_and_logits_are_found_by_name() -> None:
+    x, x_adv, view = (torch.full((2, 1, 1, 1), value) for value in (0.1, 0.2, 0.3))
+    y = torch.tensor([0, 1])
+    batch = Batch(x=x, y=y, index=y, seed=0, x_adv=x_adv, views={"other": view})
+    assert [batch.at(name) is images for name, images in (("x", x), ("x_adv", x_adv), ("other", view))] == [True] * 3
+    clean, adv, other = (torch.full((2, 3), value) for value in (0.1, 0.2, 0.3))
+    out = Forward(clean=clean, adv=adv, views={"other": other})
+    assert [out.at(name) is z for name, z in (("x", clean), ("x_adv", adv), ("other", other))] == [True] * 3
+    assert Forward(adv=adv).at("x") is adv
+    assert Forward(clean=clean).at("x_adv") is clean

@@ -73,6 +73,14 @@ class Batch:
     views: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def at(self, images: str) -> Tensor:
+        """(B, C, H, W) the images "x", "x_adv", or those of a view by its name."""
+        if images in ("x", "x_adv"):
+            found = self.x if images == "x" else self.x_adv
+            assert found is not None, "an objective that asks for attacked images has them"
+            return found
+        return self.views[images]
+
     def rng(self, name: str) -> torch.Generator:
         """The random stream called `name` of this batch: adding a method never moves another's numbers."""
         return seeded_generator(self.x.device, self.seed, name)
@@ -178,14 +186,21 @@ AttacksOn = Callable[[Batch], Mapping[str, Attack]]
 
 @dataclass(frozen=True)
 class Forward:
-    """Logits (B, C) that the loss was computed from; None where the objective does not need that pass."""
+    """Logits (B, C) that the loss was computed from; None where the objective does not need that pass.
+
+    Attributes:
+        views: those at further attacked images, by the name of the view.
+    """
 
     clean: Tensor | None = None
     adv: Tensor | None = None
+    views: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def at(self, images: Literal["x", "x_adv"]) -> Tensor:
-        """(B, C) logits at these images; at the others where that pass was not made."""
-        first, other = (self.clean, self.adv) if images == "x" else (self.adv, self.clean)
+    def at(self, images: str) -> Tensor:
+        """(B, C) logits at a view, at "x" or at "x_adv"; of the last two the other where that pass was not made."""
+        if images in self.views:
+            return self.views[images]
+        first, other = (self.adv, self.clean) if images == "x_adv" else (self.clean, self.adv)
         logits = other if first is None else first
         assert logits is not None, "a loss comes from the logits of some images"
         return logits

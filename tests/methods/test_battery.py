@@ -11,6 +11,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from robustfair.data import ImageDataset
-from robustfair.errors import ConflictError
+from robustfair.errors import ConfigError, ConflictError, DataError
 from robustfair.methods import EMA, SWA, Method, Run, compose
 from robustfair.methods.compose import _fresh
 from robustfair.objectives import AdversarialObjective, Objective
@@ -34,11 +35,11 @@ Differences = Callable[[TrainState, TrainState], list[str]]
 UNSEEN_FROM_EDITS = ("role.", "gradient", "model")
 
 
-def teacher() -> nn.Module:
-    """A linear network on any images of one channel, three classes."""
+def teacher(channels: int = 1, classes: int = 3) -> nn.Module:
+    """A linear network on images of any size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 3))
+        return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes))
 
 
 def objective(name: str, **given: Any) -> Objective:
@@ -242,6 +243,37 @@ def test_it_acts_repeats_and_resumes(
         resumed = train(tiny_net, tiny_data, base, [acting(name)], resume=state)
         assert differences(whole.state, resumed.state) == []
         assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
+
+
+UNUSUAL: dict[str, tuple[tuple[int, ...], Any, set[str]]] = {
+    "two classes": ((13, 5), "bf16", set()),
+    "a class without images": ((9, 0, 7), "fp32", {"class-balanced", "fawa", "frl", "logit-adjustment", "wat"}),
+}
+"""Class counts, precision, and who cannot act there. Batches of four images lack a class now and then."""
+
+
+@pytest.mark.filterwarnings("ignore::robustfair.errors.RobustFairWarning")
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize(("base", "name"), shortened(ALONE, sample=0))
+def test_it_trains_on_unusual_images_or_says_before_the_first_step_why_not(
+    tiny_net: Net, tiny_data: Data, base: str, name: str, kind: str
+) -> None:
+    """Of three channels, so that they lie in memory channels last."""
+    counts, precision, refusing = UNUSUAL[kind]
+    taught = {"teacher": teacher(channels=3, classes=len(counts))} if "teacher" in OBJECTIVES.get(base).reads else {}
+    model, goal, steps = tiny_net(channels=3, classes=len(counts)), objective(base, **taught), []
+    options: dict[str, Any] = {"schedule": Schedule(epochs=2, lr=0.05, batch_size=4), "precision": precision}
+    options |= {"validation": 0.25, "on_step": lambda *step: steps.append(step)}
+    told = pytest.raises((ConfigError, DataError), match=name) if name in refusing else nullcontext()
+    with told:
+        state = fit(model, tiny_data(counts, channels=3), goal, methods=[acting(name)], **options).state
+    assert bool(steps) == (name not in refusing)
+    if steps:
+        present = torch.tensor(counts) > 0
+        assert all(bool(tensor.isfinite().all()) for tensor in state.weights.values())
+        for key, tensor in state.methods[name].items():
+            kept = tensor[present] if tensor.shape == present.shape else tensor
+            assert bool(kept.isfinite().all()), key
 
 
 @pytest.mark.parametrize(("base", "name"), shortened([pair for pair in ALONE if pair[0] != "standard"]))

@@ -22,7 +22,7 @@ from robustfair.runs.checkpoint import read_state, write_state
 from robustfair.runs.composition import read_composition
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
-from robustfair.values import Batch, ClassTally, Loss, StateDict
+from robustfair.values import Batch, ClassTally, Forward, Loss, StateDict
 
 Net = Callable[..., nn.Module]
 Data = Callable[..., ImageDataset]
@@ -92,6 +92,22 @@ def test_equal_accuracies_are_trades_over_one_plus_beta(tiny_net: Net, stand_in_
         )
         for a, b in pairs:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_radii_and_shares_of_random_counts_are_the_formulas(stand_in_run: Run, seed: int) -> None:
+    rng, batch = torch.Generator().manual_seed(seed), batch_of()
+    count = torch.randint(1, 10_000, (3,), generator=rng).tolist()
+    hits = [int(torch.randint(n + 1, (), generator=rng)) for n in count]
+    t, run = [h / n for h, n in zip(hits, count, strict=True)], stand_in_run(epoch=1, hits=hits, count=count)
+    ccm, ccr = CCM(lam=0.3, begin=1), CCR(lam=0.7, begin=1)
+    states = [method.at_epoch({}, run)["scale"] for method in (ccm, ccr)]
+    eps = ccm.attack(PGDAT(eps=0.1).attack(batch), batch, {"scale": states[0]}, run).eps.tolist()
+    loss = Loss.of(Forward(), label=(torch.ones_like(batch.x[:, 0, 0, 0]), 1.0), consistency=(batch.x[:, 0, 0, 0], 6.0))
+    coef = ccr.loss(loss, batch, {"scale": states[1]}, run).coef["consistency"].tolist()
+    radii, shares = reference.radii(t, 0.3, 0.1), reference.shares(t, 0.7, 6.0)
+    assert eps == pytest.approx([radii[y] for y in batch.y.tolist()], rel=1e-6)
+    assert coef == pytest.approx([shares[y] for y in batch.y.tolist()], rel=1e-6)
 
 
 def test_a_loss_that_is_divided_already_is_not_divided_again(tiny_net: Net, stand_in_run: Run) -> None:

@@ -14,7 +14,7 @@ from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ConflictError, RobustFairWarning
 from robustfair.methods import CCR, ClassBalanced, LabelSmoothing, compose
 from robustfair.methods.class_balanced import effective_weights, focal_loss
-from robustfair.objectives import MART, PGDAT, Objective, Standard, Trades
+from robustfair.objectives import BAT, MART, PGDAT, Objective, Standard, Trades
 from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.values import Batch, Loss
@@ -143,6 +143,15 @@ def test_all_terms_of_an_example_are_weighed(tiny_net: Net, stand_in_run: Run) -
     replaced = weighed(stand_in_run, model, Trades(eps=0.1), ClassBalanced(b=0.9, kind="sigmoid"), batch)
     torch.testing.assert_close(replaced.terms["consistency"], plain.terms["consistency"])
     torch.testing.assert_close(replaced.terms["label"], focal_loss(model(batch.x), batch.y, 0.0))
+
+
+def test_on_bat_the_label_term_is_still_that_of_the_last_clean_point(tiny_net: Net, stand_in_run: Run) -> None:
+    model, batch = tiny_net(dtype=torch.float64).eval(), batch_of()
+    batch = replace(batch, views={"last-clean": (batch.x + 0.3).clamp(0, 1)})
+    ours = weighed(stand_in_run, model, BAT(eps=0.1), ClassBalanced(b=0.9, kind="focal"), batch)
+    expected = focal_loss(model(batch.views["last-clean"]), batch.y, 1.0)
+    torch.testing.assert_close(ours.terms["label"], expected, rtol=1e-12, atol=0)
+    assert not torch.allclose(expected, focal_loss(model(batch.x), batch.y, 1.0))
 
 
 # What it claims, and what is refused

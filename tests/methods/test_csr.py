@@ -396,8 +396,10 @@ def test_correct_images_contribute_under_official_alone(spectral_run: MakeRun) -
     for mode, contribute in (("official", True), ("paper", False)):
         method = CSR(mode=mode)  # type: ignore[arg-type]
         term = method.loss(loss, batch, method.at_epoch({}, run), run).terms["spectral"]
-        assert bool((term[right] != 0).any()) == contribute
-        assert bool((term[~right] != 0).all())
+        (slopes,) = torch.autograd.grad(term, loss.out.adv, retain_graph=True)
+        moved = slopes.abs().amax(1) > 0
+        assert bool(moved[right].any()) == contribute
+        assert bool(moved[~right].all())
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
@@ -453,7 +455,7 @@ def test_on_pgd_at_the_official_mode_is_a_weight_of_every_image(spectral_run: Ma
     assert plain.out.adv is not None
     g = state["weights_pred_true"][confused_with(plain.out.adv, batch.y), batch.y]
     expected = (0.7 + 0.3 * g) * plain.terms["label"] + 0.3 * g * g.log()
-    torch.testing.assert_close(loss.per_example(), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(loss.total(), expected.mean(), rtol=0, atol=1e-9)
 
 
 def test_soft_and_shifted_labels_are_those_of_the_label_term(spectral_run: MakeRun) -> None:
@@ -465,7 +467,35 @@ def test_soft_and_shifted_labels_are_those_of_the_label_term(spectral_run: MakeR
     loss = CSR(mode="paper").loss(plain, batch, state, run)
     assert plain.out.adv is not None
     g = state["weights_pred_true"][confused_with(plain.out.adv, batch.y), batch.y]
-    torch.testing.assert_close(loss.terms["spectral"], g * plain.terms["label"])
+    torch.testing.assert_close(loss.terms["spectral"], (g * plain.terms["label"]).mean())
+
+
+@pytest.mark.parametrize("text", ["wat", "faal", "class-balanced", "fair-ard"])
+@pytest.mark.parametrize("settings", MODES[::3], ids=str)
+def test_weights_of_classes_are_of_the_loss_and_leave_the_term_as_it_is(
+    spectral_run: MakeRun, text: str, settings: dict[str, Any]
+) -> None:
+    """The two stand beside each other as a sum, and 1 - alpha enters once, in whatever order they are listed."""
+    run, batch, csr = spectral_run(PGDAT()), batch_of(), CSR(**settings)
+    _, (weighing,) = read_composition(f"pgd-at + {text}")
+    assert isinstance(weighing, Method)
+    states = {method.name: method.at_epoch({}, run) for method in (csr, weighing)}
+    if "weight" in states[text]:  # there are no counts of an epoch, and as many images of every class
+        states[text] = {"weight": torch.tensor([0.8, 1.0, 2.0], dtype=torch.float64)}
+
+    def loss(*methods: Method) -> Loss:
+        found = PGDAT()(run.model, batch)
+        for method in methods:
+            found = method.loss(found, batch, states[method.name], run)
+        return found
+
+    weights = loss(weighing).weight
+    assert float((weights - 1).abs().max()) > 0.05
+    label, term = loss().terms["label"], loss(csr).terms["spectral"]
+    kept = 1.0 if settings["mode"] == "paper" else 0.7
+    expected = kept * (weights * label).mean() + 0.3 * term
+    for order in ((csr, weighing), (weighing, csr)):
+        torch.testing.assert_close(loss(*order).total(), expected, rtol=1e-9, atol=0)
 
 
 def test_logits_in_half_precision_are_raised_to_float32(spectral_run: MakeRun) -> None:

@@ -193,6 +193,17 @@ def test_without_multipliers_it_is_trades(tiny_net: Net, stand_in_run: Run) -> N
         assert torch.equal(edited.step_size, attack.step_size)
 
 
+def test_a_batch_of_classes_without_weight_has_no_loss_and_no_nan(tiny_net: Net, stand_in_run: Run) -> None:
+    """With lim 1 all weight may go to one class, and that need not be in a batch."""
+    state, model = state_of(nat=(0.0, 1.0, 0.0), bdy=(0.0, 1.0, 0.0)), tiny_net(dtype=torch.float64)
+    assert class_weights(state["lam_nat"]).tolist() == pytest.approx([0, 1, 0], abs=1e-15)
+    batch = replace(batch_of(4), y=torch.tensor([0, 0, 2, 0]))
+    loss = FRL(lim=1.0).loss(Trades()(model, batch), batch, state, stand_in_run()).total()
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    for slope in torch.autograd.grad(loss, list(model.parameters())):
+        assert bool(slope.isfinite().all())
+
+
 def test_radii_follow_the_class_and_the_step_the_largest_of_the_batch(stand_in_run: Run) -> None:
     state = state_of(eps=(-0.2, 0.05, 0.6))
     for shown, largest in (([0, 1, 2, 0], 3.0), ([0, 1, 1], 1.105171), ([0, 0], 0.98)):

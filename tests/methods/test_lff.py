@@ -13,7 +13,7 @@ from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ConflictError
 from robustfair.methods import AWP, CCR, EMA, LabelSmoothing, LfF, Method, compose
 from robustfair.methods.lff import average_loss, generalised_cross_entropy, relative_difficulty
-from robustfair.objectives import MART, PGDAT, Objective, Standard, Trades
+from robustfair.objectives import BAT, MART, PGDAT, Objective, Standard, Trades
 from robustfair.runs.composition import read_composition
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
@@ -149,6 +149,16 @@ def test_the_generalised_cross_entropy_lies_between_ce_and_one_minus_p(q: float)
         torch.testing.assert_close(value, 1 - torch.exp(-ce))
     if q == 1e-6:
         torch.testing.assert_close(value, ce, rtol=2e-4, atol=0)
+
+
+def test_on_bat_both_networks_see_the_last_clean_point(tiny_net: Net, stand_in_run: Run) -> None:
+    method, biased = LfF(), tiny_net(seed=50, dtype=torch.float64).eval()
+    run = stand_in(stand_in_run, BAT(eps=0.1), biased)
+    batch = batches(0)[0]
+    batch = replace(batch, views={"last-clean": (batch.x + 0.3).clamp(0, 1)})
+    seen = method.examples(batch, method.at_epoch({}, run), run).extra["lff"]
+    assert torch.equal(seen, biased(batch.views["last-clean"]))
+    assert not torch.allclose(seen, biased(batch.x))
 
 
 # In a run

@@ -14,7 +14,7 @@ from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ConflictError, RobustFairWarning
 from robustfair.methods import ClassBalanced, LogitAdjustment, compose
 from robustfair.methods.logit_adjustment import log_prior, measured_prior
-from robustfair.objectives import FGSMAT, MART, PGDAT, ARoW, Objective, Standard, Trades
+from robustfair.objectives import BAT, FGSMAT, MART, PGDAT, ARoW, Objective, Standard, Trades
 from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.values import Batch, ClassTally
@@ -123,6 +123,7 @@ def test_a_measured_prior_is_of_the_images_that_the_label_is_asked_of(stand_in_r
         (Trades(), ClassTally(clean, robust), clean),
         (PGDAT(), ClassTally(clean, robust), robust),
         (PGDAT(), ClassTally(None, robust), robust),
+        (BAT(), ClassTally(clean, robust), clean),
     ):
         run = replace(stand_in_run(objective=objective), train=both, epoch=1)
         slow = (reference.accuracy if prior == "accuracy" else reference.predicted_counts)(expected.tolist())

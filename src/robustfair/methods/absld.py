@@ -24,6 +24,7 @@ from torch import Tensor
 from robustfair.config import Bounds, NonNegative, config
 from robustfair.losses import cross_entropy
 from robustfair.methods.base import Method, Run
+from robustfair.metrics import sums_per_class
 from robustfair.registry import METHODS
 from robustfair.values import Batch, Loss, State
 
@@ -75,16 +76,15 @@ class ABSLD(Method):
         return replace(batch, teacher=teacher)
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
-        out = {"adv": loss.out.adv, "clean": loss.out.clean}
-        sums = {"count": state["count"].index_add(0, batch.y, torch.ones_like(batch.y, dtype=torch.float64))}
-        for at, logits in out.items():
+        found = dict(state)
+        for at, logits in {"adv": loss.out.adv, "clean": loss.out.clean}.items():
             assert logits is not None, "an objective with both terms has the logits of both"
-            wrong = cross_entropy(logits.detach(), batch.y).double()
-            sums[f"loss_{at}"] = state[f"loss_{at}"].index_add(0, batch.y, wrong)
-        return {**state, **sums}
+            sums, count = sums_per_class(cross_entropy(logits.detach(), batch.y), batch.y, run.num_classes)
+            found |= {f"loss_{at}": state[f"loss_{at}"] + sums, "count": state["count"] + count}
+        return found
 
     def at_epoch(self, state: State, run: Run) -> State:
-        none = torch.zeros(run.num_classes, dtype=torch.float64, device=next(run.model.parameters()).device)
+        none = torch.zeros(run.num_classes, dtype=torch.float64, device=run.device)
         fresh = {"count": none, "loss_adv": none, "loss_clean": none}
         if not state:
             return {**fresh, "temperature_adv": none + 1, "temperature_clean": none + 1}

@@ -49,10 +49,9 @@ class AVmixup(Method):
     clip_vertex: bool = True
 
     def at_epoch(self, state: State, run: Run) -> State:
-        device = next(run.model.parameters()).device
         return {
-            "labels": kept_mass_labels(self.lambda1, run.num_classes).to(device),
-            "vertex_labels": kept_mass_labels(self.lambda2, run.num_classes).to(device),
+            "labels": kept_mass_labels(self.lambda1, run.num_classes).to(run.device),
+            "vertex_labels": kept_mass_labels(self.lambda2, run.num_classes).to(run.device),
         }
 
     def examples(self, batch: Batch, state: State, run: Run) -> Batch:

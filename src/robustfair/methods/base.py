@@ -36,6 +36,8 @@ class Run(Protocol):
     objective: Objective
     methods: tuple[str, ...]
     """Names of the methods that act in the run, in list order."""
+    device: torch.device
+    """Where model and images are, and what a tick makes has to be."""
     labels: Tensor
     """(N,) of the training images; `batch.index` are rows of it."""
     num_classes: int

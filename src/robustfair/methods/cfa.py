@@ -1,6 +1,6 @@
 """CFA (Wei et al., CVPR 2023): class-wise margins (CCM) and regularisation (CCR), an average of fair weights (FAWA).
 
-    CCM   eps_c = (lambda_1 + t_c) eps                                     eq. (5)
+    CCM   eps_c = (lambda_1 + t_c) eps                                     eq. (6)
     CCR   beta_c = (lambda_2 + t_c) beta, [CE + beta_y KL] / (1 + beta_y)  eqs. (7), (8)
     FAWA  theta_bar <- alpha theta_bar + (1 - alpha) theta after an epoch whose weights have min_c R_c >= delta
 
@@ -47,7 +47,7 @@ Begin = Annotated[int, Bounds(ge=1, allowed=">= 1 (the first epoch has no counts
 
 
 def calibration(lam: float, robust: Tensor) -> Tensor:
-    """lam + t_c, (C,): the factor of a class's radius (eq. 5) and of its beta (eq. 7).
+    """lam + t_c, (C,): the factor of a class's radius (eq. 6) and of its beta (eq. 7).
 
     >>> calibration(0.5, torch.tensor([0.2, 0.5, 0.8])) * 8
     tensor([ 5.6000,  8.0000, 10.4000])
@@ -121,11 +121,10 @@ class CCR(Method):
 
 
 def _scale(lam: float, begin: int, run: Run) -> Tensor:
-    """(C,) calibration of the coming epoch; ones until `begin`."""
-    device = next(run.model.parameters()).device
+    """(C,) float32, the calibration of the coming epoch; ones until `begin`."""
     if run.epoch < begin or run.train is None:
-        return torch.ones(run.num_classes, device=device)
-    return calibration(lam, run.train.robust.to(device, torch.float32))
+        return torch.ones(run.num_classes, device=run.device)
+    return calibration(lam, run.train.robust.to(run.device, torch.float32))
 
 
 @METHODS.register("fawa")

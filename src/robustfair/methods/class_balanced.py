@@ -99,7 +99,7 @@ class ClassBalanced(Method):
             why = "b is 0" if self.b == 0 else "all classes have as many training images"
             text = f"class-balanced gives every class the weight 1, since {why}: it changes nothing"
             warnings.warn(text, RobustFairWarning, stacklevel=2)
-        return {"weight": weight.to(next(run.model.parameters()).device)}
+        return {"weight": weight.to(run.device)}
 
     def loss(self, loss: Loss, batch: Batch, state: State, run: Run) -> Loss:
         if self.replaces:

@@ -13,7 +13,8 @@ which has no attack, over the images as they are (tables 7 and 9), where z is at
               G log G + G CE(z, y), whose gradient is that of G CE; the label term keeps 1 - alpha of its weight
 
 u and v are non-negative (Perron-Frobenius); where the top singular value is not simple, any of its vectors may be
-taken, and their absolute values are some. Without errors there is no direction, and the term is left out.
+taken, and their absolute values are some. Without errors there is no direction, and the term is left out. The term is
+one number of the batch, as alpha Psi is in (12): methods that weigh classes beside it weigh the loss, and not it.
 
 From scratch no script was published. alpha = 0 is the paper's PGD-AT row, so the base is `pgd-at`, and what keeps
 1 - alpha of its weight is its label term, at x', in place of the clean cross-entropy of TRADES.
@@ -159,9 +160,9 @@ class CSR(Method):
         term = g * label_loss(logits, batch)
         if self.mode == "official":
             term = term + torch.xlogy(g, g)
-        alpha = state["alpha"].to(loss.weight.dtype).expand_as(loss.weight)
-        weighed = loss if self.keeps_base else loss.scaled("label", 1 - alpha)
-        return weighed.plus("spectral", term, alpha)
+        alpha = state["alpha"].to(loss.weight.dtype)
+        base = loss if self.keeps_base else loss.scaled("label", (1 - alpha).expand_as(loss.weight))
+        return base.plus("spectral", term.mean(), alpha)
 
     def remark(self, epochs: int) -> str | None:
         return "csr(alpha=0) does nothing but count confusions: drop csr" if self.alpha == 0 else None
@@ -176,7 +177,7 @@ class CSR(Method):
             return replace(chosen, start="uniform-unclipped") if self.adversary == "pgd-10" else chosen
 
         attacks = "x_adv" in objective.reads
-        counts = torch.zeros(run.num_classes, run.num_classes, dtype=torch.int64, device=run.labels.device)
+        counts = torch.zeros(run.num_classes, run.num_classes, dtype=torch.int64, device=run.device)
         seen, wanted = 0, self.share * len(run.labels)
         for batch in run.batches("train", attack_on if attacks else None):
             logits = at_least_float32(run.predict(batch.x if batch.x_adv is None else batch.x_adv))

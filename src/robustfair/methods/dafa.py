@@ -84,7 +84,7 @@ class DAFA(Method):
         self._require_known_reading(run.objective.name)
         classes = run.num_classes
         if not state:
-            ones = torch.ones(classes, dtype=torch.float64, device=next(run.model.parameters()).device)
+            ones = torch.ones(classes, dtype=torch.float64, device=run.device)
             return {"weights": ones, "sums": ones.new_zeros(classes, classes), "counts": ones.new_zeros(classes)}
         if run.epoch != self.first(run.epochs):
             return state

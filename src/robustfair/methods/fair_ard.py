@@ -22,6 +22,7 @@ from torch import Tensor
 
 from robustfair.config import Bounds, NonNegative, config
 from robustfair.methods.base import Method, Run
+from robustfair.metrics import sums_per_class
 from robustfair.registry import METHODS
 from robustfair.values import Attack, Batch, Loss, State
 
@@ -79,15 +80,11 @@ class FairARD(Method):
 
     def after_step(self, state: State, batch: Batch, loss: Loss, run: Run) -> State:
         assert batch.watched is not None, "the attack was told to count"
-        steps, ones = batch.watched.double(), torch.ones_like(batch.y, dtype=torch.float64)
-        return {
-            "weight": state["weight"],
-            "steps": state["steps"].index_add(0, batch.y, steps),
-            "count": state["count"].index_add(0, batch.y, ones),
-        }
+        steps, count = sums_per_class(batch.watched, batch.y, run.num_classes)
+        return {**state, "steps": state["steps"] + steps, "count": state["count"] + count}
 
     def at_epoch(self, state: State, run: Run) -> State:
-        none = torch.zeros(run.num_classes, dtype=torch.float64, device=next(run.model.parameters()).device)
+        none = torch.zeros(run.num_classes, dtype=torch.float64, device=run.device)
         fresh = {"steps": none, "count": none}
         if not state:
             return {**fresh, "weight": none + 1}

@@ -104,9 +104,8 @@ class FairTAT(Method):
                 prior = self._scores(run.validate() if self.cfps_source == "validation" else run.train)
             if self.adaptive_eps:
                 scale = self.lam + run.train.robust
-        device = next(run.model.parameters()).device
         found = {"prior": prior, "law": target_laws(prior), "scale": scale}
-        return {name: value.to(device, torch.float32) for name, value in found.items()}
+        return {name: value.to(run.device, torch.float32) for name, value in found.items()}
 
     def attack(self, attack: Attack, batch: Batch, state: State, run: Run) -> Attack:
         rng = batch.rng(self.name)

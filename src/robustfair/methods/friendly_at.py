@@ -87,8 +87,7 @@ class FriendlyAT(Method):
         return frozenset({"attack.stop"} | ({"attack.noise"} if self.omega else set()))
 
     def at_epoch(self, state: State, run: Run) -> State:
-        device = next(run.model.parameters()).device
-        return {"tau": torch.tensor(self.budget(run.objective.name, run.epoch, run.epochs), device=device)}
+        return {"tau": torch.tensor(self.budget(run.objective.name, run.epoch, run.epochs), device=run.device)}
 
     def attack(self, attack: Attack, batch: Batch, state: State, run: Run) -> Attack:
         stop: Stop = StopWhenWrong(state["tau"]) if self.variant == "official" else CFAStop(state["tau"])

@@ -162,5 +162,6 @@ class FRL(Method):
             if name in state:
                 weights = class_weights(state[name])[batch.y]
                 total, images = run.total(torch.stack([weights.sum(), torch.ones_like(weights).sum()]))
-                loss = loss.scaled(term, (weights * (images / total)).to(loss.weight.dtype))
+                share = torch.where(total > 0, images / total, 0.0)  # with lim 1 a batch may be without any weight
+                loss = loss.scaled(term, (weights * share).to(loss.weight.dtype))
         return loss

@@ -39,7 +39,7 @@ class LabelSmoothing(Method):
         removed = self.amount
         if self.kind == "uniform":
             removed *= (run.num_classes - 1) / run.num_classes
-        return {"labels": kept_mass_labels(1 - removed, run.num_classes).to(next(run.model.parameters()).device)}
+        return {"labels": kept_mass_labels(1 - removed, run.num_classes).to(run.device)}
 
     def examples(self, batch: Batch, state: State, run: Run) -> Batch:
         return replace(batch, soft=state["labels"].to(batch.x.dtype)[batch.y])

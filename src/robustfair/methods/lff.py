@@ -90,8 +90,7 @@ class LfF(Method):
         return {name: like.new_zeros(len(run.labels)) for name in ("biased", "debiased", "seen")}
 
     def examples(self, batch: Batch, state: State, run: Run) -> Batch:
-        images = batch.x if run.objective.label_at == "x" else batch.x_adv
-        assert images is not None, "an objective that asks for the label of attacked images has them"
+        images = batch.at(run.objective.label_at)
         return replace(batch, extra={**batch.extra, self.name: run.networks[f"{self.name}/biased"](images)})
 
     def loss(self, loss: Loss, batch: Batch, state: State, run: Run) -> Loss:

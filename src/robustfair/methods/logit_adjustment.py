@@ -102,8 +102,9 @@ class LogitAdjustment(Method):
 
     Attributes:
         prior: "counts" of the training images; the "accuracy" of every class, or how often it is "predicted", both at
-            the images whose label the objective asks for and from the second epoch on; or a positive number a class, up
-            to a common factor: a tuple, list or tensor (C,), or text such as "0.5, 0.3, 0.2".
+            the images whose label the objective asks for and from the second epoch on (at the clean ones on bat, whose
+            last clean points are not counted); or a positive number a class, up to a common factor: a tuple, list or
+            tensor (C,), or text such as "0.5, 0.3, 0.2".
         tau: power of the prior; 0 does nothing.
         decay: of what a measured prior counted before, an epoch; 0 takes the last epoch alone.
     """
@@ -129,9 +130,8 @@ class LogitAdjustment(Method):
         require(usable, self.name, "prior", allowed=allowed, got=got, hint=hint)
 
     def at_epoch(self, state: State, run: Run) -> State:
-        device = next(run.model.parameters()).device
         if self.prior in MEASURED:
-            return self._measured(state, run, device)
+            return self._measured(state, run)
         numbers = torch.tensor(self.prior, dtype=torch.float64) if isinstance(self.prior, tuple) else None
         counts = torch.bincount(run.labels, minlength=run.num_classes) if numbers is None else numbers
         shift = log_prior(counts, self.tau)
@@ -139,20 +139,20 @@ class LogitAdjustment(Method):
             text = "logit-adjustment moves all logits alike, since "
             text += "tau is 0" if self.tau == 0 else "all classes have the same prior"
             warnings.warn(f"{text}: it changes nothing; give another prior", RobustFairWarning, stacklevel=2)
-        return {"shift": shift.to(device)}
+        return {"shift": shift.to(run.device)}
 
     def prepare(self, batch: Batch, state: State, run: Run) -> Batch:
         return replace(batch, shift=state["shift"].to(batch.x.dtype))
 
-    def _measured(self, state: State, run: Run, device: torch.device) -> State:
+    def _measured(self, state: State, run: Run) -> State:
         """The shift (C,), and the counts (C, C) that it is from; no shift before an epoch is over."""
-        none = torch.zeros(run.num_classes, run.num_classes, dtype=torch.float64, device=device)
+        none = torch.zeros(run.num_classes, run.num_classes, dtype=torch.float64, device=run.device)
         if run.train is None:
             return {"shift": none[0], "counts_pred_true": none}
         passes = [run.train.clean_pred_true, run.train.robust_pred_true]
-        first, other = passes if run.objective.label_at == "x" else passes[::-1]
+        first, other = passes[::-1] if run.objective.label_at == "x_adv" else passes
         now = other if first is None else first
         assert now is not None, "training makes one of the passes"
-        counts = self.decay * state.get("counts_pred_true", none) + now.to(device)
+        counts = self.decay * state.get("counts_pred_true", none) + now.to(run.device)
         prior = measured_prior(counts, "accuracy" if self.prior == "accuracy" else "predicted")
         return {"shift": log_prior(prior, self.tau), "counts_pred_true": counts}

@@ -75,7 +75,7 @@ class VarianceFAT(Method):
         require(known, self.name, "superclass", allowed="false on data without super-classes", got=self.superclass)
         groups = run.groups if self.superclass else torch.arange(run.num_classes)
         assert groups is not None
-        members = F.one_hot(groups).T.double().to(next(run.model.parameters()).device)
+        members = F.one_hot(groups).T.double().to(run.device)
         least = f"none, or at least {len(members)}, what the variance is over"
         require(self.pad_to is None or self.pad_to >= len(members), self.name, "pad_to", allowed=least, got=self.pad_to)
         return {"members": members}

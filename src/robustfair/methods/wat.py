@@ -27,6 +27,7 @@ from torch import Tensor
 
 from robustfair.config import NonNegative, config
 from robustfair.methods.base import Method, Run
+from robustfair.metrics import sums_per_class
 from robustfair.registry import METHODS
 from robustfair.values import Batch, Loss, State
 
@@ -83,7 +84,7 @@ class WAT(Method):
 
     def at_epoch(self, state: State, run: Run) -> State:
         if not state:
-            costs = torch.zeros(run.num_classes + 1, dtype=torch.float64, device=run.labels.device)
+            costs = torch.zeros(run.num_classes + 1, dtype=torch.float64, device=run.device)
             weights = torch.ones_like(costs) if self.init == "official" else expert_weights(costs, self.eta)
             return {"costs": costs, "weights": weights}
         if run.finished:
@@ -103,10 +104,10 @@ class WAT(Method):
 
 def validation_losses(run: Run) -> tuple[Tensor, Tensor]:
     """Summed loss (C,) and images (C,) per class of the validation split, in float64, under the objective's attacks."""
-    sums = torch.zeros(run.num_classes, dtype=torch.float64, device=run.labels.device)
+    sums = torch.zeros(run.num_classes, dtype=torch.float64, device=run.device)
     count = torch.zeros_like(sums)
     for batch in run.batches("validation", run.objective.attacks):
-        losses = run.objective(run.predict, batch).per_example().double()
-        sums.index_add_(0, batch.y, losses)
-        count.index_add_(0, batch.y, torch.ones_like(losses))
+        losses = run.objective(run.predict, batch).per_example()
+        of_batch, images = sums_per_class(losses, batch.y, run.num_classes)
+        sums, count = sums + of_batch, count + images
     return run.total(sums), run.total(count)

@@ -12,7 +12,7 @@ clean pass moves batch norm's running statistics alone, as theirs does.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -62,7 +62,7 @@ class ARD(TaughtObjective):
     terms: ClassVar[frozenset[str]] = frozenset({"distil", "label"})
     reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "teacher", "soft", "shift"})
     taught: ClassVar[tuple[str, ...]] = ("distil",)
-    label_at: ClassVar[Literal["x", "x_adv"]] = "x"
+    label_at: ClassVar[str] = "x"
     alpha: Share = 1.0
     temperature: Annotated[float, Bounds(gt=0)] = 30.0
     kl_over: KLOver = "mean"

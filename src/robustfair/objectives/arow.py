@@ -91,7 +91,7 @@ class ARoW(AdversarialObjective):
 
     name: ClassVar[str] = "arow"
     terms: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
-    label_at: ClassVar[Literal["x", "x_adv"]] = "x"
+    label_at: ClassVar[str] = "x"
     clean_pass: ClassVar[bool] = True
     lam: NonNegative = 7.0
     label_smoothing: Share = 0.2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,15 +25,15 @@ class Objective(ABC):
             writes what nobody reads is refused.
         owns: fields of the attack that make it what it is ("attack.stop"): no method may set them.
         clean_pass: whether the loss runs the model on x itself; an attack that makes the same pass then shares it.
-        label_at: the images whose label its term "label" asks for. Soft labels that belong to attacked images need
-            "x_adv" here.
+        label_at: the images whose label its term "label" asks for: "x", "x_adv", or a view by its name. Soft labels
+            that belong to attacked images need "x_adv" here.
     """
 
     name: ClassVar[str]
     terms: ClassVar[frozenset[str]] = frozenset({"label"})
     reads: ClassVar[frozenset[str]] = frozenset()
     clean_pass: ClassVar[bool] = False
-    label_at: ClassVar[Literal["x", "x_adv"]] = "x_adv"
+    label_at: ClassVar[str] = "x_adv"
     owns: ClassVar[frozenset[str]] = frozenset()
 
     def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:

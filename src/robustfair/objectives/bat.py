@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,7 +64,7 @@ class BAT(AdversarialObjective):
     )
     reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft", "shift"})
     owns: ClassVar[frozenset[str]] = frozenset({"attack.goal", "attack.target", "attack.stop", "attack.keep"})
-    label_at: ClassVar[Literal["x", "x_adv"]] = "x"
+    label_at: ClassVar[str] = LAST_CLEAN
     clean_pass: ClassVar[bool] = True
     beta: NonNegative = 6.0
     tau: Whole = 1
@@ -85,7 +85,7 @@ class BAT(AdversarialObjective):
         adv = model(batch.x_adv)
         clean = model(batch.x)
         return Loss.of(
-            Forward(clean=clean, adv=adv),
+            Forward(clean=clean, adv=adv, views={LAST_CLEAN: last_clean}),
             label=(label_loss(last_clean, batch), 1.0),
             consistency=(kl_divergence(clean, adv), self.beta),
             uniform_last_clean=(kl_to_uniform(last_clean), self.uniform_weight),

@@ -81,7 +81,7 @@ class Trades(AdversarialObjective):
     name: ClassVar[str] = "trades"
     terms: ClassVar[frozenset[str]] = frozenset({"label", "consistency"})
     reads: ClassVar[frozenset[str]] = frozenset({"x_adv", "soft", "shift"})
-    label_at: ClassVar[Literal["x", "x_adv"]] = "x"
+    label_at: ClassVar[str] = "x"
     clean_pass: ClassVar[bool] = True
     beta: NonNegative = 6.0
     regularizer: Regularizer = "kl"

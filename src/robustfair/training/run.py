@@ -43,6 +43,7 @@ class TrainingRun:
     lr_share: float = 1.0
     train: ClassTally | None = None
     groups: Tensor | None = field(init=False, repr=False)
+    device: torch.device = field(init=False)
     labels: Tensor = field(init=False, repr=False)
     num_classes: int = field(init=False)
     _on: Model | None = field(default=None, repr=False)
@@ -50,8 +51,8 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.labels, self.num_classes = self.loader.dataset.labels, self.loader.dataset.num_classes
-        groups = self.loader.dataset.groups
-        self.groups = None if groups is None else torch.tensor(groups, device=self.labels.device)
+        self.device, groups = self.labels.device, self.loader.dataset.groups
+        self.groups = None if groups is None else torch.tensor(groups, device=self.device)
 
     @property
     def finished(self) -> bool:
@@ -118,7 +119,7 @@ class TrainingRun:
         return part
 
     def rng(self, name: str) -> torch.Generator:
-        return seeded_generator(self.labels.device, self.seed, "run", self.epoch, self.step, name)
+        return seeded_generator(self.device, self.seed, "run", self.epoch, self.step, name)
 
 
 class EpochStatistics:
