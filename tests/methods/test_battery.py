@@ -245,6 +245,28 @@ def test_it_acts_repeats_and_resumes(
         assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
 
 
+def crowd(base: str) -> list[Method]:
+    """As many methods as act together on an objective, taken in the order of their names while they fit."""
+    names: list[str] = []
+    for name in sorted(METHODS):
+        if composes(base, *names, name):
+            names.append(name)
+    return [acting(name) for name in names]
+
+
+@pytest.mark.parametrize(("base", "least"), [("trades", 8), ("pgd-at", 8), ("rslad", 8)])
+def test_a_crowd_of_methods_resumes_from_every_epoch_in_either_order(
+    tiny_net: Net, tiny_data: Data, differences: Differences, base: str, least: int
+) -> None:
+    states: list[TrainState] = []
+    assert len(crowd(base)) >= least
+    whole = train(tiny_net, tiny_data, base, crowd(base), save=states.append)
+    assert differences(whole.state, train(tiny_net, tiny_data, base, crowd(base)[::-1]).state) == []
+    for state in states:
+        resumed = train(tiny_net, tiny_data, base, crowd(base), resume=state)
+        assert differences(whole.state, resumed.state) == []
+
+
 UNUSUAL: dict[str, tuple[tuple[int, ...], Any, set[str]]] = {
     "two classes": ((13, 5), "bf16", set()),
     "a class without images": ((9, 0, 7), "fp32", {"class-balanced", "fawa", "frl", "logit-adjustment", "wat"}),
