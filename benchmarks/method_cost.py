@@ -1,4 +1,4 @@
-"""What a method costs: an epoch with it beside an epoch of its base, in turn.
+"""What a method or an objective costs: an epoch of it beside an epoch of its base, in turn.
 
 An epoch lasts from one boundary to the next, so that what a method does between epochs counts too: a pass over the
 training images, a validation, an average. Both trainings go on side by side, an epoch of one and then an epoch of the
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Queue
 from statistics import median
 from threading import Thread
@@ -31,6 +31,8 @@ from robustfair.training.state import TrainState
 @dataclass(frozen=True)
 class Case:
     """A composition whose methods all act from the second epoch on, and what it is set against.
+
+    A teacher is a network like the student.
 
     Attributes:
         allowed: the ratio that it is meant to stay under; None where the cost is only stated.
@@ -64,6 +66,12 @@ CASES: dict[str, Case] = {
     "awp": Case("trades + awp", "trades"),
     "friendly-at": Case("pgd-at + friendly-at(variant=cfa)", "pgd-at"),
     "label-smoothing": Case("pgd-at + label-smoothing", "pgd-at"),
+    "absld": Case("rslad + absld", "rslad"),
+    "fair-ard": Case("ard + fair-ard", "ard"),
+    "rslad": Case("rslad", "trades"),
+    "ard": Case("ard", "pgd-at"),
+    "bat": Case("bat", "trades"),
+    "n-fgsm": Case("n-fgsm", "pgd-at"),
 }
 COLUMNS = {
     "method": "{method}",
@@ -166,6 +174,9 @@ class Training:
         args = self.args
         objective, methods = read_composition(self.train)
         schedule = Schedule(epochs=args.repeats + 2, lr=0.01, kind="constant", batch_size=args.batch_size)
+        if hasattr(objective, "teacher"):
+            teacher = build(args.model, args.width, device=args.device, in_channels=self.data.images.shape[1])
+            objective = replace(objective, teacher=teacher)
         model = build(args.model, args.width, device=args.device, in_channels=self.data.images.shape[1])
         options: dict[str, Any] = {"precision": args.precision, "device": args.device, "validation": self.validation}
         fit(model, self.data, objective, methods=methods, schedule=schedule, save=save, select="last", **options)

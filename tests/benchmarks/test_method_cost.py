@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.method_cost import CASES, Case, main
-from robustfair.registry import BUNDLES, METHODS
+from robustfair.registry import BUNDLES, METHODS, OBJECTIVES
 from robustfair.runs.composition import read_composition
 
 TINY = ["--device", "cpu", "--model", "small-cnn", "--width", "2", "--batch-size", "8", "--batches", "2"]
@@ -39,9 +39,13 @@ def test_an_unknown_method_ends_with_one_line(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_case_differs_from_its_base_in_methods_alone(name: str) -> None:
+def test_a_case_differs_from_its_base_in_what_it_is_about(name: str) -> None:
     case = CASES[name]
     with_it, without = read_composition(case.train), read_composition(case.base)
-    assert with_it[0] == without[0]
-    assert len(with_it[1]) > len(without[1])
-    assert name.split(",")[0] in {*METHODS, *BUNDLES}
+    method = name.split(",")[0]
+    if method in OBJECTIVES:
+        assert (with_it[0].name, with_it[1]) == (method, without[1])
+    else:
+        assert with_it[0] == without[0]
+        assert len(with_it[1]) > len(without[1])
+        assert method in {*METHODS, *BUNDLES}

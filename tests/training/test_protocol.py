@@ -427,7 +427,7 @@ def test_validation_is_measured_once_a_boundary_for_each_number_of_steps(
 
     asked: list[int] = []
     tally_batches = module.tally_batches
-    monkeypatch.setattr(module, "tally_batches", lambda *args: asked.append(1) or tally_batches(*args))
+    monkeypatch.setattr(module, "tally_batches", lambda *args, **rest: asked.append(1) or tally_batches(*args, **rest))
     reached: list[list[Tensor]] = []
 
     def look(run: Run) -> None:

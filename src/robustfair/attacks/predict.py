@@ -34,18 +34,24 @@ def attacked_logits(
 
 
 def tally_batches(
-    model: Model, batches: Iterable[Batch], num_classes: int, attack_on: AttackOn | None = None
+    model: Model,
+    batches: Iterable[Batch],
+    num_classes: int,
+    attack_on: AttackOn | None = None,
+    *,
+    search: Model | None = None,
 ) -> ClassTally:
     """Counts over all batches: clean, and attacked where an attack is given. One host synchronisation, by the caller.
 
-    A robust hit requires a clean hit as well: an image that is misclassified as it is cannot be robust.
+    A robust hit requires a clean hit as well: an image that is misclassified as it is cannot be robust. `search` as for
+    `attacked_logits`.
     """
     total = ClassTally()
     for batch in batches:
         clean = predict(model, batch)
         robust = None
         if attack_on is not None:
-            attacked = predict(model, batch, attack_on)
+            attacked = predict(model, batch, attack_on, search=search)
             robust = torch.where(clean == batch.y, attacked, clean)
         total = total + tally(clean, robust, batch.y, num_classes)
     return total

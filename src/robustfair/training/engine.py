@@ -95,21 +95,26 @@ class Engine:
             clean: logits of this engine at `batch.x`, where `shares_clean_pass` and the caller has them.
             stream: name of the random stream of the batch that it draws from.
         """
-        program = self._program_for(batch.x, attack)
-        if program is not None:
+        if attack.mode == "eval" and batch.x.dtype == torch.float32 and self._program_stands():
             with attacking(self.eager, "eval"):
-                program.refresh()
-                return watched_pgd(program, batch.x, batch.y, attack, batch.rng(stream))
+                return watched_pgd(self.searched(), batch.x, batch.y, attack, batch.rng(stream))
         pure = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
         ascent = self._ascent if pure else ascend
         known = None if clean is None else clean.detach()
         rng = batch.rng(stream)
         return watched_pgd(self.eager, batch.x, batch.y, attack, rng, clean=known, ascent=ascent)
 
-    def _program_for(self, x: Tensor, attack: Attack) -> Program | None:
-        """The program where it may stand for the model: in eval mode, in float32, and while nothing hooks into it."""
-        stands = attack.mode == "eval" and x.dtype == torch.float32
-        return self.program if stands and not hooked(self.model) else None
+    def searched(self) -> Model:
+        """The model as an attack on it in eval mode may see it: as a program of its weights as they are now, if any."""
+        if self.program is None or not self._program_stands():
+            return self.eager
+        with attacking(self.eager, "eval"):
+            self.program.refresh()
+        return self.program
+
+    def _program_stands(self) -> bool:
+        """Whether the program may stand for the model: while nothing hooks into it."""
+        return self.program is not None and not hooked(self.model)
 
     def _fits(self, x: Tensor) -> bool:
         return self.batch_size is None or x.shape[0] == self.batch_size

@@ -72,7 +72,8 @@ class TrainingRun:
             def attack_on(batch: Batch) -> Attack:
                 return replace(objective.evaluation_attack(batch), steps=steps)
 
-        counted = tally_batches(self.engine.eager, self.batches("validation"), self.num_classes, attack_on)
+        images, search = self.batches("validation"), self.engine.searched()
+        counted = tally_batches(self.engine.eager, images, self.num_classes, attack_on, search=search)
         return counted.over(self.total)
 
     def batches(
