@@ -103,7 +103,7 @@ class Entry:
         train: its composition; {NAME} in it is the run of another row, such as a teacher.
         base: name of the row that it is compared with; empty for a base.
         start: name of the row whose weights it goes on from; empty trains from scratch.
-        keys: of its recipe, where they are others than the scale's.
+        keys: of its recipe, where they are others than the scale's; None leaves out what the scale has.
         on: the scales that have it.
     """
 
@@ -112,6 +112,11 @@ class Entry:
     start: str = ""
     keys: Mapping[str, Any] = field(default_factory=dict)
     on: tuple[str, ...] = ROBUST
+
+    def keys_on(self, scale: str) -> dict[str, Any]:
+        """Of its recipe on a scale."""
+        keys = {**SCALES[scale].keys, **self.keys}
+        return {key: value for key, value in keys.items() if value is not None}
 
     @property
     def asks(self) -> list[str]:
@@ -125,7 +130,7 @@ ENTRIES: dict[str, Entry] = {
     "trades-2": Entry(train="trades(beta=2)"),
     "friendly-at": Entry(train="pgd-at + friendly-at(variant=cfa)"),
     "mart": Entry(train="mart"),
-    "n-fgsm": Entry(train="n-fgsm", base="pgd-at"),
+    "n-fgsm": Entry(train="n-fgsm", base="pgd-at", keys={"steps": None, "step_size": None}),
     "pgd-at-ema": Entry(train="pgd-at + ema(decay=0.99)", base="pgd-at"),
     "trades-ema": Entry(train="trades + ema(decay=0.99)", base="trades"),
     "pgd-at-ls-ema": Entry(train="pgd-at + label-smoothing + ema(decay=0.99)", base="pgd-at"),
@@ -257,7 +262,7 @@ class Work:
         for work in asked.values():
             work.train()
         start = {"start": str(asked[self.entry.start].folder)} if self.entry.start else {}
-        keys = {**SCALES[self.args.scale].keys, **self.entry.keys, **start}
+        keys = {**self.entry.keys_on(self.args.scale), **start}
         composition = self.entry.train.format(**{name: work.folder for name, work in asked.items()})
         return read_recipe(composition, {**keys, "seed": self.seed, "device": self.args.device})
 

@@ -176,7 +176,7 @@ class Training:
         schedule = Schedule(epochs=args.repeats + 2, lr=0.01, kind="constant", batch_size=args.batch_size)
         if hasattr(objective, "teacher"):
             teacher = build(args.model, args.width, device=args.device, in_channels=self.data.images.shape[1])
-            objective = replace(objective, teacher=teacher)
+            objective = replace(objective, **{"teacher": teacher})
         model = build(args.model, args.width, device=args.device, in_channels=self.data.images.shape[1])
         options: dict[str, Any] = {"precision": args.precision, "device": args.device, "validation": self.validation}
         fit(model, self.data, objective, methods=methods, schedule=schedule, save=save, select="last", **options)

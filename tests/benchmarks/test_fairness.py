@@ -12,7 +12,8 @@ from benchmarks import fairness
 from benchmarks.fairness import ENTRIES, SCALES, Entry, Scale, main, wanted
 from robustfair.errors import UnknownNameError
 from robustfair.evaluate.result import load_audit
-from robustfair.runs.composition import plans_of
+from robustfair.runs.composition import plan_of_recipe
+from robustfair.runs.recipe import read_recipe
 
 TINY = Scale(
     keys={
@@ -90,4 +91,7 @@ def test_every_row_composes_and_its_base_is_a_row(name: str) -> None:
     for other in filter(None, (entry.base, *entry.asks)):
         assert set(entry.on) <= set(ENTRIES[other].on)
     assert set(entry.on) <= set(SCALES)
-    assert plans_of(entry.train.format(**dict.fromkeys(entry.asks, "runs/x")))
+    composition = entry.train.format(**dict.fromkeys(entry.asks, "runs/x"))
+    for scale in entry.on:
+        recipe = read_recipe(composition, entry.keys_on(scale))
+        assert recipe.stages or plan_of_recipe(recipe)
