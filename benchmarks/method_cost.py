@@ -23,6 +23,7 @@ from benchmarks.measure import Report, Row, Table
 from benchmarks.workload import SYNTHETIC, build, load
 from robustfair.data import ImageDataset
 from robustfair.errors import UnknownNameError
+from robustfair.objectives.taught import TaughtObjective
 from robustfair.runs.composition import read_composition
 from robustfair.training import Schedule, fit
 from robustfair.training.state import TrainState
@@ -174,9 +175,9 @@ class Training:
         args = self.args
         objective, methods = read_composition(self.train)
         schedule = Schedule(epochs=args.repeats + 2, lr=0.01, kind="constant", batch_size=args.batch_size)
-        if hasattr(objective, "teacher"):
+        if isinstance(objective, TaughtObjective):
             teacher = build(args.model, args.width, device=args.device, in_channels=self.data.images.shape[1])
-            objective = replace(objective, **{"teacher": teacher})
+            objective = replace(objective, teacher=teacher)
         model = build(args.model, args.width, device=args.device, in_channels=self.data.images.shape[1])
         options: dict[str, Any] = {"precision": args.precision, "device": args.device, "validation": self.validation}
         fit(model, self.data, objective, methods=methods, schedule=schedule, save=save, select="last", **options)

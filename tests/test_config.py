@@ -187,7 +187,7 @@ WRONG: list[tuple[str, Any, str]] = [
     *(("turns", wrong, "a number of turns, or text") for wrong in (-1, 0.5, None)),
     ("foreign", 2.0, "a finite number below 2"),
     *(("kind", wrong, "'one' or 'two'") for wrong in ("One", None, [])),
-    *(("flag", wrong, "a bool") for wrong in (1, "yes", None)),
+    *(("flag", wrong, "true or false") for wrong in (1, "yes", None)),
     ("text", 5, "a valid string"),
     *(("pair", wrong, "a list of 2, each entry a finite number") for wrong in ((0.5,), (0, 1, 2), (0, "1"), 0.5)),
     *(("names", wrong, "a list, each entry a valid string") for wrong in ("head", ("head", 1))),
@@ -262,3 +262,24 @@ def test_whole_numbers_and_lists_are_read_as_what_a_field_holds() -> None:
     built = build(Bounded, {"weight": 3, "pair": [0, 1], "kind": "Two", "count": 2, "names": ["a"]}, owner="bounded")
     assert [type(value) for value in (built.weight, *built.pair, built.count)] == [float, float, float, int]
     assert (built.kind, built.names) == ("two", ("a",))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"weight": 1e39}, {"weight": 3.4e38}),
+        ({"weight": 2**128}, {"weight": 2**127}),
+        ({"begin": 2**63}, {"begin": 2**63 - 1}),
+        ({"pair": (-1e300, 1.0)}, {"pair": (-3.4e38, 1.0)}),
+    ],
+)
+def test_numbers_that_no_tensor_holds_are_refused_and_the_longest_that_one_does_are_kept(
+    given: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    """A coefficient of 1e39 is no float32, and 2**63 no int64: torch fails on them in the middle of a step."""
+    (field,) = given
+    for make in (lambda: Bounded(**given), lambda: build(Bounded, given, owner="bounded")):
+        hint = "" if field == "pair" else ". Numbers are held in float32, whole ones in 64 bits"
+        with pytest.raises(ConfigError, match=rf"^bounded: {field} must be .*, got .*{hint}$"):
+            make()
+    assert getattr(Bounded(**kept), field) == kept[field]

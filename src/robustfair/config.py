@@ -6,8 +6,8 @@ An unknown key is an error that shows the nearest one; nothing is coerced silent
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -19,6 +19,8 @@ from robustfair.grammar import canonical_key, parse_eps, parse_norm
 from robustfair.registry import canonical
 
 T = TypeVar("T")
+LARGEST, LONGEST = (2 - 2**-23) * 2.0**127, 2**63 - 1
+"""Numbers beyond these have no place in a tensor of float32, or of int64 where they are whole."""
 Norm = Literal["linf", "l2"]
 Precision = Literal["fp32", "bf16"]
 Auto = Literal["auto"]
@@ -64,8 +66,9 @@ Count = Annotated[int, Bounds(ge=1)]
 def config(cls: type[T]) -> type[T]:
     """Decorator: a frozen, keyword-only dataclass that checks every field against its annotation when it is made.
 
-    Numbers must be finite and within their bounds, words listed by their Literal, anything else of the type named, and
-    so must the entries of a tuple; a list is read as one. `eps`, `step_size` and `norm` are read as `build` reads them.
+    Numbers must fit float32, whole ones int64, and lie within their bounds, words listed by their Literal, anything
+    else of the type named, and so must the entries of a tuple; a list is read as one. `eps`, `step_size` and `norm`
+    are read as `build` reads them.
     A `__post_init__` of the class runs after that: for what depends on more than one field.
 
     Raises:
@@ -100,7 +103,7 @@ def _check(made: Any) -> None:
     for name, value in read.items():
         object.__setattr__(made, name, value)
     for name, value in {**values, **read}.items():
-        require(_fits(value, hints[name]), owner, name, allowed=_allowed(hints[name]), got=value)
+        require(_fits(value, hints[name]), owner, name, allowed=_allowed(hints[name]), got=value, hint=_too_long(value))
 
 
 def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
@@ -132,7 +135,8 @@ def build(cls: type[T], args: Mapping[str, Any], *, owner: str) -> T:
     hints = _hints(cls)
     for key, value in values.items():
         values[key] = _read(value, hints[key])
-        require(_fits(values[key], hints[key]), owner, key, allowed=_allowed(hints[key]), got=value)
+        fits, allowed = _fits(values[key], hints[key]), _allowed(hints[key])
+        require(fits, owner, key, allowed=allowed, got=value, hint=_too_long(value))
     return cls(**values)
 
 
@@ -186,7 +190,8 @@ def _fits(value: Any, hint: Any) -> bool:
         hints = _entries(hint, len(value))
         return len(hints) == len(value) and all(map(_fits, value, hints))
     if kind in (int, float):
-        return _is_number(value) and (_is_finite(value) if kind is float else isinstance(value, Integral))
+        whole = isinstance(value, Integral) and abs(int(value)) <= LONGEST
+        return _is_number(value) and (_is_finite(value) if kind is float else whole)
     plain = isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False)
     return isinstance(value, kind) if plain else True
 
@@ -210,7 +215,13 @@ def _allowed(hint: Any) -> str:
         return " or ".join(map(repr, inside))
     if kind is tuple and inside:
         return f"a list{'' if inside[-1] is ... else f' of {len(inside)}'}, each entry {_allowed(inside[0])}"
-    words = {int: "a whole number", float: "a finite number", str: "a valid string", NoneType: "none"}
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a finite number",
+        str: "a valid string",
+        NoneType: "none",
+    }
     return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 
@@ -243,7 +254,14 @@ def _is_number(value: object) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return abs(value) <= sys.float_info.max
+    return abs(value) <= LARGEST
+
+
+def _too_long(value: object) -> str:
+    """What to say of a number that is refused for its length alone, "" of any other value."""
+    long = _is_number(value) and value not in (math.inf, -math.inf) and value == value
+    limit = LONGEST if isinstance(value, Integral) else LARGEST
+    return "Numbers are held in float32, whole ones in 64 bits" if long and abs(value) > limit else ""  # type: ignore
 
 
 def require(condition: bool, owner: str, field: str, *, allowed: str, got: object, hint: str = "") -> None:

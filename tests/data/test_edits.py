@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustfair.data import ImageDataset, edits, load_dataset
-from robustfair.data.edits import Add, Edited, LongTail, PseudoLabel, Upweight, profile
+from robustfair.data.edits import Add, ChecksImages, Edited, LongTail, PseudoLabel, Upweight, profile
 from robustfair.errors import ConfigError, DataError, ModelError, RecipeError, RobustFairError, RobustFairWarning
 
 Data = Callable[..., ImageDataset]
@@ -126,6 +126,29 @@ def test_images_that_are_wrong_come_once_and_so_often_again(tiny_data: Data, tim
     if times:
         fewer = Counter(Upweight(times=times, count="paper")(data, answers(wrong), 0).index.tolist())
         assert [fewer[row] for row in range(7)] == [times if row in (1, 4) else 1 for row in range(7)]
+
+
+def test_copies_that_do_not_fit_in_memory_are_refused(tiny_data: Data) -> None:
+    data = tiny_data((4, 3, 5))
+    with pytest.raises(DataError, match=r"upweight: .* images of \d+x\d+ take .* of memory and .* are free"):
+        Upweight(times=10**15)(data, answers([0] * len(data)), 0)
+
+
+def test_images_are_refused_before_a_model_is_asked(
+    tiny_data: Data, other: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for edit in (LongTail(), Add(data="other"), PseudoLabel(data="other"), Upweight()):
+        assert isinstance(edit, ChecksImages) == (not isinstance(edit, Upweight))
+    with pytest.raises(DataError, match="no training image of class class 1 to keep: train on images of every class"):
+        LongTail().check(tiny_data((4, 0, 4)))
+    for edit in (Add(data="other"), PseudoLabel(data="other")):
+        edit.check(tiny_data())
+    with pytest.raises(DataError, match="the classes of other are"):
+        Add(data="other").check(dataclasses.replace(tiny_data(), class_names=("cat", "dog", "owl")))
+    for wants in (Add(data="digits"), PseudoLabel(data="digits")):
+        monkeypatch.undo()
+        with pytest.raises(DataError, match=r"images of .*: they cannot be trained on together"):
+            wants.check(dataclasses.replace(tiny_data(), images=tiny_data().images.repeat(1, 3, 1, 1)))
 
 
 def test_nothing_is_repeated_where_nothing_is_wrong(tiny_data: Data) -> None:

@@ -232,6 +232,8 @@ def test_what_is_no_file_or_no_text_is_refused(tmp_path: Path) -> None:
         read_groups(tmp_path / "absent.csv", pets())
     with pytest.raises(DataError, match=r" is a folder: group by superclass, shot, difficulty, or by a CSV file"):
         read_groups(tmp_path, pets())
+    with pytest.raises(DataError, match=r"^an empty grouping names nothing: group by superclass, shot, difficulty, or"):
+        read_groups("", pets())
     for content in (b"class,group\n\xff\xfe,a\n", b'class,group\n"cat,a\n'):
         (tmp_path / "bad.csv").write_bytes(content)
         with pytest.raises(DataError, match=r"bad\.csv is no CSV file in UTF-8"):

@@ -412,3 +412,9 @@ def test_reports_say_that_it_is_a_sample() -> None:
     assert "30 of 1,000 images, by hand" in lines
     assert "average: every class weighs by its share of the 1,000 images" in lines
     assert not any("weighs" in line for line in audit_lines(by_hand()))
+
+
+def test_the_folder_of_a_run_is_no_audit_and_where_its_audits_lie_is_said(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CheckpointError, match=r"runs is a folder: name the \.json of an audit; a run keeps .*/audit$"):
+        load_audit(tmp_path / "runs")

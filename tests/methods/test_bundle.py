@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import nn
 
 from reference.runs import TINY, history, tensors
 from robustfair.data import ImageDataset
-from robustfair.errors import ConfigError, ConflictError, RecipeError, RobustFairWarning, UnknownNameError
+from robustfair.errors import ConfigError, ConflictError, DataError, RecipeError, RobustFairWarning, UnknownNameError
 from robustfair.methods import CCM, CCR, CFA, EMA, FAWA, Bundle, FairTAT, FriendlyAT, Method, compose
 from robustfair.objectives import FGSMAT, MART, PGDAT, ARoW, Objective, Standard, Trades
 from robustfair.registry import BUNDLES, load_plugin
@@ -24,6 +25,7 @@ from robustfair.runs.composition import plan_of, read_composition
 from robustfair.runs.recipe import read_recipe
 from robustfair.runs.run import prepare, train
 from robustfair.training import Fitted, Schedule, fit
+from robustfair.training.selection import require_every_class
 from robustfair.training.state import TrainState
 
 Net = Callable[..., nn.Module]
@@ -226,3 +228,24 @@ def test_two_bundles_with_a_part_in_common_are_refused() -> None:
 
     with pytest.raises(ConflictError, match="fawa is listed twice"):
         compose(PGDAT(), [CFA(), Twin()])
+
+
+def test_a_user_is_told_of_the_settings_that_a_bundle_has(tiny_data: Data) -> None:
+    """Listing fawa beside cfa is refused, so that "lower fawa(begin)" or "drop fawa" would lead nowhere."""
+    plan = compose(Trades(), [CFA()])
+    assert [text.rsplit("; ", 1)[1] for text in plan.remarks(2)] == [
+        "lower cfa(begin)",
+        "lower cfa(begin)",
+        "lower cfa(avg_start)",
+    ]
+    assert "lower cfa(avg_start)" in explain_plan(plan, epochs=2)
+    assert compose(PGDAT(), [FAWA()]).remarks(2)[0].endswith("lower fawa(begin)")
+    assert set(CFA.sets.values()) == {field.name for field in dataclasses.fields(CFA)}
+    for objective, others in ((Trades(), "ccm and ccr"), (PGDAT(), "ccm")):
+        message = f"or list {others} in its place, since fawa comes with cfa"
+        with pytest.raises(ConflictError, match=message):
+            compose(objective, [CFA()], validation=False)
+        with pytest.raises(DataError, match=message):
+            require_every_class(tiny_data((3, 0, 3)), compose(objective, [CFA()]))
+    with pytest.raises(ConflictError, match="or drop cfa, since fawa comes with cfa"):
+        compose(PGDAT(), [CFA(), FairTAT()], validation=False)

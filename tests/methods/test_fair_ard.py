@@ -70,6 +70,12 @@ def test_equal_steps_are_no_weights_and_fewer_steps_weigh_more() -> None:
     assert len(set(falling)) == 5
 
 
+def test_no_power_is_too_large() -> None:
+    """1e-5 to the power -100 is no float64: the class that withstands nothing would end up without a weight."""
+    assert weights([0.0, 5.0, 10.0], 100.0) == weights([0.0, 5.0, 10.0], 50.0) == [5 / 2, 5 / 6, 5 / 6]
+    assert weights([4.0, 5.0, torch.nan], 1e6) == [2.0, 5 / 6, 1.0]
+
+
 def test_clipped_weights_do_not_sum_to_the_number_of_classes_unless_asked_to() -> None:
     assert sum(weights([8, 4, 2])) == pytest.approx(3.952378, abs=1e-6)
     again = weights([8, 4, 2], renormalise=True)

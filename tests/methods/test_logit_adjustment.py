@@ -253,3 +253,10 @@ def test_equal_counts_are_said_in_training_once(tiny_net: Net, tiny_data: Data) 
         "another prior"
     ]
     assert said((5, 5, 4)) == []
+
+
+def test_a_prior_of_large_numbers_is_that_of_their_ratios() -> None:
+    for largest in (1.0, 1e200, 1.7e308):
+        assert log_prior(torch.tensor([largest, largest, largest / 2], dtype=torch.float64)).exp().tolist() == (
+            pytest.approx([0.4, 0.4, 0.2], rel=1e-9)
+        )

@@ -9,7 +9,7 @@ from torch import nn
 
 from reference import logit_adjustment as reference
 from robustfair.data import ImageDataset
-from robustfair.errors import ConfigError
+from robustfair.errors import ConfigError, RobustFairWarning
 from robustfair.models import create_model, find_head
 from robustfair.repairs import HWNwB, PostHocLogitAdjustment, ReadsRun, repair
 from robustfair.runs.composition import read_repair
@@ -135,3 +135,23 @@ def test_it_is_named_with_its_prior() -> None:
     assert PostHocLogitAdjustment(tau=0.5).describe() == (
         "the log of the prior counts, to the power 0.5, taken off the head's bias"
     )
+
+
+@pytest.mark.parametrize("given", [{"counts": (4,) * 10}, {"tau": 0, "counts": tuple(range(1, 11))}])
+def test_a_repair_that_changes_nothing_is_said(given: dict[str, Any]) -> None:
+    model = create_model("small-cnn", in_channels=1, width=4)
+    with pytest.warns(RobustFairWarning, match="takes as much off every logit: it changes nothing; give another prior"):
+        repair(model, PostHocLogitAdjustment(**given))
+
+
+def test_a_run_that_held_nothing_out_has_no_predictions_to_count() -> None:
+    message = "prior must be counts or numbers where the run held no images out, got 'predicted'"
+    with pytest.raises(ConfigError, match=message):
+        PostHocLogitAdjustment(prior="predicted").of_run([3, 2, 1], lambda: None)
+
+
+def test_numbers_are_one_a_class_before_there_is_a_model() -> None:
+    for given in ({"prior": (1, 2)}, {"counts": (1, 2)}):
+        PostHocLogitAdjustment(**given).check_classes(2)
+        with pytest.raises(ConfigError, match="logit-adjustment: prior must be 3 numbers, one a class, got 2"):
+            PostHocLogitAdjustment(**given).check_classes(3)

@@ -188,7 +188,7 @@ def test_a_repair_takes_its_prior_from_the_run(finished: Path, tmp_path: Path) -
 
 def test_a_run_that_lacks_what_a_repair_reads_is_refused(finished: Path, tmp_path: Path) -> None:
     train(recipe(validation=0.0, epochs=1), tmp_path / "none-held")
-    with pytest.raises(ConfigError, match="logit-adjustment: images must be given, got None"):
+    with pytest.raises(ConfigError, match="logit-adjustment: prior must be counts or numbers where the run held"):
         repair_run(str(tmp_path / "none-held"), "logit-adjustment(prior=predicted)", tmp_path / "repaired")
     state = tmp_path / "none-held" / "checkpoints" / "last" / "state.json"
     meta = json.loads(state.read_text())

@@ -235,6 +235,13 @@ def test_what_cannot_run_leaves_no_folder(tmp_path: Path, keys: dict[str, Any], 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_only_fit_can_refuse_leaves_no_folder_either(tmp_path: Path) -> None:
+    """So that the same command, mended, may write there."""
+    with pytest.raises(ConfigError, match="rslad: teacher must be given"):
+        train(recipe("rslad"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # A run on disk
 
 

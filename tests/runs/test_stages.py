@@ -28,6 +28,7 @@ from robustfair.errors import (
     RobustFairError,
     RobustFairWarning,
 )
+from robustfair.objectives import Objective
 from robustfair.runs.folder import RunFolder
 from robustfair.runs.load import load_target
 from robustfair.runs.recipe import Recipe, read_recipe
@@ -329,6 +330,13 @@ def test_an_edit_is_no_run_to_go_on_with_and_no_model(done: tuple[Path, list[Sta
         ("- train: standard\n- edit: add\n", "add: data must be given, got"),
         ("- train: standard\n- edit: long-tail\n  seed: abc\n", "stage 2: seed must be a whole number"),
         ("- train: standard\n  start: 5\n", "stage 1: start must be text"),
+        ("- train: standard\n- train: pgd-at + variance-fat(pad_to=2)\n", "variance-fat: pad_to must be none, or at "),
+        ("- train: standard\n- train: pgd-at + dafa(compat=official)\n", "dafa: compat must be none on pgd-at"),
+        ("- train: standard\n- train: rslad\n", "rslad: teacher must be given"),
+        ("- train: standard\n- repair: logit-adjustment(prior='1,2')\n", "logit-adjustment: prior must be 10 numbers"),
+        ("- train: standard\n- edit: add(data=nowhere)\n", "unknown data set 'nowhere'"),
+        ("- train: standard\n- edit: pseudo-label(data=nowhere)\n", "unknown data set 'nowhere'"),
+        ("- train: standard\n  images: x\n", "stage 1 .train. has images: it takes no .* plugin, images, stages"),
     ],
 )
 def test_what_cannot_be_done_later_is_refused_before_the_first(tmp_path: Path, stages: str, message: str) -> None:
@@ -376,3 +384,31 @@ def test_images_without_labels_are_neither_added_nor_trained_on(
         run_stages(recipe(tmp_path, stages, **given), tmp_path / "added")
     with pytest.raises(DataError, match="stl10/unlabelled: its images have no labels: train on labelled ones, and add"):
         run_stages(recipe(tmp_path, "- train: standard", **given | {"data": "stl10/unlabelled"}), tmp_path / "alone")
+
+
+def test_stages_that_select_nothing_need_no_validation_images_for_an_edit(tmp_path: Path) -> None:
+    stages = "- {train: standard, select: last}\n- edit: upweight(times=1)\n- {train: standard, select: last}\n"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{BRIEF}stages:\n{stages}".replace("validation: 0.25\nselect: last\n", "validation: 0\n"))
+    run_stages(read_recipe(str(path), {}), tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "stages" / "2-edit" / "manifest.json").read_text())
+    assert sum(manifest["images_per_class"]["before"]) == 120
+
+
+def test_a_teacher_that_expects_other_pixels_is_refused_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robustfair.runs import stages
+
+    def check(objective: Objective, *rest: object) -> None:
+        if objective.name == "ard":
+            raise ModelError("teacher of ard is given pixels in [0, 1] and expects others")
+
+    monkeypatch.setattr(stages, "check_teachers", check)
+    (tmp_path / "other_pixels.py").write_text(
+        "import robustfair as rf\nnet = lambda: rf.create_model('small-cnn', in_channels=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="teacher of ard is given pixels"):
+        run_stages(recipe(tmp_path, "- train: standard\n- train: ard(teacher='other_pixels:net')\n"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reference.runs import TINY, history, tensors
-from robustfair.errors import ModelError, RecipeError, RobustFairError, RobustFairWarning, UnknownNameError
+from robustfair.errors import ModelError, RecipeError, RobustFairError, RobustFairWarning
 from robustfair.methods import ABSLD, Method, compose
 from robustfair.objectives import ARD, RSLAD, Trades
 from robustfair.runs import load
@@ -124,11 +124,25 @@ def test_a_run_keeps_its_teacher_and_goes_on_without_a_difference(place: Path) -
     ("teacher", "error", "message"),
     [
         ("nothing/here", ModelError, "rslad: teacher: nothing/here: no such file or folder"),
-        ("robust.safetensors", ModelError, "rslad: teacher: .*holds weights only: add `arch`"),
+        (
+            "robust.safetensors",
+            ModelError,
+            r"weights only: add arch with .*\. Options stand in brackets: teacher=",
+        ),
         ("robust.safetensors(arch=small-cnn, width=3)", ModelError, "rslad: teacher: "),
-        ("robust(checkpoint=worst)", UnknownNameError, "worst"),
-        ("robust(check=best)", UnknownNameError, "unknown option of robust 'check': did you mean checkpoint"),
-        ("robust.safetensors(arch=small-cnn", RecipeError, "cannot read"),
+        ("robust(checkpoint=worst)", ModelError, "rslad: teacher: unknown checkpoint of robust 'worst'"),
+        ("robust(check=best)", ModelError, "rslad: teacher: unknown option of robust 'check': did you mean checkpoint"),
+        (
+            "robust.safetensors(arch=small-cnn",
+            ModelError,
+            "rslad: teacher: cannot read 'robust.safe",
+        ),
+        (
+            "robust(checkpoint=best) + ema",
+            ModelError,
+            r"teacher: cannot read 'robust.* \+ ema': options stand in",
+        ),
+        ("", ModelError, "rslad: teacher: no model is named"),
         ("teachers_of_mine:none", ModelError, "rslad: teacher: teachers_of_mine:none: cannot import it"),
         ("previous", RecipeError, "rslad: teacher is previous, which is the model before a stage"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from robustfair.objectives import PGDAT, Standard, Trades
 from robustfair.runs.checkpoint import checkpoint_names, read_state, write_state
 from robustfair.training import Fitted, Schedule, fit
 from robustfair.training.state import TrainState
+from robustfair.training.way import Way
 from robustfair.values import Attack, Batch, Forward, Loss, Model, State
 
 Net = Callable[..., nn.Module]
@@ -219,7 +220,7 @@ def test_images_that_a_method_cannot_act_on_are_refused_before_the_first_step(ti
     class Picky(Method):
         name = "picky"
 
-        def check_classes(self, counts: Tensor) -> None:
+        def check_classes(self, counts: Tensor, groups: Sequence[int] | None = None) -> None:
             seen.append(counts.tolist())
             raise ConfigError(self.name, "images", allowed="others", got=counts.tolist())
 
@@ -229,6 +230,33 @@ def test_images_that_a_method_cannot_act_on_are_refused_before_the_first_step(ti
         train(model, tiny_data((8, 4, 12)), Picky())
     assert seen == [[6, 3, 9]], "of the images that are left to train on"
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_is_told_its_way_once_nothing_can_be_refused(tiny_net: Net, tiny_data: Data) -> None:
+    told: list[Way] = []
+
+    class Late(Method):
+        name = "late"
+
+        def at_epoch(self, state: State, run: Run) -> State:
+            raise ConfigError(self.name, "images", allowed="others", got="these")
+
+    with pytest.raises(ConfigError, match="late: images must be others"):
+        train(tiny_net(), tiny_data(), Late(), on_way=told.append)
+    assert told == []
+    train(tiny_net(), tiny_data(), on_way=told.append)
+    assert len(told) == 1
+
+
+def test_an_objective_that_a_method_cannot_act_on_is_refused_when_they_are_composed() -> None:
+    class Picky(Method):
+        name = "picky"
+
+        def check_objective(self, objective: str) -> None:
+            raise ConfigError(self.name, "mode", allowed=f"another on {objective}", got="this")
+
+    with pytest.raises(ConfigError, match="picky: mode must be another on pgd-at, got 'this'"):
+        compose(PGDAT(), [Picky()])
 
 
 # More than one attack

@@ -139,16 +139,17 @@ def audit(
         hint = "It is only read: name the run or the weights to audit them anew"
         require(not given, "audit", "flags of a stored audit", allowed=allowed, got=given, hint=hint)
         stored = load_audit(target)
-        rates, checked = _judged(stored, gates, read_groups(group_by, stored, baseline=before) if group_by else None)
+        stored_groups = None if group_by is None else read_groups(group_by, stored, baseline=before)
+        rates, checked = _judged(stored, gates, stored_groups)
         return _show(stored, form, rates, checked, baseline=before, report=report)
     loaded = None if read_path(target).is_dir() else request.dataset()
     found = flags.load(target, loaded)
     require_outputs(found, out=out, report=report, points=points)
-    if loaded is None and (gates or group_by):
+    if loaded is None and (gates or group_by is not None):
         loaded = request.dataset(found.meta.get("data"))
     counts = found.meta.get("images_per_class")
     named = {"trained_on": counts, "baseline": before}
-    groups = read_groups(group_by, loaded[0], **named) if group_by and loaded else None
+    groups = read_groups(group_by, loaded[0], **named) if group_by is not None and loaded else None
     if gates and loaded:
         names = [attack.name for attack in parse_attacks(attacks)]
         known = None if groups is None else groups.names

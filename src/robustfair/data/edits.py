@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from robustfair.config import Bounds, Count, Share, Whole, build, config, require
 from robustfair.data.datasets import ImageDataset, load_dataset
+from robustfair.data.load.memory import require_memory
 from robustfair.data.load.parts import listed
 from robustfair.errors import DataError, ModelError, RobustFairWarning
 from robustfair.grammar import parse_term
@@ -115,6 +116,15 @@ class Edit(Protocol):
         ...
 
 
+@runtime_checkable
+class ChecksImages(Protocol):
+    """An edit that can refuse images before a model is trained that it may ask."""
+
+    def check(self, images: ImageDataset) -> None:
+        """Raise what calling it on `images` would raise, as far as no model is needed to know."""
+        ...
+
+
 def read_edit(text: str) -> Edit:
     """The edit that `long-tail` or `long-tail(factor=100)` names."""
     term = parse_term(text, "edit", example="long-tail(factor=100)", hint="give one, and a stage for each")
@@ -166,11 +176,18 @@ class LongTail:
     profile: Profile = "exponential"
     seed: int | None = None
 
-    def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
-        kept, there = [], images.class_counts().tolist()
-        absent = [name for name, count in zip(images.class_names, there, strict=True) if count == 0]
+    def check(self, images: ImageDataset) -> None:
+        counts = zip(images.class_names, images.class_counts().tolist(), strict=True)
+        absent = [name for name, count in counts if count == 0]
         if absent:
-            raise DataError(f"long-tail: {images.name} has no training image of class {listed(absent)} to keep")
+            raise DataError(
+                f"long-tail: {images.name} has no training image of class {listed(absent)} to keep: train on images of "
+                "every class"
+            )
+
+    def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
+        self.check(images)
+        kept, there = [], images.class_counts().tolist()
         counts = profile(min(there), images.num_classes, self.factor, self.profile)
         if counts[-1] * self.factor > min(there) * (1 + 1e-9):
             text = f"long-tail keeps one image at least: of {min(there):,} a factor of {self.factor:g} leaves none"
@@ -221,6 +238,8 @@ class Upweight:
         labels = images.labels.cpu()
         wrong = (_answers(self.name, predict(images), images).argmax(1) != labels).nonzero().squeeze(1)
         copies = self.times - (self.count == "paper")
+        count = len(labels) + len(wrong) * copies
+        require_memory(self.name, count, tuple(images.images.shape[1:]), doing="repeating wrong ones to")
         index = torch.cat([torch.arange(len(labels)), wrong.repeat(copies)])
         return Edited(index, labels[index], len(images))
 
@@ -241,6 +260,21 @@ class Add:
     limit_per_class: Count | None = None
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
+        more = self._source(images)
+        rows = torch.arange(len(more)) if self.limit_per_class is None else more.first_per_class(self.limit_per_class)
+        index = torch.cat([torch.arange(len(images)), len(images) + rows])
+        labels = torch.cat([images.labels.cpu(), more.labels.cpu()[rows]])
+        return Edited(index, labels, len(images) + len(more), (self.data,))
+
+    def check(self, images: ImageDataset) -> None:
+        self._source(images)
+
+    def _source(self, images: ImageDataset) -> ImageDataset:
+        """What is added.
+
+        Raises:
+            DataError: its classes are others.
+        """
         more = source_images(self.data, images)
         numbers = tuple(str(label) for label in range(more.num_classes))
         if more.class_names not in (images.class_names, numbers[: images.num_classes]):
@@ -249,10 +283,7 @@ class Add:
                 f"{images.name} {', '.join(images.class_names[:4])}, ...: its labels would not mean the same; add "
                 "images without them by pseudo-label"
             )
-        rows = torch.arange(len(more)) if self.limit_per_class is None else more.first_per_class(self.limit_per_class)
-        index = torch.cat([torch.arange(len(images)), len(images) + rows])
-        labels = torch.cat([images.labels.cpu(), more.labels.cpu()[rows]])
-        return Edited(index, labels, len(images) + len(more), (self.data,))
+        return more
 
 
 @EDITS.register("pseudo-label")
@@ -272,6 +303,9 @@ class PseudoLabel:
     needs_model: ClassVar[bool] = True
     data: str
     confidence: Share = 0.0
+
+    def check(self, images: ImageDataset) -> None:
+        source_images(self.data, images)
 
     def __call__(self, images: ImageDataset, predict: Predict, seed: int) -> Edited:
         more = source_images(self.data, images)

@@ -202,9 +202,11 @@ def read_groups(
         audits = [*([images] if isinstance(images, Audit) else []), *also]
         return _named(str(by), images.class_names, audits, trained_on, baseline)
     if not path.is_file():
-        why = "is a folder" if path.is_dir() else "does not exist"
+        why = "names nothing" if not str(by) else "is a folder" if path.is_dir() else "does not exist"
         named = ", ".join((SUPERCLASS, *NAMED))
-        raise DataError(f"{path} {why}: group by {named}, or by a CSV file with the header class,group")
+        raise DataError(
+            f"{str(by) or 'an empty grouping'} {why}: group by {named}, or by a CSV file with the header class,group"
+        )
     kind, rows = _read_csv(path)
     shown = images.class_names if kind == "class" else _positions(images)
     slots = _slots(shown, numbered=kind == "class")

@@ -359,6 +359,8 @@ def load_audit(path: Path | str) -> Audit:
         CheckpointError: a file is missing, cut or foreign, or the counts of the two disagree.
     """
     json_path, npz_path = paths(read_path(path))
+    if read_path(path).is_dir() and not json_path.exists():
+        raise CheckpointError(f"{path} is a folder: name the .json of an audit; a run keeps its own in {path}/audit")
     about, columns = read_pair(json_path, npz_path, SCHEMA, DENSE_SCHEMA)
     try:
         found = Audit(

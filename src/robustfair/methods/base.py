@@ -8,7 +8,7 @@ step is taken; while training, every edit is checked against the method's claims
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal, Protocol
 
@@ -170,11 +170,22 @@ class Method:
         """Named weights to validate and save beside the raw ones, such as an average."""
         return {}
 
-    def check_classes(self, counts: Tensor) -> None:
-        """Refuse training images, `counts` (C,) of each class, that it cannot act on; called before the first step.
+    def check_objective(self, objective: str) -> None:
+        """Refuse an objective, by its name, that it cannot act on with its settings; called by `compose`.
 
         Raises:
-            ConfigError: a class that it needs has none, or its settings are for another number of classes.
+            ConfigError: which setting the objective does not allow.
+        """
+
+    def check_classes(self, counts: Tensor, groups: Sequence[int] | None = None) -> None:
+        """Refuse training images that it cannot act on; called before the first step.
+
+        Args:
+            counts: (C,) images of each class.
+            groups: (C,) super-class of each, where the data set has them.
+
+        Raises:
+            ConfigError: a class that it needs has none, or its settings are for other classes.
         """
 
     def remark(self, epochs: int) -> str | None:
@@ -200,9 +211,11 @@ class Bundle(ABC):
 
     Class attributes:
         name: the registered name.
+        sets: setting of a part, as "fawa(begin)" -> the bundle's own that gives it, which a user is told of instead.
     """
 
     name: ClassVar[str]
+    sets: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def parts(self) -> tuple[Method, ...]:

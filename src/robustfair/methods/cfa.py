@@ -188,6 +188,15 @@ class CFA(Bundle):
     """
 
     name: ClassVar[str] = "cfa"
+    sets: ClassVar[Mapping[str, str]] = {
+        "ccm(lam)": "lambda1",
+        "ccr(lam)": "lambda2",
+        "ccm(begin)": "begin",
+        "ccr(begin)": "begin",
+        "fawa(decay)": "decay",
+        "fawa(threshold)": "threshold",
+        "fawa(begin)": "avg_start",
+    }
     lambda1: NonNegative | None = None
     lambda2: NonNegative = 0.5
     begin: Begin = 10

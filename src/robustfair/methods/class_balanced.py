@@ -20,6 +20,7 @@ Here it starts as the network has it and decays with the rest.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
@@ -87,7 +88,7 @@ class ClassBalanced(Method):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.replaces
 
-    def check_classes(self, counts: Tensor) -> None:
+    def check_classes(self, counts: Tensor, groups: Sequence[int] | None = None) -> None:
         absent = (counts == 0).nonzero().flatten().tolist()
         hint = "Its weight is one over the number of its images: add some, or drop class-balanced"
         got = f"none of class {', '.join(map(str, absent))}"

@@ -35,6 +35,7 @@ def compose(
         validation: whether the run holds images out.
 
     Raises:
+        ConfigError: a method cannot act on the objective with its settings.
         ConflictError: a method twice; two owners of one claim; a loss term, attacked or held out images that a method
             needs and does not find; a write nobody reads; a bundle beside one of its parts, or without one that fits.
     """
@@ -53,13 +54,15 @@ def compose(
                 )
         lacking = _lacking(method, objective)
         if lacking:
-            fitting = [name for name in OBJECTIVES if not _unfit(method, OBJECTIVES.get(name))]
+            fitting = [
+                name for name in OBJECTIVES if name != objective.name and not _unfit(method, OBJECTIVES.get(name))
+            ]
             use = " or ".join(fitting) or "another objective"
             raise ConflictError(f"{method.name} {lacking}: use {use}, or drop {method.name}")
         if "validation" in method.needs and not validation:
             raise ConflictError(
                 f"{method.name} measures on held out images and this run has none: set validation to a share of each "
-                f"class, such as 0.02, or drop {method.name}"
+                f"class, such as 0.02, or {to_drop(method.name, bundles)}"
             )
         for claim in sorted(method.claims):
             unread = _unread(claim, objective)
@@ -67,10 +70,13 @@ def compose(
                 raise ConflictError(f"{method.name} sets {claim}, but {objective.name} {unread}: drop {method.name}")
         if "attack.target" in method.claims and "attack.goal" not in method.claims:
             raise ConflictError(f"{method.name} sets attack.target and keeps the goal, which is not made for one")
+        method.check_objective(objective.name)
     for method, replacing in permutations(methods, 2):
         lost = _lost(method, replacing)
         if lost:
-            raise ConflictError(f"{method.name} sets {lost}, and {replacing.name} replaces the term that reads it")
+            raise ConflictError(
+                f"{method.name} sets {lost}, and {replacing.name} replaces the term that reads it: drop one of them"
+            )
     return Plan(objective=objective, methods=methods, allow=allow, bundles=bundles)
 
 
@@ -104,10 +110,26 @@ class Unbundled:
     unfit: Mapping[str, str]
     taken: Mapping[str, str]
 
+    def reworded(self, text: str) -> str:
+        """A message that names settings of the parts, with those of the bundle that give them in their place."""
+        for setting, own in self.bundle.sets.items():
+            text = text.replace(setting, f"{self.bundle.name}({own})")
+        return text
+
     def remark(self) -> str | None:
         """A sentence for the user if another method keeps out a part that would fit the objective."""
         left = "; ".join(f"{part}, since {reason}" for part, reason in self.taken.items())
         return f"{self.bundle.name} leaves out {left}" if left else None
+
+
+def to_drop(name: str, bundles: Sequence[Unbundled]) -> str:
+    """How a user drops a method, which a bundle may have brought."""
+    for entry in bundles:
+        others = [part.name for part in entry.parts if part.name != name]
+        if len(others) < len(entry.parts):
+            instead = f"list {' and '.join(others)} in its place" if others else f"drop {entry.bundle.name}"
+            return f"{instead}, since {name} comes with {entry.bundle.name}"
+    return f"drop {name}"
 
 
 def _unbundled(
@@ -222,6 +244,18 @@ class Plan:
         """The objective and the methods."""
         return [self.objective, *self.methods]
 
+    def remarks(self, epochs: int) -> list[str]:
+        """What a user should know before a run of `epochs`: what a bundle leaves out, and of methods."""
+        found = [*(bundle.remark() for bundle in self.bundles), *(self.remark(part, epochs) for part in self.methods)]
+        return [text for text in found if text]
+
+    def remark(self, method: Method, epochs: int) -> str | None:
+        """That of one method, in the settings that a user gives."""
+        text = method.remark(epochs)
+        for entry in self.bundles:
+            text = entry.reworded(text) if text and method in entry.parts else text
+        return text
+
     @property
     def moves_weights(self) -> bool:
         """Whether a method may move the weights between the attack and the loss."""
@@ -239,10 +273,10 @@ class Plan:
                 found |= {f"{part.name}/{name}": network for name, network in part.networks(model).items()}
         return found
 
-    def check_classes(self, counts: Tensor) -> None:
-        """Let every method refuse training images, `counts` (C,) of each class, that it cannot act on."""
+    def check_classes(self, counts: Tensor, groups: Sequence[int] | None) -> None:
+        """Let every method refuse training images that it cannot act on, see `Method.check_classes`."""
         for method in self.methods:
-            method.check_classes(counts)
+            method.check_classes(counts, groups)
 
     def prepare(self, batch: Batch, states: Mapping[str, State], run: Run) -> Batch:
         """The batch as the attack finds it."""

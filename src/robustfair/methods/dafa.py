@@ -81,7 +81,6 @@ class DAFA(Method):
         return max(1, round(WARM_UP * epochs)) if self.begin is None else self.begin
 
     def at_epoch(self, state: State, run: Run) -> State:
-        self._require_known_reading(run.objective.name)
         classes = run.num_classes
         if not state:
             ones = torch.ones(classes, dtype=torch.float64, device=run.device)
@@ -121,7 +120,7 @@ class DAFA(Method):
             "train longer or lower dafa(begin)"
         )
 
-    def _require_known_reading(self, objective: str) -> None:
+    def check_objective(self, objective: str) -> None:
         """Refuse the authors' reading where it is not known, or not a step that the attacks here can take."""
         known = self.compat is None or objective == "trades"
         hint = "Their attack on pgd-at takes two steps in one, with two radii, see the card of dafa"

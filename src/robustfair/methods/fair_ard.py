@@ -47,7 +47,8 @@ def class_weights(kappa: Tensor, beta: float, lowest: float, highest: float, ren
     >>> class_weights(torch.tensor([8.0, 4.0, 2.0]), beta=2, lowest=5 / 6, highest=5 / 2)
     tensor([0.8333, 0.8333, 2.2857])
     """
-    weight = (kappa + NO_STEP) ** -beta
+    least = kappa.nan_to_num(torch.inf).min() + NO_STEP
+    weight = ((kappa + NO_STEP) / least) ** -beta  # at most 1, so that no beta makes it infinite
     weight = (weight / weight.nanmean()).clamp(lowest, highest)
     weight = weight / weight.nanmean() if renormalise else weight
     return weight.nan_to_num(1)

@@ -45,7 +45,8 @@ def log_prior(prior: Tensor, tau: float = 1.0) -> Tensor:
     >>> log_prior(torch.tensor([6.0, 2.0])).exp()
     tensor([0.7500, 0.2500], dtype=torch.float64)
     """
-    share = prior.double() / prior.double().sum()
+    share = prior.double() / prior.max()  # first, since the sum of large numbers may be infinite
+    share = share / share.sum()
     return torch.log(share**tau + FLOOR)
 
 
@@ -119,7 +120,7 @@ class LogitAdjustment(Method):
         read = read_prior(self.name, self.prior, ("counts", *MEASURED))
         object.__setattr__(self, "prior", read)
 
-    def check_classes(self, counts: Tensor) -> None:
+    def check_classes(self, counts: Tensor, groups: Sequence[int] | None = None) -> None:
         assert not isinstance(self.prior, Tensor), "read when the config was made"
         require_length(self.name, self.prior, len(counts))
         absent = (counts == 0).nonzero().flatten().tolist()

@@ -15,6 +15,7 @@ attack is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -70,15 +71,17 @@ class VarianceFAT(Method):
         attack = {"attack.goal", "attack.start"} if self.goal == "ce" else set()
         return frozenset({"loss.variance", "role.class_weight"} | attack)
 
-    def at_epoch(self, state: State, run: Run) -> State:
-        known = not self.superclass or run.groups is not None
+    def check_classes(self, counts: Tensor, groups: Sequence[int] | None = None) -> None:
+        known = not self.superclass or groups is not None
         require(known, self.name, "superclass", allowed="false on data without super-classes", got=self.superclass)
+        over = 1 + max(groups) if self.superclass and groups is not None else len(counts)
+        least = f"none, or at least {over}, what the variance is over"
+        require(self.pad_to is None or self.pad_to >= over, self.name, "pad_to", allowed=least, got=self.pad_to)
+
+    def at_epoch(self, state: State, run: Run) -> State:
         groups = run.groups if self.superclass else torch.arange(run.num_classes)
-        assert groups is not None
-        members = F.one_hot(groups).T.double().to(run.device)
-        least = f"none, or at least {len(members)}, what the variance is over"
-        require(self.pad_to is None or self.pad_to >= len(members), self.name, "pad_to", allowed=least, got=self.pad_to)
-        return {"members": members}
+        assert groups is not None, "refused before the first step"
+        return {"members": F.one_hot(groups).T.double().to(run.device)}
 
     def attack(self, attack: Attack, batch: Batch, state: State, run: Run) -> Attack:
         return attack if self.goal == "objective" else replace(attack, goal=MaximiseCE(), start="uniform")

@@ -54,7 +54,7 @@ class ARD(TaughtObjective):
 
     Attributes:
         alpha: share of the distillation term; 1 leaves the label term out.
-        temperature: T, of teacher and student.
+        temperature: T, of teacher and student; at most a million, since the loss has its square.
         kl_over: "mean" over the classes, or their "sum", which is the KL.
     """
 
@@ -64,7 +64,7 @@ class ARD(TaughtObjective):
     taught: ClassVar[tuple[str, ...]] = ("distil",)
     label_at: ClassVar[str] = "x"
     alpha: Share = 1.0
-    temperature: Annotated[float, Bounds(gt=0)] = 30.0
+    temperature: Annotated[float, Bounds(gt=0, le=1e6)] = 30.0
     kl_over: KLOver = "mean"
 
     def __post_init__(self) -> None:

@@ -48,6 +48,15 @@ class ReadsRun(Protocol):
         ...
 
 
+@runtime_checkable
+class ChecksClasses(Protocol):
+    """A repair that can refuse classes before a model of them is trained."""
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise ConfigError where its settings are for another number of classes."""
+        ...
+
+
 def repair(model: nn.Module, method: str | Repair = "hwnwb", *, example: Tensor | None = None) -> nn.Module:
     """Repair `model` with a repair, or with the registered one of that name in its defaults.
 

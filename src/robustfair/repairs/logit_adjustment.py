@@ -11,6 +11,7 @@ reading: how often it predicts every class on images that it was not trained on.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from robustfair.attacks.predict import tally_batches
 from robustfair.config import Count, NonNegative, config, require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.methods.logit_adjustment import Prior, log_prior, measured_prior, read_prior, require_length
+from robustfair.errors import RobustFairWarning
+from robustfair.methods.logit_adjustment import FLOOR, Prior, log_prior, measured_prior, read_prior, require_length
 from robustfair.models.head import Head, find_head
 from robustfair.registry import REPAIRS
 from robustfair.repairs.base import Repair
@@ -55,6 +57,11 @@ class PostHocLogitAdjustment:
     def needs_data(self) -> bool:
         return self.prior == "predicted"
 
+    def check_classes(self, num_classes: int) -> None:
+        for numbers in (self.prior, self.counts):
+            if isinstance(numbers, tuple):
+                require_length(self.name, numbers, num_classes)
+
     def of_run(self, counts: Sequence[int] | None, held: Callable[[], ImageDataset | None]) -> Repair:
         """With the counts or the images that the user has not given; see `ReadsRun`."""
         if self.prior == "counts" and self.counts is None and counts is not None:
@@ -62,7 +69,10 @@ class PostHocLogitAdjustment:
             require(min(counts) > 0, self.name, "counts", allowed="above 0 in every class", got=counts, hint=hint)
             return replace(self, counts=tuple(counts))
         if self.prior == "predicted" and self.images is None:
-            return replace(self, images=held())
+            images = held()
+            allowed, hint = "counts or numbers where the run held no images out", "Or train with `validation`"
+            require(images is not None, self.name, "prior", allowed=allowed, got=self.prior, hint=hint)
+            return replace(self, images=images)
         return self
 
     def __call__(self, model: nn.Module, *, example: Tensor | None = None) -> nn.Module:
@@ -75,6 +85,12 @@ class PostHocLogitAdjustment:
         repaired = copy.deepcopy(model)
         head = find_head(repaired, example)
         shift = log_prior(self._prior(repaired, head), self.tau).to(head.weight.device)
+        if float(shift.max() - shift.min()) < FLOOR:
+            warnings.warn(
+                "logit-adjustment takes as much off every logit: it changes nothing; give another prior",
+                RobustFairWarning,
+                stacklevel=2,
+            )
         with torch.no_grad():
             before = torch.zeros_like(shift) if head.bias is None else head.bias.double()
             bias = nn.Parameter((before - shift).to(head.weight.dtype), requires_grad=head.weight.requires_grad)

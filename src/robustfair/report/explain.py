@@ -71,7 +71,7 @@ def explain_plan(plan: Plan, epochs: int | None = None) -> str:
             f"  acts in: {', '.join(method.hooks())}",
             f"  sets: {', '.join(sorted(method.claims)) or 'nothing'}",
         ]
-        remark = None if epochs is None else method.remark(epochs)
+        remark = None if epochs is None else plan.remark(method, epochs)
         if remark:
             lines.append(f"  note: {remark}")
     if plan.allow:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from robustfair.errors import ModelError, RobustFairError, RobustFairWarning, UnknownNameError
+from robustfair.errors import ModelError, RecipeError, RobustFairError, RobustFairWarning, UnknownNameError
 from robustfair.grammar import parse_composition, read_path
 from robustfair.models.build import create_model
 from robustfair.models.head import other_dtypes
@@ -128,10 +128,18 @@ def load_named(text: str, **images: Any) -> Target:
     Raises:
         RobustFairError: as `load_target`; or an option that is none of its own.
     """
+    if not text.strip():
+        raise ModelError("no model is named: give a run folder, a weight file with `arch`, or a name such as timm:NAME")
     name, bracket, options = text.partition("(")
     if not bracket or read_path(text).exists():
         return load_target(text, **images)
-    (term,) = parse_composition(f"model({options}", example="weights.pt(arch=wrn-34-10)")
+    try:
+        (term,) = parse_composition(f"model({options}")
+    except (RecipeError, ValueError):  # unreadable, or more than one term
+        raise RecipeError(
+            f"cannot read {text!r}: options stand in brackets behind the name of a model, as in "
+            "weights.pt(arch=wrn-34-10)"
+        ) from None
     known = set(inspect.signature(load_target).parameters) - {"what", *images}
     for key in term.args:
         if key not in known:

@@ -66,10 +66,10 @@ class Stage:
             found = " and ".join(does) or "none of them"
             raise RecipeError(f"recipe: stage {number} needs one of train, repair and edit, as text; it has {found}")
         what = keys.pop(does[0])
-        refused = set(keys) & {*SHARED, "images", "stages"} if does == ["train"] else set(keys) - OWN[does[0]]
+        refused = set(keys) & {*REFUSED} if does == ["train"] else set(keys) - OWN[does[0]]
         if refused:
             named = ", ".join(sorted(refused))
-            allowed = f"only {', '.join(OWN[does[0]])}" if does != ["train"] else f"no {', '.join(SHARED)}"
+            allowed = f"only {', '.join(OWN[does[0]])}" if does != ["train"] else f"no {', '.join(REFUSED)}"
             raise RecipeError(f"recipe: stage {number} ({does[0]}) has {named}: it takes {allowed}")
         owner = f"stage {number}"
         require(isinstance(keys.get("start", ""), str), owner, "start", allowed="text", got=keys.get("start"))
@@ -84,6 +84,7 @@ class Stage:
 
 
 OWN = {"repair": {"start"}, "edit": {"seed"}}
+REFUSED = (*SHARED, "images", "stages")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,11 +20,11 @@ from robustfair.data.augment.crops import Augmentation, parse_augmentation
 from robustfair.data.catalog import UNLABELLED
 from robustfair.data.edits import Edited, edit
 from robustfair.errors import (
-    CheckpointError,
     DataError,
     DivergedError,
     ModelError,
     RecipeError,
+    RobustFairError,
     RobustFairWarning,
 )
 from robustfair.execution.device import resolve_device
@@ -96,8 +97,7 @@ class Prepared:
     @property
     def remarks(self) -> list[str]:
         """What a user should know before the run: what a bundle leaves out, methods that will not act, or too early."""
-        found = [bundle.remark() for bundle in self.plan.bundles]
-        found += [method.remark(self.schedule.epochs) for method in self.plan.methods]
+        found = self.plan.remarks(self.schedule.epochs)
         if self.recipe.start == SCRATCH:
             found += [
                 f"{method.name} goes on from a model that is robust already, and this run starts from scratch: name a "
@@ -105,7 +105,7 @@ class Prepared:
                 for method in self.plan.methods
                 if method.second_stage
             ]
-        return [text for text in found if text]
+        return found
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -118,10 +118,10 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.compile is True:
         require_compiler(torch.device(device).type)
     splits, train, validation, held = training_images(recipe)
-    require_every_class(validation, plan.methods)
+    require_every_class(validation, plan)
     if recipe.images is not None:
         train = Edited.read(read_path(recipe.images)).apply(train)
-    plan.check_classes(train.class_counts())
+    plan.check_classes(train.class_counts(), train.groups)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "init"))
         classes, channels = train.num_classes, train.images.shape[1]
@@ -176,8 +176,10 @@ def _load_network(owner: str, text: str, images: ImageDataset) -> tuple[nn.Modul
     try:
         found = load_named(text, num_classes=images.num_classes, **shape)
         check_outputs(found.model, images.num_classes, example)
-    except (ModelError, CheckpointError) as error:
-        raise ModelError(f"{owner}: {error}") from error
+    except RobustFairError as error:
+        said = re.sub(r"`(\w+)`", r"\1", str(error))
+        hint = f'. Options stand in brackets: {owner.split(": ")[1]}="weights.pt(arch=wrn-34-10)"'
+        raise ModelError(f"{owner}: {said}{hint if said != str(error) else ''}") from error
     classes = found.meta.get("class_names")
     if classes is not None and list(classes) != list(images.class_names):
         raise ModelError(
@@ -317,14 +319,12 @@ def _train(
         folder.update_manifest(status="running")
     if state is None:
         begin_from(recipe.start, ready)
-    if not resume:
-        folder.create(recipe.to_yaml(), environment() | about | {"seed": recipe.seed, "status": "running"})
     if on_start is not None:
         on_start(ready, state)
     for remark in ready.remarks:
         warnings.warn(remark, RobustFairWarning, stacklevel=2)
-    started = time.time()
-    spent = folder.manifest().get("wall_seconds", 0.0)
+    known = folder.manifest() if resume else {}
+    started, spent = time.time(), known.get("wall_seconds", 0.0)
 
     def save(state: TrainState) -> None:
         folder.save(state, about)
@@ -333,9 +333,11 @@ def _train(
             on_epoch(state)
 
     def on_way(way: Way) -> None:
+        if not resume:  # nothing is refused from here on: what was leaves no run behind
+            folder.create(recipe.to_yaml(), environment() | about | {"seed": recipe.seed, "status": "running"})
         folder.update_manifest(way=dataclasses.asdict(way))
 
-    taken = folder.manifest().get("way", {})
+    taken = known.get("way", {})
     if taken or state is not None:
         taken = {"kernels": False} | taken  # a run that an earlier version began took none
     try:

@@ -12,8 +12,9 @@ stage that is complete is never run again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ import torch
 from torch import Tensor
 
 from robustfair.data import ImageDataset
-from robustfair.data.edits import Edited, Predict, read_edit
+from robustfair.data.edits import ChecksImages, Edited, Predict, read_edit
 from robustfair.data.loader import evaluation_batches
-from robustfair.errors import RecipeError
+from robustfair.errors import RecipeError, RobustFairWarning
 from robustfair.execution.device import resolve_device
 from robustfair.files import write_text
 from robustfair.grammar import read_path
 from robustfair.models.modes import attacking
 from robustfair.registry import load_plugin
+from robustfair.repairs import ChecksClasses
 from robustfair.runs.composition import read_repair
 from robustfair.runs.folder import RunFolder, environment
 from robustfair.runs.recipe import PREVIOUS, SCRATCH, Recipe
@@ -42,6 +44,7 @@ from robustfair.runs.run import (
     training_images,
     with_previous,
 )
+from robustfair.training.teachers import check_teachers
 
 PREDICTION_BATCH = 500
 
@@ -113,6 +116,7 @@ def require_runnable(recipe: Recipe) -> list[str]:
     """
     for path in recipe.plugin:
         load_plugin(path)
+    images = _images_of(recipe)
     left = recipe.start != SCRATCH
     if left and not read_path(recipe.start).exists():
         raise RecipeError(
@@ -134,9 +138,17 @@ def require_runnable(recipe: Recipe) -> list[str]:
             ready = prepare(recipe.of_stage(number, start=SCRATCH))
             taught = any(PREVIOUS in named_networks(part).values() for part in ready.plan.parts)
             if not taught:
-                load_networks(ready)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RobustFairWarning)  # the stage itself says it
+                    check_teachers(load_networks(ready).plan.objective, ready.model, ready.train, torch.device("cpu"))
         elif stage.does == "repair":
-            read_repair(stage.what)
+            fix = read_repair(stage.what)
+            if isinstance(fix, ChecksClasses):
+                fix.check_classes(images.num_classes)
+        else:
+            edit = read_edit(stage.what)
+            if isinstance(edit, ChecksImages):
+                edit.check(images)
         wants = start == PREVIOUS or taught if stage.does == "train" else start in (PREVIOUS, SCRATCH)
         wants = read_edit(stage.what).needs_model if stage.does == "edit" else wants
         if wants and not left:
@@ -198,7 +210,7 @@ def _edit(recipe: Recipe, number: int, place: RunFolder, model: RunFolder | None
     """Edit the training images as the stages before left them, and write down what was decided."""
     stage = recipe.stages[number]
     edit = read_edit(stage.what)
-    kept = training_images(recipe)[1]
+    kept = _images_of(recipe)
     before = None if images is None else Edited.read(read_path(images))
     given = kept if before is None else before.apply(kept)
     found = edit(given, _asks(model, recipe.device), int(stage.keys.get("seed", recipe.seed)))
@@ -210,6 +222,11 @@ def _edit(recipe: Recipe, number: int, place: RunFolder, model: RunFolder | None
         write_text(new.recipe, recipe.up_to(number).to_yaml())
         whole.save(new.images)
     return f"{stage.what}: {len(given):,} images became {len(found.labels):,}, by class {counts['after']}"
+
+
+def _images_of(recipe: Recipe) -> ImageDataset:
+    """What the first stage trains on; what selects weights is a stage's own matter."""
+    return training_images(replace(recipe, select="last"))[1]
 
 
 def _asks(model: RunFolder | None, device: str) -> Predict:

@@ -106,8 +106,9 @@ def fit(
             for bit. On a CPU in float32 it is the path without `kernels`.
         allow: claims that several methods may share.
         resume: state of an earlier run with the same arguments; goes on from there.
-        on_way: called before the first step with the precision and the compilation that were chosen, and whether
-            attacks run on kernels; a run that goes on with `resume` takes these, as it cannot choose anew.
+        on_way: called before the first step, when nothing of what was asked for can be refused any more, with the
+            precision and the compilation that were chosen, and whether attacks run on kernels; a run that goes on with
+            `resume` takes these, as it cannot choose anew.
         save: called with the state after every epoch.
         on_step: called with (epoch, step) after every step; must not wait for the device.
 
@@ -145,8 +146,8 @@ def fit(
         allow_deterministic_products()
     require_validation(validation, select)
     train, held = with_validation(train, validation)
-    require_every_class(held, plan.methods)
-    plan.check_classes(train.class_counts().cpu())
+    require_every_class(held, plan)
+    plan.check_classes(train.class_counts().cpu(), train.groups)
     few = "" if held is None else few_validation_images(train.labels, held.labels, select)
     if few:
         text = f"{few}: give `validation` a larger share, or take `select=last`"
@@ -182,8 +183,6 @@ def fit(
         way = replace(way, why="; ".join(filter(None, [way.why, f"attacks run without kernels: {lacks}"])))
     if way.why:
         warnings.warn(way.why, RobustFairWarning, stacklevel=2)
-    if on_way is not None:
-        on_way(way)
     training = Training(
         model=model,
         engine=chosen_engine,
@@ -201,6 +200,8 @@ def fit(
         training.frozen_rest(),
     ):
         training.begin(resume)
+        if on_way is not None:
+            on_way(way)
         while training.run.epoch < schedule.epochs:
             record = training.epoch(on_step)
             training.boundary(record)

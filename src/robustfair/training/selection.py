@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from robustfair.data import ImageDataset
 from robustfair.data.load.parts import listed
 from robustfair.data.split import stratified_split
 from robustfair.errors import DataError
-from robustfair.methods.base import Method
+from robustfair.methods.compose import Plan, to_drop
 from robustfair.training.state import ScoredWeights
 from robustfair.values import ClassTally
 
@@ -59,18 +57,21 @@ def few_validation_images(train: Tensor, held: Tensor, select: Select) -> str:
 
 
 def require_validation(validation: float | ImageDataset, select: Select) -> None:
-    """Refuse a selection rule that has no images to measure it on."""
+    """Refuse what is no share, and a selection rule that has no images to measure it on."""
     selects = "a share of each class, or a data set"
+    share = isinstance(validation, ImageDataset) or 0 <= validation < 1
+    require(share, "fit", "validation", allowed=f"{selects}: at least 0 and below 1", got=validation)
     require(select == "last" or validation != 0, "fit", "validation", allowed=selects, got=0, hint="Or `select='last'`")
 
 
-def require_every_class(held: ImageDataset | None, methods: Iterable[Method]) -> None:
+def require_every_class(held: ImageDataset | None, plan: Plan) -> None:
     """Refuse methods that measure on held out images where a class has none: its rate would be no number.
 
     Raises:
         DataError: names the classes, and what to do.
     """
-    measuring = " and ".join(method.name for method in methods if "validation" in method.needs)
+    names = [method.name for method in plan.methods if "validation" in method.needs]
+    measuring = " and ".join(names)
     if held is None or not measuring:
         return
     counts = zip(held.class_names, held.class_counts().tolist(), strict=True)
@@ -78,7 +79,8 @@ def require_every_class(held: ImageDataset | None, methods: Iterable[Method]) ->
     if absent:
         raise DataError(
             f"{held.name}: no validation image of class {listed(absent)}, and {measuring} would measure every class "
-            f"on them: give it an image to hold out beside one to train on, or drop {measuring}"
+            f"on them: give it an image to hold out beside one to train on, or "
+            + " and ".join(to_drop(name, plan.bundles) for name in names)
         )
 
 

@@ -14,8 +14,8 @@ _SMALLEST_SIDE = 8
 _GROUP = Path("/sys/fs/cgroup")
 
 
-def require_memory(owner: str, count: int, shape: tuple[int, ...]) -> None:
-    """Say what `count` images of `shape` (C, H, W) take, where it is much, before they are decoded.
+def require_memory(owner: str, count: int, shape: tuple[int, ...], *, doing: str = "decoding") -> None:
+    """Say what `count` images of `shape` (C, H, W) take, where it is much, before they are there.
 
     All of them are held at a time, a byte a value, and training copies those that it trains on once more.
 
@@ -32,7 +32,7 @@ def require_memory(owner: str, count: int, shape: tuple[int, ...]) -> None:
             f"{owner}: {images} take {in_bytes(need)} of memory and {in_bytes(free)} are free: {hint}, or take fewer"
         )
     if need >= LARGE:
-        text = f"{owner}: decoding {images}, all held in memory, {in_bytes(need)}; training copies its part once more"
+        text = f"{owner}: {doing} {images}, all held in memory, {in_bytes(need)}; training copies its part once more"
         warnings.warn(text, RobustFairWarning, stacklevel=2)
 
 
