@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustfair.attacks import predict
 from robustfair.attacks.pgd import FreezeFooled, ascend, eager_step, functional_step, pgd
 from robustfair.data import ImageDataset
 from robustfair.errors import ConfigError, ModelError, RobustFairWarning
 from robustfair.execution.kernels import compiled
 from robustfair.execution.kernels.compiled import kernels, missing
 from robustfair.execution.live import live_program
+from robustfair.execution.program import Program
 from robustfair.losses import MaximiseMargin, MinimiseCE
 from robustfair.methods import AWP, CCM, CCR, EMA, FriendlyAT, Method
 from robustfair.methods.fair_ard import StillRight
@@ -410,6 +412,19 @@ def test_a_run_on_kernels_goes_on_exactly(tiny_data: Data) -> None:
     torch.manual_seed(1)
     resumed, _, _ = fitted_to_colours(tiny_data, resume=states[0])
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+@on_kernels
+def test_validation_is_attacked_on_kernels_with_the_weights_as_they_are(
+    tiny_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[object] = []
+    ours = predict.pgd
+    monkeypatch.setattr(predict, "pgd", lambda model, *rest: searched.append(model) or ours(model, *rest))
+    rates = [fitted_to_colours(tiny_data, validation=0.3, kernels=on)[1].history for on in (False, True)]
+    assert [isinstance(model, Program) for model in searched] == [False, False, True, True]
+    plain, fast = ([record["validation"]["model"] for record in history] for history in rates)
+    assert plain == fast
 
 
 @on_kernels

@@ -95,7 +95,7 @@ class Engine:
             clean: logits of this engine at `batch.x`, where `shares_clean_pass` and the caller has them.
             stream: name of the random stream of the batch that it draws from.
         """
-        if attack.mode == "eval" and batch.x.dtype == torch.float32 and self._program_stands():
+        if attack.mode == "eval" and batch.x.dtype == torch.float32 and self._standing() is not None:
             with attacking(self.eager, "eval"):
                 return watched_pgd(self.searched(), batch.x, batch.y, attack, batch.rng(stream))
         pure = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
@@ -106,15 +106,16 @@ class Engine:
 
     def searched(self) -> Model:
         """The model as an attack on it in eval mode may see it: as a program of its weights as they are now, if any."""
-        if self.program is None or not self._program_stands():
+        program = self._standing()
+        if program is None:
             return self.eager
         with attacking(self.eager, "eval"):
-            self.program.refresh()
-        return self.program
+            program.refresh()
+        return program
 
-    def _program_stands(self) -> bool:
-        """Whether the program may stand for the model: while nothing hooks into it."""
-        return self.program is not None and not hooked(self.model)
+    def _standing(self) -> Program | None:
+        """The program, where it may stand for the model: while nothing hooks into it."""
+        return self.program if not hooked(self.model) else None
 
     def _fits(self, x: Tensor) -> bool:
         return self.batch_size is None or x.shape[0] == self.batch_size
