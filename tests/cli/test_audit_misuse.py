@@ -104,7 +104,7 @@ ATTACKS = [
     case("audit run --attacks pgd-2,PGD_2", "each attack once", "pgd-2"),
     case("audit run --attacks clean,clean", "each attack once", "clean"),
     case(["audit", "run", "--attacks", "clean pgd-2"], "cannot read 'clean pgd-2'"),
-    case("audit run --attacks clean+pgd-2", "separated by commas"),
+    case("audit run --attacks clean+pgd-2", "separate them by commas"),
     case("audit run --attacks pgd", "unknown attack 'pgd'", "pgd-20"),
     case("audit run --attacks pgd-0", "steps must be >= 1, got 0"),
     case("audit run --attacks pgd-2(restarts=0)", "restarts must be >= 1, got 0"),

@@ -13,7 +13,7 @@ import torch
 from reference.audits import made_audit, random_audit
 from robustfair import metrics
 from robustfair.data import ImageDataset
-from robustfair.errors import ConfigError, DataError, UnknownNameError
+from robustfair.errors import ConfigError, DataError, RecipeError, UnknownNameError
 from robustfair.evaluate import check, parse_gate
 from robustfair.evaluate.compare import compare, compare_many
 from robustfair.evaluate.grouping import Difficulty, Shot, recorded_counts
@@ -86,7 +86,7 @@ def test_counts_that_are_not_known_are_asked_for() -> None:
         ("shot(many=-1)", ConfigError, "shot: many must be"),
         ("shot(least=3)", UnknownNameError, "unknown key of shot 'least'"),
         ("shot + shot", DataError, "does not exist: group by superclass, shot, difficulty, or by a CSV file"),
-        ("shot() + difficulty", ConfigError, "groups: by must be one grouping"),
+        ("shot() + difficulty", RecipeError, "names 2 groupings: give one"),
         ("shots", DataError, "shots does not exist: group by superclass, shot, difficulty, or by a CSV file"),
         ("difficulty(attack=1)", ConfigError, "difficulty: attack must be"),
     ],

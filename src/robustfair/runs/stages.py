@@ -28,6 +28,7 @@ from robustfair.errors import RecipeError, RobustFairWarning
 from robustfair.execution.device import resolve_device
 from robustfair.files import write_text
 from robustfair.grammar import read_path
+from robustfair.models.build import require_model
 from robustfair.models.modes import attacking
 from robustfair.registry import load_plugin
 from robustfair.repairs import ChecksClasses
@@ -116,6 +117,9 @@ def require_runnable(recipe: Recipe) -> list[str]:
     """
     for path in recipe.plugin:
         load_plugin(path)
+    for number, stage in enumerate(recipe.stages):
+        if stage.does == "train":
+            require_model(recipe.of_stage(number, start=SCRATCH).model)
     images = _images_of(recipe)
     left = recipe.start != SCRATCH
     if left and not read_path(recipe.start).exists():
