@@ -182,7 +182,7 @@ def test_digits_say_which_file_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "sklearn" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "sklearn")
-    with pytest.raises(DataError, match=r"^digits: scikit-learn has no \S*digits\.csv\.gz: pip install"):
+    with pytest.raises(DataError, match=r"^digits: scikit-learn has no \S*digits\.csv\.gz: install scikit-learn again"):
         load_dataset("digits")
 
 

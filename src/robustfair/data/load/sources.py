@@ -173,7 +173,7 @@ def _digits_file() -> Path:
     (root,) = found.submodule_search_locations or ("",)
     path = Path(root, "datasets", "data", "digits.csv.gz")
     if not path.exists():
-        raise DataError(f"digits: scikit-learn has no {path}: pip install --force-reinstall scikit-learn")
+        raise DataError(f"digits: scikit-learn has no {path}: install scikit-learn again")
     return path
 
 
