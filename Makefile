@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Where it is set, every process that tests start would compile the package anew.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-long lint format clean
 
 demo: .venv/ready

@@ -168,6 +168,24 @@ def test_digits_are_embedded_scaled_and_split_per_class() -> None:
     assert load_dataset("digits", image_size=16).train.images.shape[1:] == (1, 16, 16)
 
 
+def test_digits_are_read_without_an_import_of_scikit_learn() -> None:
+    code = (
+        "import sys; from robustfair.data import load_dataset\n"
+        "print(load_dataset('digits').test.fingerprint, 'sklearn' in sys.modules, 'scipy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{load_dataset('digits').test.fingerprint} False False\n"
+
+
+def test_digits_say_which_file_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sklearn")
+    with pytest.raises(DataError, match=r"^digits: scikit-learn has no \S*digits\.csv\.gz: install scikit-learn again"):
+        load_dataset("digits")
+
+
 def test_cifar10_in_the_hub_layout(root: Path) -> None:
     images = pixels(7)
     features = {"img": IMAGE, "label": class_label(CIFAR10_CLASSES)}

@@ -547,14 +547,22 @@ def test_progress_rises_to_all_of_what_is_attacked(small: Small, each_turn: None
 WHOLE = ["pgd-2", "cw-2(restarts=3)", "autoattack", "fab(steps=3)"]
 
 
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Audit]:
+    """The audit that was not interrupted, once it was made."""
+    return {}
+
+
 @pytest.fixture
-def interrupted(small: Small, tmp_path: Path, same: Same) -> Iterator[Callable[..., Audit]]:
+def interrupted(small: Small, kept: dict[str, Audit], tmp_path: Path, same: Same) -> Iterator[Callable[..., Audit]]:
     """Goes on with an audit that was interrupted, and compares the end with one that was not."""
     model, data = small
     journal = tmp_path / "new" / "deeper" / "journal.safetensors"
     common: dict[str, Any] = {"attacks": WHOLE, "eps": 0.04, "keep_points": True, "batch_size": 6, "checks": False}
     common["precision"] = "fp32"  # in bf16 a copy of the model is searched, which tells of no passes
-    whole = audit(model.model, data, **common)
+    if not kept:
+        kept["whole"] = audit(model.model, data, **common)
+    whole = kept["whole"]
     assert 2 < len(whole.points["autoattack"]) < 14
     assert len(set(whole.broken_by["autoattack"].tolist())) > 2
 
@@ -747,7 +755,7 @@ def test_pgd_that_was_cut_says_how_far_it_came(small: Small, clock: Callable[[nn
     assert 0 < found.unfinished("pgd-4")["pgd-4"] < 1
 
 
-@pytest.mark.parametrize("attacks", ["autoattack", "pgd-2,pgd-3", "cw-2(restarts=2),autoattack"])
+@pytest.mark.parametrize("attacks", ["pgd-2,pgd-3", "cw-2(restarts=2),autoattack"])
 def test_a_budget_that_is_over_at_once_still_gets_somewhere(
     small: Small, tmp_path: Path, same: Same, attacks: str
 ) -> None:

@@ -7,6 +7,7 @@ sample of all other cases; `make test-long` trains all of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -58,10 +59,14 @@ def acting(name: str) -> Method:
     return cls(**({"begin": 1} if begins else {}) | ({"threshold": 0.0} if name == "fawa" else {}))
 
 
+usual_objective, usual_method = functools.cache(objective), functools.cache(acting)
+"""One of each for all questions of what composes, which train nothing."""
+
+
 def refusal(base: str, *names: str) -> str:
     """The reason why these do not act together; empty where they do."""
     try:
-        compose(objective(base), [acting(name) for name in names])
+        compose(usual_objective(base), [usual_method(name) for name in names])
     except ConflictError as error:
         return str(error)
     return ""
@@ -85,7 +90,9 @@ def train(net: Net, data: Data, base: str, methods: list[Method], **rest: Any) -
 
 def meetings(first: str, second: str) -> set[frozenset[str]]:
     """Where two methods could interact: claims on fields of one value, or on anything beside weights that one moves."""
-    claims = [[claim for claim in acting(name).claims if not claim.startswith("role.")] for name in (first, second)]
+    claims = [
+        [claim for claim in usual_method(name).claims if not claim.startswith("role.")] for name in (first, second)
+    ]
 
     def meet(one: str, other: str) -> bool:
         return one.split(".")[0] == other.split(".")[0] or bool({one, other} & {"gradient", "model"})

@@ -103,6 +103,7 @@ def test_the_paired_bootstrap_is_seeded_contains_its_estimate_and_ignores_absent
     assert interval == metrics.bootstrap_difference(PAIRS.numpy(), statistic, seed=3)
     assert interval != metrics.bootstrap_difference(PAIRS, statistic, seed=4)
     assert interval == metrics.bootstrap_difference(PAIRS[n > 0], statistic, seed=3)
+    assert [interval] * 2 == metrics.bootstrap_differences(PAIRS, ["worst_20pct", statistic, statistic], seed=3)[1:]
     wider = metrics.bootstrap_difference(PAIRS, statistic, seed=3, level=0.99)
     assert wider.upper - wider.lower > interval.upper - interval.lower
 

@@ -154,7 +154,7 @@ def test_a_run_of_stages_that_is_killed_goes_on_to_the_same_end(
     base = [sys.executable, "-m", "robustfair.cli", "train"]
     begun = [*base, "recipe.yaml", "--out", "run", "--quiet"]
     resumed = [*base, "--resume", "--out", "run", "--quiet"]
-    for seconds in (4.5, 5.5, 6.5):
+    for seconds in (3.0, 4.0, 5.0):
         command = resumed if (tmp_path / "run" / "manifest.json").exists() else begun
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         time.sleep(seconds)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from robustfair.cli.app import main
 from stored.record import RUNS, hashes, probe, robustfair, train
 
 HERE = Path(__file__).parent
@@ -52,11 +53,11 @@ def test_a_stored_run_audited_again_gives_the_stored_verdicts(runs: Path) -> Non
 
 
 @pytest.mark.parametrize("attacks", ["clean,pgd-5,cw-5", "clean,autoattack"])
-def test_a_stored_audit_is_read(attacks: str, runs: Path) -> None:
-    text = robustfair("audit", str(stored_audit(runs / "trades", attacks)), cwd=runs)
-    assert "worst" in text
+def test_a_stored_audit_is_read(attacks: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(stored_audit(runs / "trades", attacks))]) == 0
+    assert "worst" in capsys.readouterr().out
 
 
-def test_a_stored_repair_is_compared_with_its_run(runs: Path) -> None:
-    text = robustfair("compare", "trades", "repaired", "--paired", cwd=runs)
-    assert "worst" in text
+def test_a_stored_repair_is_compared_with_its_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(runs / "trades"), str(runs / "repaired"), "--paired"]) == 0
+    assert "worst" in capsys.readouterr().out

@@ -297,7 +297,7 @@ def compare_under(before: Rates, after: Rates, attack: str, level: float = 0.95)
     The audits must be comparable, see `check_comparable`.
     """
     table = metrics.paired_table(before.hits(attack), after.hits(attack), after.labels, after.num_classes)
-    worst, spread = (_bootstrapped(table, statistic, level) for statistic in ("worst", "range"))
+    worst, spread = _bootstrapped(table, level)
     return AttackComparison(
         attack=attack,
         classes=_tested(table, after.class_names, level),
@@ -345,11 +345,14 @@ def _tested(table: Tensor, names: Sequence[str], level: float) -> tuple[PairedTe
     )
 
 
-def _bootstrapped(table: Tensor, statistic: str, level: float) -> Difference:
-    interval = metrics.bootstrap_difference(table, statistic, level=level)
-    measure = metrics.worst if statistic == "worst" else metrics.accuracy_range
-    before, after = (measure(acc) for acc in _rates(table))
-    return Difference(before=before, after=after, lower=interval.lower, upper=interval.upper)
+def _bootstrapped(table: Tensor, level: float) -> list[Difference]:
+    """Of the worst class and of the range."""
+    before, after = _rates(table)
+    intervals = metrics.bootstrap_differences(table, ("worst", "range"), level=level)
+    return [
+        Difference(before=measure(before), after=measure(after), lower=interval.lower, upper=interval.upper)
+        for measure, interval in zip((metrics.worst, metrics.accuracy_range), intervals, strict=True)
+    ]
 
 
 def _rates(table: Tensor) -> tuple[Tensor, Tensor]:

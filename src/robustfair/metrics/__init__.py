@@ -17,6 +17,7 @@ from robustfair.metrics.counts import confusion_pred_true, correct_per_class, su
 from robustfair.metrics.intervals import FEW_IMAGES, Interval, bootstrap_statistic, stratified_wilson, wilson
 from robustfair.metrics.paired import (
     bootstrap_difference,
+    bootstrap_differences,
     holm,
     mcnemar,
     paired_interval,
@@ -67,6 +68,7 @@ __all__ = [
     "best",
     "best_class",
     "bootstrap_difference",
+    "bootstrap_differences",
     "bootstrap_statistic",
     "boundary_error",
     "cfns",

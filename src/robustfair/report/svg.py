@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 
 def element(tag: str, kind: str, *inside: str, **attributes: float | str | None) -> Markup:
@@ -14,14 +14,14 @@ def element(tag: str, kind: str, *inside: str, **attributes: float | str | None)
     <text class="name" x="0.33" text-anchor="end">a &lt; b</text>
     """
     given = {"class": kind or None, **attributes}
-    words = Markup().join(
-        Markup(' {}="{}"').format(key.replace("_", "-"), value if isinstance(value, str) else number(value))
+    words = "".join(
+        f' {key.replace("_", "-")}="{escape(value) if isinstance(value, str) else number(value)}"'
         for key, value in given.items()
         if value is not None
     )
     if not inside:
-        return Markup("<{}{}/>").format(tag, words)
-    return Markup("<{0}{1}>{2}</{0}>").format(tag, words, Markup().join(inside))
+        return Markup(f"<{tag}{words}/>")
+    return Markup(f"<{tag}{words}>{''.join(map(escape, inside))}</{tag}>")
 
 
 def number(value: float) -> str:

@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -90,13 +91,10 @@ class Digits:
     notes: tuple[str, ...] = ()
 
     def decode(self, image_size: int | None) -> Decoded:
-        with needed("scikit-learn", "the digits data set"):
-            from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-        labels = digits.target.astype(np.int64)
-        names = tuple(str(name) for name in digits.target_names)
+        table = np.loadtxt(_digits_file(), delimiter=",")  # 64 values of an image, then its class
+        images = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[:, None]
+        labels = table[:, -1].astype(np.int64)
+        names = tuple(str(digit) for digit in range(10))
         return Decoded(parts={"train": (resize_arrays(images, image_size), labels)}, class_names=names)
 
 
@@ -159,6 +157,24 @@ class Npz:
             return self.keys[role][what]
         allowed = ", ".join(f"{role}_{key}" for key in (_IMAGE_KEYS if what == "images" else _LABEL_KEYS))
         raise DataError(f"{self.path}: no array of {what} ({allowed}), it holds {', '.join(arrays) or 'none'}")
+
+
+def _digits_file() -> Path:
+    """The table that scikit-learn brings along. To import the package for it would take longer than all the rest.
+
+    Raises:
+        RobustFairError: scikit-learn is not installed.
+        DataError: it holds no such file.
+    """
+    with needed("scikit-learn", "the digits data set"):
+        found = find_spec("sklearn")
+        if found is None:
+            raise ModuleNotFoundError(name="sklearn")
+    (root,) = found.submodule_search_locations or ("",)
+    path = Path(root, "datasets", "data", "digits.csv.gz")
+    if not path.exists():
+        raise DataError(f"digits: scikit-learn has no {path}: install scikit-learn again")
+    return path
 
 
 def _array_keys(path: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
