@@ -129,7 +129,7 @@ def cost(name: str, results: Path) -> Iterator[str]:
             yield (
                 f"Cost: an epoch{case} takes {row['ratio']:.2f} times one of `{row['base']}`, turn by turn "
                 f"{row['low']:.2f} to {row['high']:.2f} (`python -m benchmarks.method_cost`, "
-                f"`results/methods-cpu/{path.stem}.md`)."
+                f"`results/methods-cpu/{path.name}`)."
             )
 
 
@@ -172,14 +172,15 @@ def small_scale(name: str, results: Path) -> Iterator[str]:
 
 
 def changes(name: str, scale: str, results: Path) -> Iterator[Row]:
-    """The rows of a scale that have the method while their base has not."""
+    """The rows of a scale that have the method while their base has not, once two seeds give them an interval."""
     path = results / "fairness-cpu" / f"{scale}.json"
     if not path.exists():
         return
     judged = SCALES[scale].judged
     tables = {table["title"]: table["rows"] for table in read_json(path, SCHEMA)["tables"]}
     for row in tables.get("Changes, seed by seed, against the base", ()):
-        if name in terms(row["row"]) - terms(row["base"]):
+        told = row.get(f"{judged}_worst_low") is not None
+        if told and name in terms(row["row"]) - terms(row["base"]):
             entry, base = ENTRIES[row["row"]], ENTRIES[row["base"]]
             ends = {
                 f"{to}{end}": row.get(f"{key}{end}")

@@ -53,11 +53,12 @@ def results(tmp_path: Path) -> Path:
     write(folder / "methods-cpu" / "cost.json", {}, {"title": "Cost", "rows": costs})
     change = {"row": "trades-ccr", "base": "trades", "robust": 0.51, "robust_worst": 2.0}
     change |= {"robust_worst_low": 0.5, "robust_worst_high": 3.5, "plain": -1.0, "plain_low": -2.0, "plain_high": 0.2}
+    alone = {**change, "row": "dafa", "robust_worst_low": None, "robust_worst_high": None}
     write(
         folder / "fairness-cpu" / "cifar10.json",
         {},
         {"title": "Rows", "rows": []},
-        {"title": "Changes, seed by seed, against the base", "rows": [change, {**change, "row": "trades-cfa"}]},
+        {"title": "Changes, seed by seed, against the base", "rows": [change, {**change, "row": "trades-cfa"}, alone]},
     )
     return folder
 
@@ -87,6 +88,7 @@ def test_a_card_shows_costs_and_changes_and_counts_what_holds(results: Path) -> 
     assert "9.0" not in text
     (row,) = rows(text, "cifar10")
     assert row[1:] == ["`trades + ccr(begin=2)`", "`trades`", "+0.5", "+2.0 (+0.5 to +3.5)", "-1.0 (-2.0 to +0.2)"]
+    assert measured("dafa", results) == "", "one seed shows no interval"
     assert "beyond chance in 1 of 1 rows, and above the plain baseline's in 0 of 1." in text
 
 
