@@ -428,6 +428,34 @@ def test_validation_is_attacked_on_kernels_with_the_weights_as_they_are(
 
 
 @on_kernels
+@pytest.mark.parametrize("on", [False, True], ids=["torch's layers", "kernels"])
+def test_nothing_is_dropped_while_validation_is_attacked(
+    on: bool, tiny_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropping: list[bool] = []
+    inside: list[bool] = []
+    ours, dropout = predict.pgd, nn.functional.dropout
+
+    def noted(*given: object, **named: object) -> Tensor:
+        inside.append(True)
+        found = ours(*given, **named)  # type: ignore[arg-type]
+        inside.pop()
+        return found
+
+    def dropped(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+        dropping.extend([training] * len(inside))
+        return dropout(x, p, training, inplace)
+
+    monkeypatch.setattr(predict, "pgd", noted)
+    monkeypatch.setattr(nn.functional, "dropout", dropped)
+    model = nn.Sequential(create_model("small-cnn", num_classes=3, width=16), nn.Dropout(0.5))
+    _, _, way = fitted_to_colours(tiny_data, model=model, validation=0.3, kernels=on)
+    assert way.kernels is on
+    assert dropping
+    assert not any(dropping)
+
+
+@on_kernels
 def test_a_model_that_kernels_cannot_take_trains_on_torchs_layers_and_that_is_said(tiny_data: Data) -> None:
     with pytest.warns(RobustFairWarning, match="^attacks run without kernels: the order of the model's layers cannot"):
         _, _, way = fitted_to_colours(tiny_data, model=Inverted())

@@ -7,7 +7,8 @@ benchmarks/NOTES.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -96,22 +97,27 @@ class Engine:
             stream: name of the random stream of the batch that it draws from.
         """
         if attack.mode == "eval" and batch.x.dtype == torch.float32 and self._standing() is not None:
-            with attacking(self.eager, "eval"):
-                return watched_pgd(self.searched(), batch.x, batch.y, attack, batch.rng(stream))
+            with self.searched() as program:
+                return watched_pgd(program, batch.x, batch.y, attack, batch.rng(stream))
         pure = self._fits(batch.x) and attack.mode != "train"  # a pure function writes no running statistics
         ascent = self._ascent if pure else ascend
         known = None if clean is None else clean.detach()
         rng = batch.rng(stream)
         return watched_pgd(self.eager, batch.x, batch.y, attack, rng, clean=known, ascent=ascent)
 
-    def searched(self) -> Model:
-        """The model as an attack on it in eval mode may see it: as a program of its weights as they are now, if any."""
+    @contextmanager
+    def searched(self) -> Iterator[Model]:
+        """The model as attacks in eval mode may see it: as a program of its weights as they are now, if any.
+
+        The layers that a program calls are in eval mode, and their parameters frozen, until the context is left.
+        """
         program = self._standing()
         if program is None:
-            return self.eager
+            yield self.eager
+            return
         with attacking(self.eager, "eval"):
             program.refresh()
-        return program
+            yield program
 
     def _standing(self) -> Program | None:
         """The program, where it may stand for the model: while nothing hooks into it."""

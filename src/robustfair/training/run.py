@@ -72,8 +72,9 @@ class TrainingRun:
             def attack_on(batch: Batch) -> Attack:
                 return replace(objective.evaluation_attack(batch), steps=steps)
 
-        images, search = self.batches("validation"), self.engine.searched()
-        counted = tally_batches(self.engine.eager, images, self.num_classes, attack_on, search=search)
+        images = self.batches("validation")
+        with self.engine.searched() as search:
+            counted = tally_batches(self.engine.eager, images, self.num_classes, attack_on, search=search)
         return counted.over(self.total)
 
     def batches(
