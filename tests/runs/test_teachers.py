@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from reference.runs import TINY, history, tensors
+from reference.runs import BRIEF, TINY, history, tensors
 from robustfair.errors import ModelError, RecipeError, RobustFairError, RobustFairWarning
 from robustfair.methods import ABSLD, Method, compose
 from robustfair.objectives import ARD, RSLAD, Trades
@@ -221,22 +221,11 @@ def test_a_model_by_its_name_for_python(place: Path) -> None:
 
 # Stages
 
-STAGES = """
-data: digits
-limit_per_class: 12
-model: small-cnn
-epochs: 1
-batch_size: 32
-steps: 1
-eps: 0.1
-validation: 0.25
-select: last
-stages:
+STAGES = f"""{BRIEF}stages:
 - train: trades
   width: 8
 - train: rslad(teacher=previous, clean_share=0.5) + absld
   start: scratch
-  width: 4
 """
 
 

@@ -12,6 +12,7 @@ stage that is complete is never run again.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -120,7 +121,7 @@ def require_runnable(recipe: Recipe) -> list[str]:
     for number, stage in enumerate(recipe.stages):
         if stage.does == "train":
             require_model(recipe.of_stage(number, start=SCRATCH).model)
-    images = _images_of(recipe)
+    images = functools.cache(lambda: _images_of(recipe))  # many, and most stages do not ask
     left = recipe.start != SCRATCH
     if left and not read_path(recipe.start).exists():
         raise RecipeError(
@@ -148,11 +149,11 @@ def require_runnable(recipe: Recipe) -> list[str]:
         elif stage.does == "repair":
             fix = read_repair(stage.what)
             if isinstance(fix, ChecksClasses):
-                fix.check_classes(images.num_classes)
+                fix.check_classes(images().num_classes)
         else:
             edit = read_edit(stage.what)
             if isinstance(edit, ChecksImages):
-                edit.check(images)
+                edit.check(images())
         wants = start == PREVIOUS or taught if stage.does == "train" else start in (PREVIOUS, SCRATCH)
         wants = read_edit(stage.what).needs_model if stage.does == "edit" else wants
         if wants and not left:
