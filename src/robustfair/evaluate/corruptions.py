@@ -22,7 +22,8 @@ from robustfair import metrics
 from robustfair.attacks.predict import predict
 from robustfair.config import require
 from robustfair.data import ImageDataset, evaluation_batches
-from robustfair.data.corruptions.generate import frost_source, parameter_scale, parse_corruption
+from robustfair.data.corruptions.frost import frost_source
+from robustfair.data.corruptions.generate import parameter_scale, parse_corruption
 from robustfair.data.corruptions.names import ALL, CORRUPTIONS, SETS, SEVERITIES
 from robustfair.errors import CheckpointError, ConfigError, DataError, RobustFairError, UnknownNameError
 from robustfair.evaluate.corruption_images import Generated, Images, open_published

@@ -17,13 +17,13 @@ from torch import Tensor
 from reference import corruptions as reference
 from robustfair.data.corruptions import generate as corruptions
 from robustfair.data.corruptions.filters import height_map, zoom, zoom_grid
+from robustfair.data.corruptions.frost import frost_source
 from robustfair.data.corruptions.generate import (
     MUD,
     PARAMETERS,
     WATER,
     Draws,
     corrupt,
-    frost_source,
     parameter_scale,
     parse_corruption,
 )

@@ -344,3 +344,12 @@ def _sample(x: Tensor, rows: Tensor, columns: Tensor, border: Border) -> Tensor:
         for line in lines
     )
     return torch.lerp(upper, lower, below)
+
+
+_ROUNDING = 2.0**-8
+"""A part of a grey level that float32 may have lost, and that truncation must not turn into a whole one."""
+
+
+def as_levels(x: Tensor) -> Tensor:
+    """Images in [0, 1] as whole grey levels, 0 to 255, truncated."""
+    return (x.clamp(0, 1) * 255 + _ROUNDING).floor()

@@ -15,12 +15,11 @@ is corrupted alike in any batch and on any device.
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -30,7 +29,9 @@ from torch import Tensor
 
 from robustfair.config import require
 from robustfair.data.augment.crops import to_unit
+from robustfair.data.corruptions.draws import Draws
 from robustfair.data.corruptions.filters import (
+    as_levels,
     bend,
     box_resize,
     correlate,
@@ -47,10 +48,10 @@ from robustfair.data.corruptions.filters import (
     zoom,
     zoom_grid,
 )
+from robustfair.data.corruptions.frost import textures
 from robustfair.data.corruptions.names import CORRUPTIONS, SEVERITIES
-from robustfair.errors import DataError, UnknownNameError
-from robustfair.grammar import canonical_key, read_path
-from robustfair.values import seeded_generator
+from robustfair.errors import UnknownNameError
+from robustfair.grammar import canonical_key
 
 Scale = Literal["cifar", "imagenet"]
 ScaleChoice = Literal["auto", "cifar", "imagenet"]
@@ -154,14 +155,6 @@ MUD = (63 / 255, 42 / 255, 20 / 255)
 RELIEF = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
 """The kernel that lights water from one side."""
 
-TONES, TINT = (0.51, 0.8, 0.8, 0.61, 0.44), (0.89, 1.02, 1.09)
-"""Mean brightness of the five synthetic textures, and their colour, as the five photographs have them."""
-
-_ROUNDING = 2.0**-8
-"""A part of a grey level that float32 may have lost, and that truncation must not turn into a whole one."""
-_UNUSED_TEXTURE = "frost6"
-_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-
 
 def parse_corruption(name: str) -> str:
     """The registered spelling of a corruption: lower case, underscores.
@@ -213,7 +206,7 @@ def corrupt(
         index: (B,) positions of the images in their data set: with `seed` they key what is drawn.
         seed: another seed draws other numbers.
         scale: "cifar" or "imagenet" parameters; "auto" goes by the longer side, see `parameter_scale`.
-        frost: folder of photographs of frost; None synthesises ice crystals. See `frost_source`.
+        frost: folder of photographs of frost; None synthesises ice crystals. See `robustfair.data.corruptions.frost`.
 
     Returns:
         uint8 of the same shape, on the same device. Values are truncated, as the published files are.
@@ -231,55 +224,7 @@ def corrupt(
         return images.clone()
     draws = Draws(index, images.device, seed, name, severity)
     procedure = partial(_frost, folder=frost) if name == "frost" else PROCEDURES[name]
-    return _as_levels(procedure(to_unit(images), row, draws)).to(torch.uint8)
-
-
-def frost_source(frost: Path | str | None) -> str:
-    """What the frost corruption lays over images, in words for a report.
-
-    >>> frost_source(None)
-    'synthetic ice crystals'
-
-    Raises:
-        DataError: `frost` is not a folder with pictures.
-    """
-    return "synthetic ice crystals" if frost is None else f"{len(_pictures(frost))} pictures of {frost}"
-
-
-class Draws:
-    """Random numbers for a batch of B images, a stream an image, each keyed by `keys` and the index of its image.
-
-    They are drawn on the CPU, so that they are the same for images on any device.
-    """
-
-    def __init__(self, index: Tensor, device: torch.device, *keys: object) -> None:
-        self.device = device
-        self._streams = [seeded_generator("cpu", "corrupt", *keys, image) for image in index.tolist()]
-
-    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """(B, *shape) float32 from U(low, high)."""
-        return self._filled(shape, torch.float32, lambda part, stream: part.uniform_(low, high, generator=stream))
-
-    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        """(B, *shape) float32 from N(mean, std)."""
-        return self._filled(shape, torch.float32, lambda part, stream: part.normal_(mean, std, generator=stream))
-
-    def integers(self, *shape: int, low: int, high: int) -> Tensor:
-        """(B, *shape) int8, uniform on low to high - 1."""
-        return self._filled(shape, torch.int8, lambda part, stream: part.random_(low, high, generator=stream))
-
-    def poisson(self, rate: Tensor) -> Tensor:
-        """Counts of the rates (B, ...)."""
-        parts = zip(rate.cpu(), self._streams, strict=True)
-        return torch.stack([torch.poisson(part, generator=stream) for part, stream in parts]).to(self.device)
-
-    def _filled(
-        self, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[Tensor, torch.Generator], Tensor]
-    ) -> Tensor:
-        drawn = torch.empty(len(self._streams), *shape, dtype=dtype)
-        for part, stream in zip(drawn, self._streams, strict=True):
-            fill(part, stream)
-        return drawn.to(self.device)
+    return as_levels(procedure(to_unit(images), row, draws)).to(torch.uint8)
 
 
 Procedure = Callable[[Tensor, Row, Draws], Tensor]
@@ -324,7 +269,7 @@ def _glass_blur(x: Tensor, row: Row, draws: Draws) -> Tensor:
     walk = (iterations, max(0, height - 2 * reach), max(0, width - 2 * reach))
     shifts = draws.integers(*walk, 2, low=-reach, high=reach)
     source = shuffled(shifts.cpu(), height, width, reach).to(x.device)
-    levels = _as_levels(smooth(x, sigma)) / 255
+    levels = as_levels(smooth(x, sigma)) / 255
     return smooth(take(levels, source), sigma)
 
 
@@ -375,13 +320,9 @@ def _snow(x: Tensor, row: Row, draws: Draws) -> Tensor:
 def _frost(x: Tensor, row: Row, draws: Draws, folder: Path | str | None) -> Tensor:
     weight, frost_weight, step = row[0], row[1], int(row[2])
     height, width = x.shape[2:]
-    if folder is None:
-        textures = [_ice(number, max(256, 3 * max(height, width))) for number in range(len(TONES))]
-    else:
-        textures = [_photograph(path, height, width, step) for path in _pictures(folder)]
-    crops = []
+    panes, crops = textures(folder, height, width, step), []
     for which, down, right in draws.uniform(3).tolist():
-        texture = textures[int(which * len(textures))]
+        texture = panes[int(which * len(panes))]
         top = int(down * (texture.shape[1] - height + 1))
         left = int(right * (texture.shape[2] - width + 1))
         crops.append(texture[:, top : top + height, left : left + width])
@@ -479,7 +420,7 @@ def _spatter(x: Tensor, row: Row, draws: Draws) -> Tensor:
 
 def water(layer: Tensor, strength: float) -> Tensor:
     """How strongly drops show (B, 1, H, W), at most `strength`, from the thresholded liquid layer."""
-    levels = _as_levels(layer)
+    levels = as_levels(layer)
     depth = _box_mean(distance(edges(levels))).floor()
     relief = correlate(equalise(depth), torch.tensor(RELIEF, dtype=torch.float64)).clamp_(0, 255)
     shine = levels * _box_mean(relief).round()
@@ -488,73 +429,6 @@ def water(layer: Tensor, strength: float) -> Tensor:
 
 def _box_mean(x: Tensor) -> Tensor:
     return correlate(x, torch.ones(3, 3, dtype=torch.float64)) / 9
-
-
-# Frost
-
-
-def _pictures(folder: Path | str) -> list[Path]:
-    """The pictures of a folder by name. The generator ships six photographs and draws from the first five."""
-    folder = read_path(folder)
-    if not folder.is_dir():
-        raise DataError(f"frost: {str(folder)!r} is not a folder: give one with pictures of frost, or none")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
-    used = [path for path in files if path.stem != _UNUSED_TEXTURE]
-    if not used:
-        raise DataError(f"frost: {str(folder)!r} holds no pictures ({', '.join(sorted(_PICTURES))})")
-    return used
-
-
-@lru_cache(maxsize=32)
-def _photograph(path: Path, height: int, width: int, step: int) -> Tensor:
-    """(3, h, w) uint8: every `step`-th pixel of a picture, or less far apart so that a crop of (height, width) fits."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except Exception as error:  # the decoders raise whatever their format stumbles on
-        raise DataError(f"frost: {path} cannot be decoded: {error}") from error
-    growth = max(height / picture.height, width / picture.width)
-    if growth > 1:
-        size = (math.ceil(picture.width * growth), math.ceil(picture.height * growth))
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
-    step = min(step, picture.height // height, picture.width // width)
-    pixels = torch.from_numpy(np.array(picture))[step // 2 :: step, step // 2 :: step]
-    return pixels.permute(2, 0, 1).contiguous()
-
-
-@lru_cache(maxsize=2 * len(TONES))
-def _ice(number: int, side: int) -> Tensor:
-    """(3, side, side) uint8: six-armed crystals with twigs over a cloudy pane, the same for a number always."""
-    rng = seeded_generator("cpu", "ice", number)
-    crystals, twigs, points = 160, 6, 48
-
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return torch.empty(shape).uniform_(low, high, generator=rng)
-
-    def line(start: Tensor, angle: Tensor, length: Tensor) -> Tensor:
-        """Points (..., points, 2) from `start` (..., 2)."""
-        way = torch.stack([angle.cos(), angle.sin()], -1) * length[..., None]
-        return start[..., None, :] + torch.linspace(0, 1, points)[:, None] * way[..., None, :]
-
-    arms = uniform(crystals, 1, high=math.tau) + torch.arange(6) * (math.tau / 6)
-    reach = uniform(crystals, 1, low=0.03, high=0.15) * uniform(crystals, 6, low=0.6, high=1.0)
-    stems = line(uniform(crystals, 1, 2).expand(-1, 6, -1), arms, reach)
-    roots = stems[:, :, points // 8 :: points // 8][:, :, :twigs]
-    growth = torch.linspace(0.5, 0.1, twigs) * reach[..., None]
-    sides = [
-        line(roots, (arms + turn)[..., None].expand(-1, -1, twigs), growth) for turn in (math.pi / 3, -math.pi / 3)
-    ]
-    places = torch.cat([part.reshape(-1, 2) for part in (stems, *sides)])
-    cells = (places * side).long().remainder(side)
-    density = torch.bincount(cells[:, 0] * side + cells[:, 1], minlength=side * side).view(1, 1, side, side)
-    crystal = smooth(1 - torch.exp(-density * (side / 256)), side / 512, border="reflect")[0, 0]
-    pane = 2 ** (side - 1).bit_length()
-    cloud = height_map(uniform(1, pane, pane, low=-1, high=1), 1.6)[0, :side, :side]
-    tone = 0.5 * cloud / cloud.std() + crystal / crystal.std()
-    tone = TONES[number] + 0.1 * (tone - tone.mean()) / tone.std()
-    return _as_levels(tone * torch.tensor(TINT)[:, None, None]).to(torch.uint8)
 
 
 # Parts
@@ -569,11 +443,6 @@ def _colour(rgb: tuple[float, float, float], x: Tensor) -> Tensor:
     """(1, C, 1, 1): a colour, or its luminance for grey images."""
     colour = x.new_tensor(rgb).view(1, 3, 1, 1)
     return colour if x.shape[1] == 3 else _grey(colour)
-
-
-def _as_levels(x: Tensor) -> Tensor:
-    """Images in [0, 1] as whole grey levels, 0 to 255, truncated."""
-    return (x.clamp(0, 1) * 255 + _ROUNDING).floor()
 
 
 def _check(images: Tensor, severity: int, index: Tensor) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from robustfair.data.catalog import CATALOG, DOMAINS, CatalogEntry
 from robustfair.data.corruptions.names import SETS, SEVERITIES
-from robustfair.data.load.folders import Folder, kinds_of, scan
 from robustfair.data.load.lists import list_chosen, list_named
 from robustfair.data.load.originals import Files, find_originals, find_unlabelled
 from robustfair.data.load.parts import by_role, listed, role_of
+from robustfair.data.load.scan import Folder, kinds_of, scan
 from robustfair.data.load.sources import (
     ALL_ROWS,
     CorruptionFiles,

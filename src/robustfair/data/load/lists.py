@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from robustfair.data.load.folders import Folder, Listing, list_images
+from robustfair.data.load.folders import Listing, list_images
 from robustfair.data.load.parts import as_parts, listed
+from robustfair.data.load.scan import Folder
 from robustfair.errors import DataError
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from robustfair.data.load.folders import Folder
 from robustfair.data.load.parts import listed
+from robustfair.data.load.scan import Folder
 from robustfair.errors import DataError
 
 _SIDE = 32

@@ -20,10 +20,20 @@ import torch
 
 from robustfair.data.catalog import DOMAINS, CatalogEntry
 from robustfair.data.corruptions.names import SEVERITIES
+from robustfair.data.load.arrays import (
+    IMAGE_KEYS,
+    LABEL_KEYS,
+    array_keys,
+    channels_first,
+    class_indices,
+    first_line,
+    is_unlabelled,
+    load_npy,
+    load_npz,
+)
 from robustfair.data.load.decode import (
     Decoded,
     Picture,
-    bytes_hint,
     conversion_notes,
     decode_parts,
     numbered_names,
@@ -31,18 +41,17 @@ from robustfair.data.load.decode import (
     share_shape,
     super_classes,
 )
-from robustfair.data.load.folders import Folder, Listing, list_images
+from robustfair.data.load.folders import Listing, list_images
 from robustfair.data.load.memory import require_memory
 from robustfair.data.load.originals import Files
-from robustfair.data.load.parts import as_parts, by_role, listed, role_of
+from robustfair.data.load.parts import as_parts, by_role, listed
+from robustfair.data.load.scan import Folder
 from robustfair.data.pack import HEADER, Pack, read_pack
 from robustfair.data.split import stratified_split
 from robustfair.errors import DataError, UnknownNameError, needed
 from robustfair.grammar import canonical_key
 from robustfair.registry import canonical
 
-_IMAGE_KEYS = ("images", "x", "image")
-_LABEL_KEYS = ("labels", "y", "label")
 _BATCH = 256
 Rows = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 """Which rows of a table are read: columns, and the combinations of their values; none of either reads all."""
@@ -112,12 +121,12 @@ class Npz:
 
     @classmethod
     def open(cls, path: Path, name: str) -> Npz:
-        with _load_npz(path) as arrays:
+        with load_npz(path) as arrays:
             if HEADER in arrays:
                 raise DataError(
                     f"{path} is a part of a packed data set: give it back its name, like cifar10.1-of-2.npz"
                 )
-            keys, rest = _array_keys(path, list(arrays))
+            keys, rest = array_keys(path, list(arrays))
         notes = (f"left out: the arrays {listed(rest)} (neither images nor labels of a part)",) if rest else ()
         return cls(path=path, name=name, keys=keys, notes=notes)
 
@@ -127,17 +136,17 @@ class Npz:
 
     def decode(self, image_size: int | None) -> Decoded:
         images = {}
-        with _load_npz(self.path) as arrays:
+        with load_npz(self.path) as arrays:
             try:
                 names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else ()
                 held = {role: self._labels(arrays, role) for role in self.keys}
-                unlabelled = {role for role, labels in held.items() if len(held) > 1 and _is_unlabelled(labels)}
+                unlabelled = {role for role, labels in held.items() if len(held) > 1 and is_unlabelled(labels)}
                 parts, notes = as_parts({role: (role, labels) for role, labels in held.items()}, unlabelled)
                 for part, (role, _) in parts.items():
                     pixels = arrays[self._key(arrays, role, "images")]
-                    images[part] = resize_arrays(_channels_first(self.path, pixels), image_size)
+                    images[part] = resize_arrays(channels_first(self.path, pixels), image_size)
             except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise DataError(f"{self.path} cannot be read: {_first_line(error)}") from error
+                raise DataError(f"{self.path} cannot be read: {first_line(error)}") from error
         images = share_shape(self.name, images)
         labels = {part: values for part, (_, values) in parts.items()}
         return Decoded(
@@ -150,12 +159,12 @@ class Npz:
         """(N,) int64; empty for a part without an array of labels beside parts that have one."""
         if "labels" not in self.keys[role] and any("labels" in keys for keys in self.keys.values()):
             return np.empty(0, np.int64)
-        return _class_indices(self.path, arrays[self._key(arrays, role, "labels")])
+        return class_indices(self.path, arrays[self._key(arrays, role, "labels")])
 
     def _key(self, arrays: Mapping[str, np.ndarray], role: str, what: str) -> str:
         if what in self.keys[role]:
             return self.keys[role][what]
-        allowed = ", ".join(f"{role}_{key}" for key in (_IMAGE_KEYS if what == "images" else _LABEL_KEYS))
+        allowed = ", ".join(f"{role}_{key}" for key in (IMAGE_KEYS if what == "images" else LABEL_KEYS))
         raise DataError(f"{self.path}: no array of {what} ({allowed}), it holds {', '.join(arrays) or 'none'}")
 
 
@@ -175,39 +184,6 @@ def _digits_file() -> Path:
     if not path.exists():
         raise DataError(f"digits: scikit-learn has no {path}: install scikit-learn again")
     return path
-
-
-def _array_keys(path: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Part -> "images", "labels" -> name of the array; and the names of arrays that are neither."""
-    found: dict[str, dict[str, str]] = {}
-    rest = []
-    for name in names:
-        first, _, behind = name.partition("_")
-        before, _, last = name.rpartition("_")
-        for role, key in ((role_of(first), behind), (role_of(last), before), ("", name)):
-            what = "images" if key in _IMAGE_KEYS else "labels" if key in _LABEL_KEYS else None
-            if role is not None and what is not None:
-                other = found.setdefault(role, {}).setdefault(what, name)
-                if other != name:
-                    raise DataError(f"{path}: {other} and {name} both are the {what} of one part: keep one of them")
-                break
-        else:
-            rest += [] if name == "class_names" else [name]
-    plain = found.pop("", {})
-    if not any("images" in keys for keys in found.values()):
-        found = {"train": {**found.get("train", {}), **plain}}
-    elif len(found) == 1:
-        ((role, keys),) = found.items()
-        if "images" in plain or ("labels" in plain and "labels" in keys):
-            raise DataError(
-                f"{path}: {listed(list(plain.values()))} beside {listed(list(keys.values()))}: a part of its own or "
-                "the whole. Name the part of every array, as in train_images and test_images"
-            )
-        found = {role: {**plain, **keys}}
-    elif plain:
-        rest += plain.values()
-    order = [role for role in ("train", "test", "validation") if role in found]
-    return {role: found[role] for role in order}, rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +250,7 @@ class CorruptionFiles:
 
     def _rows(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of one corruption at the severity."""
-        images, labels = _load_npy(path), _load_npy(self.folder / "labels.npy")
+        images, labels = load_npy(path), load_npy(self.folder / "labels.npy")
         if len(images) != len(labels) or len(images) % len(SEVERITIES):
             raise DataError(
                 f"{path}: expected {len(SEVERITIES)} severities of equal length and as many labels, "
@@ -282,8 +258,8 @@ class CorruptionFiles:
             )
         count = len(images) // len(SEVERITIES)
         rows = slice((self.severity - 1) * count, self.severity * count)
-        pixels = _channels_first(path, np.array(images[rows]))
-        return pixels, _class_indices(self.folder / "labels.npy", np.array(labels[rows]))
+        pixels = channels_first(path, np.array(images[rows]))
+        return pixels, class_indices(self.folder / "labels.npy", np.array(labels[rows]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -462,61 +438,3 @@ def _stamp(file: Path) -> tuple[str, int, int]:
 def _in_batches(rows: Sequence[tuple[int, Path]]) -> Iterable[list[Picture]]:
     for start in range(0, len(rows), _BATCH):
         yield [Picture(str(file), file) for _, file in rows[start : start + _BATCH]]
-
-
-def _load_npz(path: Path) -> np.lib.npyio.NpzFile:
-    try:
-        arrays = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read: {_first_line(error)}") from error
-    if not isinstance(arrays, np.lib.npyio.NpzFile):
-        raise DataError(f"{path} is no .npz archive")
-    return arrays
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {_first_line(error)}") from error
-
-
-def _channels_first(path: Path, images: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with one or three channels, as contiguous (N, C, H, W)."""
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
-        images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3):
-        is_number = images.dtype != np.uint8 and images.dtype.kind in "iuf" and images.size > 0
-        hint = f"; {bytes_hint(float(images.min()), float(images.max()))}" if is_number else ""
-        raise DataError(
-            f"{path}: images must be uint8 (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, "
-            f"got {images.dtype} {images.shape}{hint}"
-        )
-    return np.ascontiguousarray(images)
-
-
-def _is_unlabelled(labels: np.ndarray) -> bool:
-    return bool((labels == -1).all())
-
-
-def _class_indices(path: Path, labels: np.ndarray) -> np.ndarray:
-    """Whole numbers (N,) or (N, 1) as int64 (N,)."""
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        one = labels.dtype.kind in "biuf" and bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())
-        reason = (
-            "one-hot rows, or several labels an image that happen to be one: for the first store labels.argmax(1)"
-            if one
-            else "several labels an image (multi-label), where every image needs one class: store one number an image"
-        )
-        raise DataError(f"{path}: labels must be whole numbers (N,), got {labels.dtype} {labels.shape}: {reason}")
-    if labels.ndim == 2:
-        labels = labels[:, 0]
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{path}: labels must be whole numbers (N,), got {labels.dtype} {labels.shape}")
-    return labels.astype(np.int64)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
