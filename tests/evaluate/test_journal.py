@@ -291,7 +291,7 @@ def test_a_half_run_attack_is_not_handed_to_another(
 
 
 def test_another_version_does_not_go_on_from_it(small: Small, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robustfair.runs.folder.version", lambda package: "0.0.1")
+    monkeypatch.setattr("robustfair.runs.folder._version", lambda package: "0.0.1")
     with pytest.raises(CheckpointError, match=r"differs in version\): delete it to begin"):
         audit(*small, journal=begun, **USUAL)
 
